@@ -1,0 +1,34 @@
+"""Configuration: Hydra composes YAML, one strict decoder turns it into frozen dataclasses, checks find what disagrees.
+
+`nemo_llm.config.load` composes and decodes; the dataclasses are importable from here.
+"""
+
+from nemo_llm.config.data import DataConfig
+from nemo_llm.config.model import ModelConfig, MoeConfig, RopeScaling
+from nemo_llm.config.optim import OptimConfig, SchedConfig
+from nemo_llm.config.parallelism import ParallelismConfig
+from nemo_llm.config.precision import Fp8Config, PrecisionConfig
+from nemo_llm.config.run import RunConfig
+from nemo_llm.config.services import CheckpointConfig, ClusterConfig, ExpManagerConfig, SampleConfig, TaskConfig
+from nemo_llm.config.trainer import RampupBatchSize, RunSection, TrainerConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "ClusterConfig",
+    "DataConfig",
+    "ExpManagerConfig",
+    "Fp8Config",
+    "ModelConfig",
+    "MoeConfig",
+    "OptimConfig",
+    "ParallelismConfig",
+    "PrecisionConfig",
+    "RampupBatchSize",
+    "RopeScaling",
+    "RunConfig",
+    "RunSection",
+    "SampleConfig",
+    "SchedConfig",
+    "TaskConfig",
+    "TrainerConfig",
+]

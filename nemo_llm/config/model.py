@@ -1,0 +1,102 @@
+"""The `model` section: the shape of the network, in Megatron's spelling."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nemo_llm.config.section import (
+    DropoutFraction,
+    Fraction,
+    NonEmptyStr,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Scalar,
+    Section,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling(Section):
+    """How rotary frequencies are stretched beyond the length that a model was first trained on.
+
+    `llama3` (Llama 3.1), `linear` (arXiv:2306.15595), `yarn` (arXiv:2309.00071), `dynamic` (NTK by length). Each type
+    reads its own fields and leaves the others None.
+    """
+
+    type: Literal["llama3", "linear", "yarn", "dynamic"]
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat | None = None
+    high_freq_factor: PositiveFloat | None = None
+    original_max_position_embeddings: PositiveInt | None = None
+    beta_fast: PositiveFloat | None = None
+    beta_slow: PositiveFloat | None = None
+    mscale: PositiveFloat | None = None
+    mscale_all_dim: NonNegativeFloat | None = None
+    attention_factor: PositiveFloat | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoeConfig(Section):
+    """Mixture of experts in place of the dense MLP, in Megatron's spelling."""
+
+    num_moe_experts: PositiveInt
+    moe_router_topk: PositiveInt
+    moe_ffn_hidden_size: PositiveInt
+    moe_aux_loss_coeff: NonNegativeFloat
+    moe_z_loss_coeff: NonNegativeFloat | None
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"]
+    moe_router_score_function: Literal["softmax", "sigmoid"]
+    moe_router_pre_softmax: bool
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"]
+    moe_shared_expert_intermediate_size: PositiveInt | None
+    moe_layer_freq: PositiveInt
+    moe_grouped_gemm: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig(Section):
+    """Shape and initialisation of a GPT model."""
+
+    name: NonEmptyStr
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt
+    kv_channels: PositiveInt | None
+    vocab_size: PositiveInt | None
+    make_vocab_size_divisible_by: PositiveInt
+    position_embedding_type: Literal["rope", "learned_absolute", "none"]
+    max_position_embeddings: PositiveInt
+    rotary_base: PositiveFloat
+    rotary_percent: Fraction
+    rope_scaling: RopeScaling | None
+    normalization: Literal["RMSNorm", "LayerNorm"]
+    layernorm_epsilon: PositiveFloat
+    layernorm_zero_centered_gamma: bool
+    activation_func: Literal["silu", "gelu", "gelu_tanh", "squared_relu", "relu"]
+    gated_linear_unit: bool
+    add_bias_linear: bool
+    add_qkv_bias: bool
+    share_embeddings_and_output_weights: bool
+    qk_layernorm: bool
+    hidden_dropout: DropoutFraction
+    attention_dropout: DropoutFraction
+    init_method_std: PositiveFloat
+    depth_scaled_init: bool
+    window_size: PositiveInt | None
+    attn_logit_softcapping: PositiveFloat | None
+    final_logit_softcapping: PositiveFloat | None
+    embedding_multiplier: PositiveFloat | None
+    softmax_scale: PositiveFloat | None
+    moe: MoeConfig | None
+    transformer_impl: Literal["auto", "torch", "transformer_engine"]
+    layer_spec: str | None
+    layer_spec_settings: dict[str, Scalar]
+    hf_path: str | None
+    mcore_overrides: dict[str, Scalar]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per attention head: `kv_channels`, or the hidden size divided over the heads."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads

@@ -1,0 +1,46 @@
+"""The `run` and `trainer` sections: what the run is called, how long it goes and on what."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nemo_llm.config.section import NonEmptyStr, NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSection(Section):
+    """Name and folder of the run; a `dir` of None means a new folder ``runs/<name>-<timestamp>-<suffix>``."""
+
+    name: NonEmptyStr
+    dir: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RampupBatchSize(Section):
+    """Batch-size ramp: from `start_global_batch_size` in steps of `increment`, over the first `ramp_samples`."""
+
+    start_global_batch_size: PositiveInt
+    increment: PositiveInt
+    ramp_samples: PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerConfig(Section):
+    """Length, batch, intervals and devices of a run. Intervals are in steps."""
+
+    max_steps: PositiveInt
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    rampup_batch_size: RampupBatchSize | None
+    seed: NonNegativeInt
+    deterministic: bool
+    val_interval: PositiveInt | None
+    val_steps: PositiveInt
+    log_interval: PositiveInt
+    warmup_log_steps: NonNegativeInt
+    check_only: bool
+    accelerator: Literal["auto", "cpu", "cuda"]
+    devices: PositiveInt | None
+    num_nodes: PositiveInt | None
+    max_time_minutes: PositiveFloat | None
+    first_step_timeout_minutes: PositiveFloat
+    step_timeout_minutes: PositiveFloat

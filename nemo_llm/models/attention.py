@@ -1,0 +1,173 @@
+"""Core attention for machines without Transformer Engine: PyTorch's scaled dot product, on CPU and GPU alike.
+
+It takes the place of Megatron's ``DotProductAttention`` in the layer spec and adds grouped-query attention without
+copies of the keys, context parallelism, sliding windows, document masks and logit soft-capping.
+
+Shapes: ``s`` sequence, ``b`` micro-batch, ``n`` query heads and ``g`` key-value heads of this tensor-parallel rank,
+``d`` head size; ``sq`` and ``sk`` where queries and keys differ in number.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention.bias import causal_lower_right
+
+from nemo_llm.models.context_parallel import gather_sequence, heads_to_sequence, sequence_to_heads
+
+
+class CoreAttention(MegatronModule):
+    """Causal attention of one layer.
+
+    Args:
+        config: Megatron's configuration; heads, dropout, window and context parallelism are read from it.
+        layer_number: 1-based number of the layer in the whole model.
+        softmax_scale: factor on the logits; ``1/sqrt(d)`` when None.
+        cp_comm_type: ``a2a`` (heads exchanged for sequence, Ulysses) or ``all_gather`` (keys and values gathered).
+        pg_collection: Megatron's process groups.
+        logit_softcapping: ``cap * tanh(logits / cap)`` before the softmax (Gemma 2, arXiv:2408.00118), or None.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any = None,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        logit_softcapping: float | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.window = config.window_size[0] + 1 if _layer_has_window(config, layer_number) else None
+        self.logit_softcapping = logit_softcapping
+        self.cp_comm_type = cp_comm_type
+        self.cp_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """Attend causally.
+
+        Args:
+            query: ``[s/cp, b, n, d]``; ``key`` and ``value``: ``[s/cp, b, g, d]``.
+            attention_mask: None, or document numbers ``[b, s]`` (integers, the full sequence): a token then sees its
+                own document alone; or a ready boolean mask ``[b, 1, sq, sk]`` (True = may look), for generation.
+
+        Returns:
+            ``[s/cp, b, n * d]``
+        """
+        cp = self.cp_group.size()
+        if cp == 1:
+            context = self._attend(query, key, value, attention_mask)
+        elif self.cp_comm_type == "a2a":
+            key, value = _repeat_heads(key, cp), _repeat_heads(value, cp)
+            query, key, value = (heads_to_sequence(x, self.cp_group) for x in (query, key, value))
+            context = sequence_to_heads(self._attend(query, key, value, attention_mask), self.cp_group)
+        else:
+            context = self._attend_gathered(query, key, value, attention_mask)
+        return context.flatten(2)
+
+    def _attend_gathered(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Gather keys and values of the whole sequence; this rank's early and late chunk each see their past."""
+        cp, rank = self.cp_group.size(), self.cp_group.rank()
+        key, value = gather_sequence(key, self.cp_group), gather_sequence(value, self.cp_group)
+        length = query.shape[0] // 2
+        parts = []
+        for chunk, part in zip((rank, 2 * cp - 1 - rank), query.chunk(2, 0), strict=True):
+            end = (chunk + 1) * length
+            seen = None if documents is None else documents[:, :end]
+            parts.append(self._attend(part, key[:end], value[:end], seen))
+        return torch.cat(parts, 0)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[sq, b, n, d] x [sk, b, g, d] -> [sq, b, n, d]; the queries are the last ``sq`` of the ``sk`` positions."""
+        sq, sk = query.shape[0], key.shape[0]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        plain = mask is None and self.window is None
+        allowed = None if plain else self._allowed(mask, sq, sk, query.device)
+        with self._dropout_region():
+            if self.logit_softcapping is not None:
+                context = self._attend_softcapped(q, k, v, allowed)
+            else:
+                if plain and 1 < sq < sk:
+                    allowed = causal_lower_right(sq, sk)
+                context = F.scaled_dot_product_attention(
+                    q,
+                    k,
+                    v,
+                    attn_mask=allowed,
+                    dropout_p=self.dropout if self.training else 0.0,
+                    is_causal=plain and sq == sk,
+                    scale=self.softmax_scale,
+                    enable_gqa=q.shape[1] != k.shape[1],
+                )
+        return context.permute(2, 0, 1, 3)
+
+    def _attend_softcapped(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None
+    ) -> torch.Tensor:
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        logits = (q @ k.transpose(-1, -2)).float() * self.softmax_scale
+        logits = self.logit_softcapping * torch.tanh(logits / self.logit_softcapping)
+        if allowed is None:
+            allowed = self._allowed(None, q.shape[2], k.shape[2], q.device)
+        weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1).to(v.dtype)
+        return F.dropout(weights, self.dropout, self.training) @ v
+
+    def _allowed(self, mask: torch.Tensor | None, sq: int, sk: int, device: torch.device) -> torch.Tensor:
+        """Boolean [1 or b, 1, sq, sk]: causal, within the window, within the document."""
+        if mask is not None and mask.dtype == torch.bool:
+            return mask
+        queries = torch.arange(sk - sq, sk, device=device)[:, None]
+        keys = torch.arange(sk, device=device)[None, :]
+        allowed = keys <= queries
+        if self.window is not None:
+            allowed = allowed & (keys > queries - self.window)
+        if mask is None:
+            return allowed[None, None]
+        same_document = mask[:, None, sk - sq : sk, None] == mask[:, None, None, :]
+        return allowed[None, None] & same_document
+
+    def _dropout_region(self) -> Any:
+        # Each tensor-parallel rank drops its own heads: Megatron keeps a generator state for that region.
+        if self.training and self.dropout > 0.0:
+            return tensor_parallel.get_cuda_rng_tracker().fork()
+        return torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad()
+
+
+def _layer_has_window(config: TransformerConfig, layer_number: int) -> bool:
+    """Megatron's rule: with ``window_attn_skip_freq`` = k every k-th layer attends to everything."""
+    if config.window_size is None:
+        return False
+    skip = config.window_attn_skip_freq
+    if skip is None:
+        return True
+    return layer_number % skip != 0 if isinstance(skip, int) else bool(skip[layer_number - 1])
+
+
+def _repeat_heads(x: torch.Tensor, cp: int) -> torch.Tensor:
+    """Repeat key-value heads so that every context-parallel rank gets one: [s, b, g, d] -> [s, b, lcm(g, cp), d]."""
+    repeats = math.lcm(x.shape[2], cp) // x.shape[2]
+    return x if repeats == 1 else x.repeat_interleave(repeats, 2)

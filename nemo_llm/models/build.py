@@ -1,0 +1,54 @@
+"""Build this rank's part of a model: the chunks of its pipeline stage, initialised and ready to be wrapped."""
+
+import math
+
+import torch
+from megatron.core.transformer.module import Float16Module
+
+from nemo_llm.config import RunConfig
+from nemo_llm.models.initialize import InitRule, initialize_weights
+from nemo_llm.models.language_model import LanguageModel
+from nemo_llm.models.specs import build_block_spec, choose_backend
+from nemo_llm.models.transformer_config import to_transformer_config
+from nemo_llm.parallel.runtime import ParallelRuntime
+
+
+def build_model_chunks(
+    cfg: RunConfig, runtime: ParallelRuntime, vocab_size: int
+) -> list[torch.nn.Module]:
+    """One module for each virtual pipeline stage of this rank (one without interleaving), weights initialised.
+
+    Args:
+        vocab_size: tokens known to the tokenizer; ``model.vocab_size`` when that is given.
+    """
+    config = to_transformer_config(cfg, runtime.device)
+    backend = choose_backend(cfg.model, runtime.device.type)
+    virtual_stages = config.virtual_pipeline_model_parallel_size or 1
+    chunks = [
+        _build_chunk(cfg, runtime, config, backend, vp if virtual_stages > 1 else None, vocab_size)
+        for vp in range(virtual_stages)
+    ]
+    residual_scale = 1.0 / math.sqrt(2.0 * cfg.model.num_layers) if cfg.model.depth_scaled_init else 1.0
+    std = cfg.model.init_method_std
+    norm_weight = 0.0 if cfg.model.layernorm_zero_centered_gamma else 1.0
+    initialize_weights(chunks, cfg.trainer.seed, InitRule(std, std * residual_scale, norm_weight))
+    if config.fp16 or config.bf16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    return chunks
+
+
+def _build_chunk(cfg, runtime, config, backend, vp_stage, vocab_size) -> LanguageModel:
+    last_vp = (config.virtual_pipeline_model_parallel_size or 1) - 1
+    stage = vp_stage or 0
+    chunk = LanguageModel(
+        config,
+        build_block_spec(cfg.model, config, backend, vp_stage, runtime.pp_rank),
+        cfg.model,
+        vocab_size,
+        cfg.task.z_loss_coeff,
+        pre_process=runtime.pp_rank == 0 and stage == 0,
+        post_process=runtime.is_last_pipeline_stage and stage == last_vp,
+        vp_stage=vp_stage,
+        pg_collection=runtime.groups,
+    )
+    return chunk.to(runtime.device)

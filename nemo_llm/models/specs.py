@@ -1,0 +1,142 @@
+"""Layer specs: which module Megatron builds for each part of a transformer layer.
+
+Two backends share one builder. ``torch`` is ours and runs on CPU and GPU; ``transformer_engine`` takes NVIDIA's
+kernels. A user's own spec comes in through ``model.layer_spec`` without a fork.
+"""
+
+import importlib
+import importlib.metadata
+from functools import partial
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_mlp_module_spec_for_backend,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from nemo_llm.config import ModelConfig
+from nemo_llm.errors import ConfigError, Problem
+from nemo_llm.models.attention import CoreAttention
+from nemo_llm.models.norm import Norm
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    # megatron-core 0.16.1 imports this name from Transformer Engine alone, then reads it in the router on every
+    # machine. tests/models/test_specs.py fails when the name is defined without Transformer Engine.
+    moe_utils.te_general_gemm = None
+
+
+class TorchBackend(LocalSpecProvider):
+    """The parts of a layer on machines without Transformer Engine."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.model = model
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        return Norm
+
+    def core_attention(self) -> Any:
+        return partial(CoreAttention, logit_softcapping=self.model.attn_logit_softcapping)
+
+
+_FUSED_NORM_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+_FUSED_NORM_NAMES_MOE = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+
+
+def choose_backend(model: ModelConfig, device_type: str) -> str:
+    """``torch`` or ``transformer_engine``; ``auto`` takes Transformer Engine where it is installed and a GPU is used.
+
+    Raises:
+        ConfigError: Transformer Engine asked for where it cannot run.
+    """
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if model.transformer_impl == "transformer_engine" and (device_type != "cuda" or not installed):
+        reason = "needs a CUDA device" if device_type != "cuda" else "is not installed (extra `te`)"
+        raise ConfigError(
+            [Problem("model.transformer_impl", "transformer_engine", f"Transformer Engine {reason}", "use torch or auto")]
+        )
+    if model.transformer_impl == "auto":
+        return "transformer_engine" if installed and device_type == "cuda" else "torch"
+    return model.transformer_impl
+
+
+def build_block_spec(
+    model: ModelConfig, config: TransformerConfig, backend: str, vp_stage: int | None, pp_rank: int
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the final norm, as a Megatron block spec."""
+    if model.layer_spec is not None:
+        return _users_block_spec(model, config, vp_stage)
+    if backend == "transformer_engine":
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    parts = TorchBackend(model)
+    offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    layers = [_torch_layer_spec(parts, config, _is_moe_layer(model, offset + i)) for i in range(count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
+
+
+def _is_moe_layer(model: ModelConfig, layer: int) -> bool:
+    return model.moe is not None and layer % model.moe.moe_layer_freq == 0
+
+
+def _torch_layer_spec(parts: TorchBackend, config: TransformerConfig, moe: bool) -> ModuleSpec:
+    qk_norm = parts.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=parts.layer_norm(),
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=parts.column_parallel_linear(),
+                    core_attention=parts.core_attention(),
+                    linear_proj=parts.row_parallel_linear(),
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=parts.layer_norm(),
+            mlp=get_mlp_module_spec_for_backend(
+                backend=parts,
+                num_experts=config.num_moe_experts if moe else None,
+                moe_grouped_gemm=False,
+            ),
+            mlp_bda=get_bias_dropout_add,
+            # Checkpoint names as Transformer Engine's fused modules have them: one checkpoint serves both backends.
+            sharded_state_dict_keys_map=_FUSED_NORM_NAMES if not moe else _FUSED_NORM_NAMES_MOE,
+        ),
+    )
+
+
+def _users_block_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> Any:
+    """Call ``package.module:function(config, vp_stage, **model.layer_spec_settings)``."""
+    module_name, _, function_name = str(model.layer_spec).partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        problem = Problem(
+            "model.layer_spec", model.layer_spec, f"cannot be imported: {error}", "write package.module:function"
+        )
+        raise ConfigError([problem]) from error
+    return function(config, vp_stage, **model.layer_spec_settings)

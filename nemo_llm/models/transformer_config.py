@@ -1,0 +1,152 @@
+"""The only builder of Megatron-Core's ``TransformerConfig``: our sections in, one mcore object out."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nemo_llm.config import ModelConfig, ParallelismConfig, PrecisionConfig, RunConfig
+from nemo_llm.errors import ConfigError, Problem
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """``relu(x)^2`` (Primer, arXiv:2109.08668)."""
+    return torch.square(F.relu(x))
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "squared_relu": squared_relu,
+}
+
+
+def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerConfig:
+    """Translate the model, parallelism and precision sections.
+
+    Values are handed on as they are; nothing is derived here that a user could have set. ``model.mcore_overrides``
+    is applied last.
+
+    Raises:
+        ConfigError: an override that Megatron does not know, or a combination that Megatron refuses.
+    """
+    fields = {
+        **_model_fields(cfg.model),
+        **_moe_fields(cfg.model),
+        **_parallel_fields(cfg.parallelism),
+        **_precision_fields(cfg.precision),
+        "deterministic_mode": cfg.trainer.deterministic,
+        # mcore's fused SwiGLU keeps one tensor less for the backward pass; its other fused activations are the tanh
+        # approximation whatever was asked for, so they stay off. It is compiled, which does not pay on CPU.
+        "bias_activation_fusion": device.type == "cuda"
+        and cfg.model.activation_func == "silu"
+        and cfg.model.gated_linear_unit,
+        "bias_dropout_fusion": device.type == "cuda",
+    }
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    unknown = sorted(set(cfg.model.mcore_overrides) - known)
+    if unknown:
+        raise ConfigError(
+            Problem(f"model.mcore_overrides.{name}", cfg.model.mcore_overrides[name], "is no field of Megatron's"
+                    " TransformerConfig", "look the name up in megatron.core.transformer.TransformerConfig")
+            for name in unknown
+        )
+    try:
+        return TransformerConfig(**{**fields, **cfg.model.mcore_overrides})
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(
+            [Problem("model", cfg.model.name, f"Megatron-Core refuses this combination: {error}", "change the keys named")]
+        ) from error
+
+
+def _model_fields(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "kv_channels": model.head_dim,
+        "normalization": model.normalization,
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "layernorm_zero_centered_gamma": model.layernorm_zero_centered_gamma,
+        "activation_func": ACTIVATIONS[model.activation_func],
+        "gated_linear_unit": model.gated_linear_unit,
+        "add_bias_linear": model.add_bias_linear,
+        "add_qkv_bias": model.add_qkv_bias,
+        "qk_layernorm": model.qk_layernorm,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "softmax_scale": model.softmax_scale,
+        # Megatron counts the tokens to the left of the present one; our window includes the token itself.
+        "window_size": None if model.window_size is None else (model.window_size - 1, 0),
+        "init_method_std": model.init_method_std,
+        # Weights are drawn by name and global position (models/initialize.py), so that no layout changes them.
+        "perform_initialization": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "attention_softmax_in_fp32": False,
+        # The loss of a step is summed over tokens and divided once, by the token count of the whole global batch.
+        "calculate_per_token_loss": True,
+    }
+
+
+def _moe_fields(model: ModelConfig) -> dict[str, Any]:
+    moe = model.moe
+    if moe is None:
+        return {}
+    fields = dataclasses.asdict(moe)
+    if moe.moe_layer_freq == 1:
+        del fields["moe_layer_freq"]
+    return fields
+
+
+def _parallel_fields(layout: ParallelismConfig) -> dict[str, Any]:
+    selective = layout.recompute_granularity == "selective"
+    return {
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "sequence_parallel": layout.sequence_parallel,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline_model_parallel_size,
+        "pipeline_model_parallel_layout": layout.pipeline_model_parallel_layout,
+        "context_parallel_size": layout.context_parallel_size,
+        "cp_comm_type": layout.cp_comm_type,
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
+        "recompute_granularity": layout.recompute_granularity,
+        "recompute_method": layout.recompute_method,
+        "recompute_num_layers": layout.recompute_num_layers,
+        "recompute_modules": list(layout.recompute_modules) if selective else None,
+        "gradient_accumulation_fusion": False,
+        "variable_seq_lengths": False,
+        "batch_p2p_comm": True,
+        "deallocate_pipeline_outputs": True,
+    }
+
+
+def _precision_fields(precision: PrecisionConfig) -> dict[str, Any]:
+    dtype = DTYPES[precision.params_dtype]
+    fields: dict[str, Any] = {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "autocast_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+    }
+    if precision.fp8 is not None:
+        fields.update(
+            fp8=precision.fp8.fp8,
+            fp8_recipe=precision.fp8.fp8_recipe,
+            fp8_amax_history_len=precision.fp8.fp8_amax_history_len,
+            fp8_amax_compute_algo=precision.fp8.fp8_amax_compute_algo,
+            fp8_param=precision.fp8.fp8_param,
+        )
+    return fields

@@ -1,0 +1,209 @@
+"""Start and stop the distributed side of a process: device, process groups, Megatron's global state.
+
+This is the one module that touches Megatron's ``parallel_state``. Everything else receives a `ParallelRuntime`.
+"""
+
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+
+from nemo_llm.config import ParallelismConfig, RunConfig
+from nemo_llm.errors import ConfigError, Problem
+from nemo_llm.parallel import cuda_on_cpu
+
+
+@dataclass(frozen=True)
+class ProcessPlace:
+    """Where this process stands in the job, as the launcher said it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launcher: str
+
+    @property
+    def num_nodes(self) -> int:
+        return max(1, self.world_size // self.local_world_size)
+
+    @property
+    def node_rank(self) -> int:
+        return self.rank // self.local_world_size
+
+
+def find_process_place() -> ProcessPlace:
+    """Read rank and world size from torchrun's variables, else from Slurm's, else take a single process."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world = int(env["WORLD_SIZE"])
+        return ProcessPlace(
+            int(env["RANK"]),
+            world,
+            int(env["LOCAL_RANK"]) if "LOCAL_RANK" in env else int(env["RANK"]),
+            int(env["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in env else world,
+            "torchrun",
+        )
+    # SLURM_PROCID alone is also set in a batch shell and under salloc; srun's step sets SLURM_STEP_NUM_TASKS too.
+    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "0")) > 0:
+        world = int(env["SLURM_STEP_NUM_TASKS"])
+        nodes = int(env["SLURM_STEP_NUM_NODES"])
+        return ProcessPlace(int(env["SLURM_PROCID"]), world, int(env["SLURM_LOCALID"]), world // nodes, "slurm")
+    return ProcessPlace(0, 1, 0, 1, "single")
+
+
+def _set_slurm_rendezvous() -> None:
+    """Derive MASTER_ADDR and MASTER_PORT from Slurm's node list; the same on every task of a job step."""
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ["SLURM_STEP_NODELIST"]
+        hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        os.environ["MASTER_ADDR"] = hosts.stdout.split()[0]
+    if "MASTER_PORT" not in os.environ:
+        job, restart = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        os.environ["MASTER_PORT"] = str(20000 + (job * 7 + restart) % 20000)
+
+
+@dataclass(frozen=True)
+class ParallelRuntime:
+    """This process' device, place and process groups. ``groups`` is Megatron's ProcessGroupCollection."""
+
+    place: ProcessPlace
+    device: torch.device
+    parallelism: ParallelismConfig
+    groups: object
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.place.world_size
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.place.rank == 0
+
+    @cached_property
+    def tp_rank(self) -> int:
+        return dist.get_rank(self.groups.tp)
+
+    @cached_property
+    def pp_rank(self) -> int:
+        return dist.get_rank(self.groups.pp)
+
+    @cached_property
+    def cp_rank(self) -> int:
+        return dist.get_rank(self.groups.cp)
+
+    @cached_property
+    def dp_rank(self) -> int:
+        return dist.get_rank(self.groups.dp)
+
+    @cached_property
+    def dp_size(self) -> int:
+        return dist.get_world_size(self.groups.dp)
+
+    @cached_property
+    def is_last_pipeline_stage(self) -> bool:
+        return self.pp_rank == dist.get_world_size(self.groups.pp) - 1
+
+    @cached_property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last pipeline stage in this process' pipeline."""
+        return dist.get_process_group_ranks(self.groups.pp)[-1]
+
+    def shorten_timeouts(self, minutes: float) -> None:
+        """Set the timeout of every process group; called once the slow first step is over."""
+        for group in [None, *list(dist.distributed_c10d._world.pg_map)]:
+            # torch has no public call that changes the timeout of a living group (looked for in torch 2.13);
+            # tests/parallel/test_runtime.py fails when this private one is gone.
+            dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+
+
+def select_device(cfg: RunConfig, place: ProcessPlace) -> torch.device:
+    """Take the GPU of this local rank, or the CPU under Megatron's device mapping.
+
+    Raises:
+        ConfigError: ``trainer.accelerator=cuda`` without a usable GPU for this local rank.
+    """
+    wanted = cfg.trainer.accelerator
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        cuda_on_cpu.install()
+        return torch.device("cpu")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found <= place.local_rank:
+        raise ConfigError(
+            [
+                Problem(
+                    key="trainer.accelerator",
+                    value=wanted,
+                    rule=f"local rank {place.local_rank} needs a GPU of its own and this node shows {found}",
+                    fix="start one process a GPU, or run on CPU with trainer.accelerator=cpu",
+                )
+            ]
+        )
+    torch.cuda.set_device(place.local_rank)
+    return torch.device("cuda", place.local_rank)
+
+
+def start_runtime(cfg: RunConfig, place: ProcessPlace | None = None) -> ParallelRuntime:
+    """Initialise torch.distributed and Megatron's groups for the layout that the configuration asks for.
+
+    The timeout is the long one of the first step (compilation, lazy communicator set-up); the loop shortens it.
+
+    Raises:
+        ConfigError: no GPU where one was asked for.
+    """
+    place = place or find_process_place()
+    device = select_device(cfg, place)
+    if place.launcher == "slurm":
+        _set_slurm_rendezvous()
+    timeout = timedelta(minutes=cfg.trainer.first_step_timeout_minutes)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if place.launcher == "single":
+        store = dist.FileStore(tempfile.mktemp(prefix="nemo_llm_store_"), 1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timeout)
+    return set_layout(cfg, place, device)
+
+
+def set_layout(cfg: RunConfig, place: ProcessPlace, device: torch.device) -> ParallelRuntime:
+    """Build Megatron's process groups for ``cfg.parallelism`` over the world that is already up."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    layout = cfg.parallelism
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        distributed_timeout_minutes=cfg.trainer.first_step_timeout_minutes,
+        create_gloo_process_groups=device.type == "cuda",
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(cfg.trainer.seed)
+    return ParallelRuntime(place, device, layout, ProcessGroupCollection.use_mpu_process_groups())
+
+
+def clear_layout() -> None:
+    """Forget Megatron's process groups, so that another layout can be set in the same process."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
+def stop_runtime() -> None:
+    """Leave the process groups. Safe to call when they were never started."""
+    if dist.is_initialized():
+        if "megatron.core.parallel_state" in __import__("sys").modules:
+            clear_layout()
+        dist.destroy_process_group()

@@ -1,0 +1,55 @@
+"""Megatron's optimizer (plain or distributed) from our section, with our AdamW inside."""
+
+import contextlib
+from collections.abc import Iterator
+
+import megatron.core.optimizer as megatron_optimizer
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+
+from nemo_llm.config import RunConfig
+from nemo_llm.models.transformer_config import DTYPES
+from nemo_llm.training.adamw import FusedAdamW
+
+
+def build_optimizer(cfg: RunConfig, model: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW over these model chunks; norms and biases (one-dimensional parameters) get no weight decay."""
+    dtype = cfg.precision.params_dtype
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=cfg.optim.lr,
+        min_lr=cfg.optim.sched.min_lr,
+        weight_decay=cfg.optim.weight_decay,
+        adam_beta1=cfg.optim.adam_beta1,
+        adam_beta2=cfg.optim.adam_beta2,
+        adam_eps=cfg.optim.adam_eps,
+        clip_grad=cfg.optim.clip_grad,
+        bf16=dtype == "bf16",
+        fp16=dtype == "fp16",
+        params_dtype=DTYPES[dtype],
+        initial_loss_scale=cfg.precision.initial_loss_scale,
+        min_loss_scale=cfg.precision.min_loss_scale,
+        loss_scale_window=cfg.precision.loss_scale_window,
+        hysteresis=cfg.precision.hysteresis,
+        use_distributed_optimizer=cfg.parallelism.use_distributed_optimizer,
+        overlap_param_gather=cfg.parallelism.overlap_param_gather,
+    )
+    with _our_adamw_in_megatron():
+        return get_megatron_optimizer(config, model, use_gloo_process_groups=False)
+
+
+@contextlib.contextmanager
+def _our_adamw_in_megatron() -> Iterator[None]:
+    """Let ``get_megatron_optimizer`` build `FusedAdamW`.
+
+    megatron-core 0.16.1 chooses the class from what is installed (Transformer Engine, apex, else torch's AdamW, whose
+    state its distributed checkpoints stumble on) and takes none as an argument. tests/training/test_optimizer.py
+    fails when one of these names is gone.
+    """
+    saved = (megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER, distrib_optimizer.Adam)
+    megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = FusedAdamW, False
+    distrib_optimizer.Adam = FusedAdamW
+    try:
+        yield
+    finally:
+        megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER, distrib_optimizer.Adam = saved

@@ -1,0 +1,61 @@
+"""Validation during training: mean loss and next-token accuracy over a fixed set of samples."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from nemo_llm.training.state import TrainingRun
+from nemo_llm.training.step import reduce_sums, run_schedule
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Mean loss per token (nats), share of tokens whose label had the largest logit, tokens counted."""
+
+    loss: float
+    accuracy: float
+    num_tokens: int
+
+
+def validate(run: TrainingRun) -> dict[str, ValidationResult]:
+    """Evaluate every validation set on its first ``trainer.val_steps`` global batches.
+
+    The samples are the same on every layout and at every step; neither the training data's place nor the random
+    generators move.
+    """
+    cfg = run.cfg.trainer
+    results = {}
+    with evaluating(run):
+        for name, loader in run.validation.items():
+            sums = [0.0, 0.0, 0.0]
+            for batch in range(cfg.val_steps):
+                first = batch * cfg.global_batch_size
+                if first >= len(loader):
+                    break
+                # Beyond the end of the set the loader gives samples whose loss mask is zero.
+                batches = loader.micro_batches(first, cfg.global_batch_size)
+                part = reduce_sums(run_schedule(run, batches, forward_only=True), run.runtime)
+                sums = [a + b for a, b in zip(sums, part, strict=True)]
+            loss, tokens, hits = sums
+            results[name] = ValidationResult(loss / max(tokens, 1), hits / max(tokens, 1), int(tokens))
+    return results
+
+
+@contextlib.contextmanager
+def evaluating(run: TrainingRun) -> Iterator[None]:
+    """Switch dropout off and gradients with it; parameters that are gathered late are gathered first."""
+    overlapped = run.cfg.parallelism.overlap_param_gather
+    for chunk in run.model:
+        if overlapped:
+            chunk.disable_forward_pre_hook()
+        chunk.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for chunk in run.model:
+            chunk.train()
+            if overlapped:
+                chunk.enable_forward_pre_hook()

@@ -13,7 +13,7 @@ from nemo_llm.config.catalog import (
     nearest,
     nearest_key,
 )
-from nemo_llm.errors import NO_VALUE, Problem
+from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 
 _MISSING = "missing"
 _UNEXPECTED = "unexpected_keyword_argument"
@@ -40,12 +40,19 @@ def problems_of_validation(errors: Sequence[Mapping[str, Any]], mapping: Mapping
         mapping: what was decoded, to show the values received.
     """
     located = [_locate(error, mapping) for error in errors]
-    problems: dict[Path, Problem] = {}
+    problems: dict[Path, list[Problem]] = {}
     for item in located:
         if item.union_at is not None and not _speaks_for_union(item, located):
             continue
-        problems.setdefault(item.path, _problem(item.path, item.error, mapping))
-    return list(problems.values())
+        own = _problems_of_section(item.error)
+        problems.setdefault(item.path, own or [_problem(item.path, item.error, mapping)])
+    return [problem for found in problems.values() for problem in found]
+
+
+def _problems_of_section(error: Mapping[str, Any]) -> list[Problem]:
+    """Problems that a section's ``__post_init__`` raised by itself, already in our words."""
+    raised = error["ctx"]["error"] if error["type"] == "value_error" else None
+    return list(raised.problems) if isinstance(raised, ConfigError) else []
 
 
 def _problem(path: Path, error: Mapping[str, Any], mapping: Mapping[str, Any]) -> Problem:

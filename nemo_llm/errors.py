@@ -23,7 +23,7 @@ class Problem:
         key: dotted key, for example ``model.num_attention_heads`` (empty for a problem of no single key).
         value: the value received; `NO_VALUE` when there is none to show, as for a missing key.
         rule: what is allowed, as a full sentence without the final stop.
-        fix: what to write instead.
+        fix: what to write instead; empty where the rule already says it.
     """
 
     key: str
@@ -34,7 +34,7 @@ class Problem:
     def __str__(self) -> str:
         shown = "" if self.value is NO_VALUE else f" = {_shorten(repr(self.value))}"
         head = f"{self.key}{shown}: " if self.key else ""
-        return f"{head}{self.rule}\n      fix: {self.fix}"
+        return f"{head}{self.rule}" + (f"\n      fix: {self.fix}" if self.fix else "")
 
 
 class _NoValue:
@@ -67,11 +67,14 @@ class InputError(NemoLlmError):
     exit_code = ExitCode.BAD_INPUT
 
 
-class ConfigError(InputError):
-    """A configuration that cannot be run; carries every problem found, not only the first."""
+class ConfigError(InputError, ValueError):
+    """A configuration that cannot be run; carries every problem found, not only the first.
 
-    def __init__(self, problems: Iterable[Problem]):
-        self.problems = tuple(problems)
+    It is a ValueError so that the decoder collects those that a section's ``__post_init__`` raises.
+    """
+
+    def __init__(self, problems: str | Iterable[Problem]):
+        self.problems = (Problem("", NO_VALUE, problems, ""),) if isinstance(problems, str) else tuple(problems)
         count = len(self.problems)
         title = "1 problem in the configuration" if count == 1 else f"{count} problems in the configuration"
         lines = [f"  {number}. {problem}" for number, problem in enumerate(self.problems, start=1)]

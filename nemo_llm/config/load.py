@@ -8,36 +8,49 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
+from nemo_llm.config.catalog import conf_dir, group_choices
+from nemo_llm.config.messages import problems_of_validation
+from nemo_llm.config.overrides import missing_model, normalise
 from nemo_llm.config.run import RunConfig
-from nemo_llm.errors import ConfigError, Problem
+from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 
 
-def conf_dir() -> Path:
-    """Folder of the shipped YAML: inside the package when installed, beside it in a source tree."""
-    package = Path(__file__).resolve().parent.parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise FileNotFoundError(f"no conf/config.yaml in {package} nor beside it: the installation is incomplete")
+def compose(overrides: Sequence[str], extra_folder: Path | None = None) -> RunConfig:
+    """Configuration that ``conf/`` and `overrides` (``key=value``, ``group=name``) make together.
 
-
-def compose_mapping(overrides: Sequence[str]) -> dict[str, Any]:
-    """Plain mapping that ``conf/config.yaml`` and Hydra `overrides` (``key=value``, ``group=name``) make together."""
-    with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-        composed = hydra_compose(config_name="config", overrides=list(overrides))
-    return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-
-
-def compose(overrides: Sequence[str]) -> RunConfig:
-    """Configuration that ``conf/`` and `overrides` make together.
+    Args:
+        extra_folder: a folder of the user's own groups, searched besides the shipped one.
 
     Raises:
         ConfigError: with every problem found.
     """
-    return decode(compose_mapping(overrides))
+    shipped = conf_dir()
+    folders = [shipped] if extra_folder is None else [shipped, extra_folder.resolve()]
+    groups = group_choices(folders)
+    arguments, problems = normalise(overrides, shipped, groups)
+    if extra_folder is not None:
+        arguments.append(f"hydra.searchpath=['file://{extra_folder.resolve()}']")
+    try:
+        mapping = _compose_mapping(shipped, arguments)
+    except (HydraException, OmegaConfBaseException) as error:
+        text = " ".join(str(error).split())
+        problem = Problem("", NO_VALUE, text, "correct the argument or the file that it names")
+        raise ConfigError([*problems, problem]) from error
+    has_model = "model" in mapping
+    if not has_model and all(problem.key != "model" for problem in problems):
+        problems.insert(0, missing_model(groups))
+    try:
+        cfg = decode(mapping)
+    except ConfigError as error:
+        problems += [problem for problem in error.problems if has_model or problem.key != "model"]
+    if problems:
+        raise ConfigError(problems)
+    return cfg
 
 
 def decode(mapping: Mapping[str, Any]) -> RunConfig:
@@ -47,14 +60,20 @@ def decode(mapping: Mapping[str, Any]) -> RunConfig:
         ConfigError: with every problem found.
     """
     try:
+        # JSON mode is the strict mode that takes mappings for dataclasses, and whole numbers for floats alone.
         return TypeAdapter(RunConfig).validate_json(json.dumps(mapping), strict=True)
     except ValidationError as error:
-        raise ConfigError(
-            Problem(".".join(map(str, item["loc"])), item["input"], item["msg"], "correct the value")
-            for item in error.errors()
-        ) from None
+        raise ConfigError(problems_of_validation(error.errors(), mapping)) from None
 
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
     """`cfg` as nested plain dictionaries, such that ``decode(to_dict(cfg)) == cfg``."""
     return dataclasses.asdict(cfg)
+
+
+def _compose_mapping(shipped: Path, arguments: Sequence[str]) -> dict[str, Any]:
+    """What Hydra composes, as a plain mapping."""
+    with initialize_config_dir(config_dir=str(shipped), version_base="1.3"):
+        composed = hydra_compose(config_name="config", overrides=list(arguments))
+    # Without a model nothing that refers to it can be resolved; the caller reports the model as missing.
+    return OmegaConf.to_container(composed, resolve="model" in composed)

@@ -40,7 +40,9 @@ class ParallelLayout:
             if (size := getattr(self, axis)) < 1:
                 raise ValueError(f"{axis} = {size}: must be at least 1")
         if self.world_size % (self.tp * self.cp * self.pp):
-            raise ValueError(f"world size {self.world_size} is not a multiple of tp x cp x pp = {self.tp * self.cp * self.pp}")
+            raise ValueError(
+                f"world size {self.world_size} is not a multiple of tp x cp x pp = {self.tp * self.cp * self.pp}"
+            )
         if self.world_size % (self.etp * self.ep * self.pp):
             raise ValueError(
                 f"world size {self.world_size} is not a multiple of etp x ep x pp = {self.etp * self.ep * self.pp}"

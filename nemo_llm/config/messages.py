@@ -1,0 +1,144 @@
+"""Turns what pydantic and Hydra say into problems in the project's own words: key, value, what is allowed, the fix."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_llm.config.catalog import (
+    KeyInfo,
+    annotation_at,
+    choices_of,
+    describe_type,
+    known_keys,
+    nearest,
+    nearest_key,
+)
+from nemo_llm.errors import NO_VALUE, ConfigError, Problem
+
+_MISSING = "missing"
+_UNEXPECTED = "unexpected_keyword_argument"
+
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Located:
+    """One of pydantic's errors: its path in the mapping; within a union also the union's path and the member's name."""
+
+    path: Path
+    union_at: Path | None
+    member: str
+    error: Mapping[str, Any]
+
+
+def problems_of_validation(errors: Sequence[Mapping[str, Any]], mapping: Mapping[str, Any]) -> list[Problem]:
+    """One problem for each key that pydantic's `errors` name.
+
+    Args:
+        errors: ``ValidationError.errors()``.
+        mapping: what was decoded, to show the values received.
+    """
+    located = [_locate(error, mapping) for error in errors]
+    problems: dict[Path, list[Problem]] = {}
+    for item in located:
+        if item.union_at is not None and not _speaks_for_union(item, located):
+            continue
+        own = _problems_of_section(item.error)
+        problems.setdefault(item.path, own or [_problem(item.path, item.error, mapping)])
+    return [problem for found in problems.values() for problem in found]
+
+
+def _problems_of_section(error: Mapping[str, Any]) -> list[Problem]:
+    """Problems that a section's ``__post_init__`` raised by itself, already in our words."""
+    raised = error["ctx"]["error"] if error["type"] == "value_error" else None
+    return list(raised.problems) if isinstance(raised, ConfigError) else []
+
+
+def _problem(path: Path, error: Mapping[str, Any], mapping: Mapping[str, Any]) -> Problem:
+    key, value, annotation = _dotted(path), _value_at(mapping, path), annotation_at(path)
+    if error["type"] == _UNEXPECTED:
+        return _unknown_key(key, value, known_keys())
+    allowed = error["msg"] if annotation is None else describe_type(annotation)
+    if error["type"] == _MISSING and value is NO_VALUE:
+        return Problem(key, NO_VALUE, f"missing; it takes {allowed}", f"add {key}=<value>")
+    return Problem(key, value, f"must be {allowed}", _fix_for_value(key, value, annotation))
+
+
+def _unknown_key(key: str, value: object, keys: Mapping[str, KeyInfo]) -> Problem:
+    section = key.rpartition(".")[0]
+    plain = section.partition("[")[0]
+    siblings = [name.rpartition(".")[2] for name in keys if name.rpartition(".")[0] == plain]
+    meant = nearest_key(key, keys) if plain == section else nearest(key.rpartition(".")[2], siblings)
+    if meant is not None:
+        return Problem(key, value, "no such key", f"did you mean {meant}?")
+    where = f"keys of {section}" if section else "sections"
+    return Problem(key, value, "no such key", f"remove it; the {where} are {', '.join(siblings)}")
+
+
+def _fix_for_value(key: str, value: object, annotation: Any) -> str:
+    if annotation is None:
+        return f"correct {key}"
+    allowed, choices = describe_type(annotation), choices_of(annotation)
+    if choices and isinstance(value, str):
+        meant = nearest(value, choices)
+        return f"did you mean {key}={meant}?" if meant else f"write {key}={choices[0]}"
+    if "number" in allowed and isinstance(value, str) and (number := _as_number(value)) is not None:
+        return f"write it without quotes: {key}={number}"
+    if "whole number" in allowed and isinstance(value, float) and value.is_integer() and value > 0:
+        return f"write it without a fraction: {key}={int(value)}"
+    if "text" in allowed and isinstance(value, int | float):
+        return f"write it in quotes: {key}='\"{value}\"'"
+    return f"write {key}=<{allowed}>"
+
+
+def _as_number(text: str) -> int | float | None:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return None
+
+
+def _locate(error: Mapping[str, Any], mapping: Mapping[str, Any]) -> _Located:
+    """Tell the parts of pydantic's location that lead into `mapping` from those that name a member of a union."""
+    path: list[str | int] = []
+    union_at, member = None, ""
+    value: Any = mapping
+    location = error["loc"]
+    for place, part in enumerate(location):
+        inside = (isinstance(value, Mapping) and part in value) or (
+            isinstance(value, list) and isinstance(part, int) and part < len(value)
+        )
+        if inside:
+            value = value[part]
+            path.append(part)
+        elif error["type"] == _MISSING and place == len(location) - 1:
+            path.append(part)
+        elif union_at is None:
+            union_at, member = tuple(path), str(part)
+    return _Located(tuple(path), union_at, member, error)
+
+
+def _speaks_for_union(item: _Located, located: Sequence[_Located]) -> bool:
+    """True for errors of the union member that fits best: the one that fails deepest inside, or else the first."""
+    depths: dict[str, int] = {}
+    for other in located:
+        if other.union_at == item.union_at:
+            depths[other.member] = min(len(other.path), depths.setdefault(other.member, len(other.path)))
+    return item.member == max(depths, key=lambda member: depths[member])
+
+
+def _dotted(path: Path) -> str:
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in path]
+    return "".join(parts).removeprefix(".")
+
+
+def _value_at(mapping: Mapping[str, Any], path: Path) -> object:
+    value: Any = mapping
+    for part in path:
+        if isinstance(value, Mapping) and part not in value:
+            return NO_VALUE
+        value = value[part]
+    return value

@@ -6,17 +6,24 @@ Defaults live in ``conf/data/*.yaml``; here are the types and the checks that on
 from dataclasses import dataclass
 from typing import Literal
 
-from nemo_llm.errors import ConfigError
+from nemo_llm.config.section import (
+    NonEmptyStr,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Scalar,
+    Section,
+)
 
 TokenizerType = Literal["huggingface", "gpt2_bpe", "sentencepiece", "tiktoken", "byte", "nemo"]
-Scalar = str | int | float | bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TokenizerConfig:
+class TokenizerConfig(Section):
     """Which tokenizer turns text into ids; it is saved with every checkpoint."""
 
-    name: str
+    name: NonEmptyStr
     """A label for logs and file names."""
     type: TokenizerType
     """``huggingface`` (tokenizer.json), ``gpt2_bpe`` (encoder.json and vocab.bpe), ``sentencepiece`` (.model),
@@ -39,40 +46,37 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         if self.type not in ("byte", "nemo") and self.path is None:
-            raise ConfigError(f"data.tokenizer.path: null, but type {self.type} needs a file, a folder or asset:NAME")
+            raise ValueError(f"path is null, but type {self.type} needs a file, a folder or asset:NAME")
         if self.type == "nemo" and self.nemo_class is None:
-            raise ConfigError("data.tokenizer.nemo_class: null, but type nemo needs the name of a NeMo tokenizer class")
+            raise ValueError("nemo_class is null, but type nemo needs the name of a NeMo tokenizer class")
         if self.type == "tiktoken" and self.tiktoken_pattern is None:
-            raise ConfigError(
-                "data.tokenizer.tiktoken_pattern: null, but a file of tiktoken ranks does not say how text is split; "
+            raise ValueError(
+                "tiktoken_pattern is null, but a file of tiktoken ranks does not say how text is split; "
                 "give r50k_base, cl100k_base, o200k_base or a regular expression"
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MockConfig:
+class MockConfig(Section):
     """A source of random documents, for benchmarks and layout tests; the same for every machine."""
 
-    num_documents: int
+    num_documents: PositiveInt
     """Number of documents in one epoch."""
     mean_document_length: int
     """Mean length in tokens; lengths follow an exponential law."""
 
     def __post_init__(self) -> None:
-        if self.num_documents < 1 or self.mean_document_length < 2:
-            raise ConfigError(
-                f"mock: num_documents must be at least 1 and mean_document_length at least 2, "
-                f"received {self.num_documents} and {self.mean_document_length}"
-            )
+        if self.mean_document_length < 2:  # one token and the end of the document
+            raise ValueError(f"mean_document_length must be at least 2, received {self.mean_document_length}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BlendEntry:
+class BlendSource(Section):
     """One source of a blend: exactly one of ``prefix``, ``text`` and ``mock``."""
 
-    name: str
+    name: NonEmptyStr
     """The source's name in logs; it seeds the order, so that moved files keep theirs."""
-    weight: float | None = None
+    weight: NonNegativeFloat | None = None
     """Share of this source, relative to the other weights (``data.blend_by`` says of what); null for all: by size."""
     prefix: str | None = None
     """Path of an indexed dataset without ``.bin``/``.idx``."""
@@ -84,22 +88,22 @@ class BlendEntry:
     def __post_init__(self) -> None:
         given = [key for key in ("prefix", "text", "mock") if getattr(self, key) is not None]
         if len(given) != 1:
-            raise ConfigError(
-                f"blend entry {self.name!r}: give exactly one of prefix, text and mock, received {given or 'none'}"
+            raise ValueError(
+                f"blend source {self.name!r}: give exactly one of prefix, text and mock, received {given or 'none'}"
             )
-        if self.weight is not None and not 0 <= self.weight < float("inf"):
-            raise ConfigError(f"blend entry {self.name!r}: weight {self.weight} must be zero or positive and finite")
+        if self.weight == float("inf"):
+            raise ValueError(f"blend source {self.name!r}: weight must be finite")
 
 
-Blend = tuple[BlendEntry, ...] | tuple[float | str, ...]
+Blend = tuple[BlendSource, ...] | tuple[float | str, ...]
 """A list of entries, or Megatron's flat list ``[weight, prefix, weight, prefix]`` or ``[prefix, prefix]``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
+class DataConfig(Section):
     """Where tokens come from and how samples are cut from them."""
 
-    name: str
+    name: NonEmptyStr
     """A label for logs."""
     tokenizer: TokenizerConfig
     """Turns text into ids, at preparation and at generation."""
@@ -110,12 +114,12 @@ class DataConfig:
     split: str | None
     """Megatron's split, such as ``99,1``: the documents of each source, in file order, cut into contiguous training
     and validation parts; the latter become the validation set ``split``. null: all is for training."""
-    seq_length: int
+    seq_length: PositiveInt
     """Tokens a sample."""
     blend_by: Literal["samples", "tokens", "temperature"]
     """What a weight is a share of: ``samples``; ``tokens`` (the same unless samples are padded); or ``temperature``
     (no weights: the share of a source is its size to the power 1 / ``blend_temperature``, normalised)."""
-    blend_temperature: float
+    blend_temperature: PositiveFloat
     """For ``blend_by: temperature``; 1 is by size, larger is flatter."""
     reset_position_ids: bool
     """Start positions from 0 at every document inside a sample."""
@@ -127,20 +131,14 @@ class DataConfig:
     """The field of JSON lines that holds the text."""
     cache_dir: str | None
     """Folder of tokenised text and of checks already made; null: ``$NEMO_LLM_CACHE``, else ``~/.cache/nemo_llm``."""
-    prefetch: int
+    prefetch: NonNegativeInt
     """Micro-batches prepared ahead in the background; 0 turns the background thread off."""
 
     def __post_init__(self) -> None:
-        if self.seq_length < 1:
-            raise ConfigError(f"data.seq_length: {self.seq_length} must be at least 1")
-        if not self.blend_temperature > 0:
-            raise ConfigError(f"data.blend_temperature: {self.blend_temperature} must be positive")
-        if self.prefetch < 0:
-            raise ConfigError(f"data.prefetch: {self.prefetch} must be 0 or more")
         if self.split is not None:
             parse_split(self.split)
         if "split" in self.validation and self.split is not None:
-            raise ConfigError("data.validation: the name 'split' belongs to the set that data.split makes; rename it")
+            raise ValueError("validation: the name 'split' belongs to the set that data.split makes; rename it")
         for key, blend in {"data.blend": self.blend, **self.validation}.items():
             blend_entries(blend, key)
 
@@ -148,38 +146,40 @@ class DataConfig:
 def parse_split(split: str) -> tuple[float, float]:
     """Return the training and validation shares of a split string such as ``99,1`` (they sum to 1).
 
-    Megatron's third (test) share is allowed and left unused. Raises ConfigError.
+    Megatron's third (test) share is allowed and left unused. Raises ValueError.
     """
     try:
         parts = [float(part) for part in split.replace("/", ",").split(",")]
     except ValueError as error:
-        raise ConfigError(f"data.split: {split!r} must be numbers and commas, such as '99,1'") from error
+        raise ValueError(f"split {split!r} must be numbers and commas, such as '99,1'") from error
     if not 2 <= len(parts) <= 3 or min(parts) < 0 or parts[0] == 0 or not 0 < sum(parts) < float("inf"):
-        raise ConfigError(f"data.split: {split!r} needs two or three shares, the first above 0, such as '99,1'")
+        raise ValueError(f"split {split!r} needs two or three shares, the first above 0, such as '99,1'")
     return parts[0] / sum(parts), parts[1] / sum(parts)
 
 
-def blend_entries(blend: Blend, key: str) -> tuple[BlendEntry, ...]:
-    """Return a blend as entries, reading Megatron's flat list too; ``key`` names it in errors (ConfigError)."""
+def blend_entries(blend: Blend, key: str) -> tuple[BlendSource, ...]:
+    """Return a blend as entries, reading Megatron's flat list too; ``key`` names it in errors (ValueError)."""
     if not blend:
-        raise ConfigError(f"{key}: empty; name at least one source")
-    if all(isinstance(item, BlendEntry) for item in blend):
-        entries = tuple(item for item in blend if isinstance(item, BlendEntry))
+        raise ValueError(f"{key}: empty; name at least one source")
+    if all(isinstance(item, BlendSource) for item in blend):
+        entries = tuple(item for item in blend if isinstance(item, BlendSource))
     else:
         entries = _flat_entries(list(blend), key)
     names = [entry.name for entry in entries]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ConfigError(f"{key}: source names must differ, received {', '.join(twice)} more than once")
+        raise ValueError(f"{key}: source names must differ, received {', '.join(twice)} more than once")
     weights = [entry.weight for entry in entries]
     if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
-        raise ConfigError(f"{key}: give every source a weight or none, received {dict(zip(names, weights, strict=True))}")
+        raise ValueError(
+            f"{key}: give every source a weight or none, received {dict(zip(names, weights, strict=True))}"
+        )
     if all(weight == 0 for weight in weights):
-        raise ConfigError(f"{key}: every weight is 0; at least one source needs a positive weight")
+        raise ValueError(f"{key}: every weight is 0; at least one source needs a positive weight")
     return entries
 
 
-def _flat_entries(items: list[object], key: str) -> tuple[BlendEntry, ...]:
+def _flat_entries(items: list[object], key: str) -> tuple[BlendSource, ...]:
     """Read ``[weight, prefix, ...]`` or ``[prefix, ...]``; the prefix serves as the name."""
 
     def is_number(item: object) -> bool:
@@ -190,8 +190,8 @@ def _flat_entries(items: list[object], key: str) -> tuple[BlendEntry, ...]:
         return True
 
     if not any(is_number(item) for item in items):
-        return tuple(BlendEntry(name=str(item), prefix=str(item)) for item in items)
+        return tuple(BlendSource(name=str(item), prefix=str(item)) for item in items)
     pairs = list(zip(items[::2], items[1::2], strict=False))
     if len(items) % 2 or any(not is_number(weight) or is_number(prefix) for weight, prefix in pairs):
-        raise ConfigError(f"{key}: a flat blend alternates weight and prefix, received {items}")
-    return tuple(BlendEntry(name=str(p), weight=float(w), prefix=str(p)) for w, p in pairs)  # type: ignore[arg-type]
+        raise ValueError(f"{key}: a flat blend alternates weight and prefix, received {items}")
+    return tuple(BlendSource(name=str(p), weight=float(w), prefix=str(p)) for w, p in pairs)  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""Data: tokenizers, indexed datasets, blends, samples and the micro-batch loader. Imports neither torch nor Megatron."""
+"""Data: tokenizers, indexed datasets, blends, samples, the micro-batch loader. Imports neither torch nor Megatron."""

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_llm.config.data import BlendEntry, DataConfig, blend_entries, parse_split
+from nemo_llm.config.data import BlendSource, DataConfig, blend_entries, parse_split
 from nemo_llm.data.blend import Blend
 from nemo_llm.data.cache import build_once, cache_folder, content_key
 from nemo_llm.data.dataset import BlendedSource, MockStore, SampleRules, TokenStore, TokenWindowDataset
@@ -12,7 +12,7 @@ from nemo_llm.data.indexed import IndexedDataset
 from nemo_llm.data.permutation import derive_key
 from nemo_llm.data.text_cache import open_text
 from nemo_llm.data.tokenizer import Tokenizer
-from nemo_llm.errors import ConfigError, InputError
+from nemo_llm.errors import ConfigError, InputError, Problem
 
 _VALIDATION_SEED = 0  # validation always reads in the same order, so that runs of different seeds can be compared
 
@@ -72,7 +72,7 @@ class _Builder:
         )
 
     def blend(
-        self, entries: tuple[BlendEntry, ...], part: tuple[float, float], seed: int, *, finite: bool
+        self, entries: tuple[BlendSource, ...], part: tuple[float, float], seed: int, *, finite: bool
     ) -> BlendedSource:
         """Return the blend of a part (fractions of each source's documents) of the entries."""
         sources = []
@@ -87,23 +87,32 @@ class _Builder:
             num_samples = Blend(weights, seed).most_samples([source.windows_per_epoch for source in sources])
         return BlendedSource(sources, weights, seed, num_samples)
 
-    def _weights(self, entries: tuple[BlendEntry, ...], sources: list[TokenWindowDataset]) -> list[float]:
+    def _weights(self, entries: tuple[BlendSource, ...], sources: list[TokenWindowDataset]) -> list[float]:
         sizes = [float(source.num_tokens) for source in sources]
         given = [entry.weight for entry in entries if entry.weight is not None]
         if self._config.blend_by == "temperature":
             if given:
-                raise ConfigError("data.blend_by: temperature derives the weights from sizes; leave out every weight")
+                raise ConfigError(
+                    [
+                        Problem(
+                            "data.blend_by",
+                            self._config.blend_by,
+                            "temperature derives the weights from the sizes, but weights are given too",
+                            "leave out every weight, or set data.blend_by=samples",
+                        )
+                    ]
+                )
             largest = max(sizes)
             return [(size / largest) ** (1 / self._config.blend_temperature) for size in sizes]
         return given or sizes
 
-    def _store(self, entry: BlendEntry) -> TokenStore:
+    def _store(self, entry: BlendSource) -> TokenStore:
         place = entry.prefix or entry.text or f"mock {entry.mock}"
         if place not in self._stores:
             self._stores[place] = self._open(entry)
         return self._stores[place]
 
-    def _open(self, entry: BlendEntry) -> TokenStore:
+    def _open(self, entry: BlendSource) -> TokenStore:
         if entry.mock is not None:
             mock = entry.mock
             return MockStore(
@@ -149,6 +158,8 @@ def _largest_token(dataset: IndexedDataset, name: str, tokenizer: Tokenizer, cac
         return largest
     stats = [path.stat() for path in (dataset.idx_path, dataset.bin_path)]
     key = content_key(
-        kind="scan", path=str(Path(dataset.prefix).resolve()), files=[(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        kind="scan",
+        path=str(Path(dataset.prefix).resolve()),
+        files=[(stat.st_size, stat.st_mtime_ns) for stat in stats],
     )
     return int(build_once(cache / f"scan-{key}", lambda _: {"max_token_id": dataset.validate()})["max_token_id"])

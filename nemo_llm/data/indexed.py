@@ -268,7 +268,7 @@ class IndexedDatasetWriter:
         else:
             self.abort()
 
-    def _write_pointers(self, stream) -> None:  # noqa: ANN001 - a binary file object
+    def _write_pointers(self, stream) -> None:
         offset = 0
         with self._paths["lengths"].open("rb") as lengths:
             while chunk := lengths.read(4 * _CHUNK):

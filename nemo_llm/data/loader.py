@@ -128,7 +128,7 @@ class _Worker:
         while not self._stopping.is_set():
             try:
                 item: MicroBatch | Exception = self._load(first)
-            except Exception as error:  # noqa: BLE001 - handed to the consumer
+            except Exception as error:
                 item = error
             self._queue.put(item)
             if isinstance(item, Exception):

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MASK64 = (1 << 64) - 1
-_ROUNDS = 6  # four already make a pseudo-random permutation (Luby and Rackoff); two more cost 2 us and cover small halves
+_ROUNDS = (
+    6  # four already make a pseudo-random permutation (Luby and Rackoff); two more cost 2 us and cover small halves
+)
 _TABLE_LIMIT = 1024  # below this a Feistel network has too few distinct permutations; an explicit table is tiny
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from nemo_llm.assets import resolve_path
 from nemo_llm.config.data import TokenizerConfig
-from nemo_llm.errors import ConfigError, InputError
+from nemo_llm.errors import ConfigError, InputError, Problem
 
 SAVED_CONFIG = "nemo_llm_tokenizer.json"
 _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "<eod>", "[SEP]")
@@ -98,17 +98,15 @@ class _FileTokenizer:
         """Return the id of the named token, or of the first known name when none is given."""
         if name is not None:
             if name not in ids:
-                raise ConfigError(f"data.tokenizer.{key}: {name!r} is not in the vocabulary of {self.config.path}")
+                raise _problem(key, name, f"is not in the vocabulary of {self.config.path}", "name a token that is")
             return ids[name]
         return next((ids[known] for known in names if known in ids), None)
 
     def _set_special_ids(self, ids: dict[str, int]) -> None:
         eod = self._special_id(self.config.eod_token, _EOD_NAMES, ids, "eod_token")
         if eod is None:
-            raise ConfigError(
-                f"data.tokenizer.eod_token: null, and {self.config.path} has none of {', '.join(_EOD_NAMES)}; "
-                "name the token that ends a document"
-            )
+            missing = f"{self.config.path} has none of {', '.join(_EOD_NAMES)}"
+            raise _problem("eod_token", None, missing, "name the token that ends a document")
         self.eod_id = eod
         self.bos_id = self._special_id(self.config.bos_token, (), ids, "bos_token")
 
@@ -156,7 +154,7 @@ class SentencePieceTokenizer(_FileTokenizer):
         except (RuntimeError, OSError) as error:
             raise InputError(f"{self.files[0]}: not a SentencePiece model ({error})") from error
         if config.parse_special_tokens:
-            raise ConfigError("data.tokenizer.parse_special_tokens: SentencePiece never parses control tokens in text")
+            raise _problem("parse_special_tokens", True, "SentencePiece never parses control tokens", "set false")
         self.vocab_size = self.backend.vocab_size()
         self._set_special_ids({self.backend.id_to_piece(number): number for number in range(self.vocab_size)})
 
@@ -185,7 +183,7 @@ class TiktokenTokenizer(_FileTokenizer):
         self.eod_id = max(ranks.values()) + (2 if pattern in ("cl100k_base", "o200k_base") else 1)
         self.bos_id = None
         if config.bos_token is not None and config.bos_token != eod:
-            raise ConfigError(f"data.tokenizer.bos_token: {config.bos_token!r}: a file of ranks knows only {eod!r}")
+            raise _problem("bos_token", config.bos_token, f"a file of ranks knows only {eod!r}", "set null")
         self.backend = tiktoken.Encoding(
             name=config.name,
             pat_str=TIKTOKEN_PATTERNS.get(pattern, pattern),
@@ -233,7 +231,8 @@ class NemoTokenizer(_FileTokenizer):
         try:
             self.backend: Any = getattr(tokenizers, config.nemo_class or "")
         except AttributeError as error:
-            raise ConfigError(f"data.tokenizer.nemo_class: NeMo has no tokenizer {config.nemo_class!r}") from error
+            known = "a class of nemo.collections.common.tokenizers, such as SentencePieceTokenizer"
+            raise _problem("nemo_class", config.nemo_class, "NeMo has no such tokenizer", f"name {known}") from error
         self.backend = self.backend(**arguments)
         self.vocab_size = int(self.backend.vocab_size)
         self.eod_id = int(self.backend.eod) if hasattr(self.backend, "eod") else int(self.backend.eos_id)
@@ -298,9 +297,13 @@ def read_saved_config(folder: Path) -> TokenizerConfig:
     return dataclasses.replace(config, path=path, nemo_args=arguments)
 
 
+def _problem(key: str, value: object, rule: str, fix: str) -> ConfigError:
+    return ConfigError([Problem(f"data.tokenizer.{key}", value, rule, fix)])
+
+
 def _required_path(config: TokenizerConfig) -> str:
     if config.path is None:
-        raise ConfigError(f"data.tokenizer.path: null, but type {config.type} needs one")
+        raise _problem("path", None, f"type {config.type} needs a path", "name a file, a folder or asset:NAME")
     return config.path
 
 
@@ -327,7 +330,7 @@ def _fingerprint(config: TokenizerConfig, files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _gpt2_backend(encoder: Path, merges: Path) -> Any:  # noqa: ANN401 - tokenizers has no public stub for it
+def _gpt2_backend(encoder: Path, merges: Path) -> Any:
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 

@@ -27,7 +27,7 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime, run_dir: Path) 
     Raises:
         ConfigError, InputError: a model that Megatron refuses, data that cannot be read, tokens beyond the vocabulary.
     """
-    tokenizer, loader, validation = build_loaders(cfg, runtime)
+    tokenizer, sets, loader, validation = build_loaders(cfg, runtime)
     vocab_size = cfg.model.vocab_size or tokenizer.vocab_size
     model = wrap_data_parallel(cfg, build_model_chunks(cfg, runtime, vocab_size))
     optimizer = build_optimizer(cfg, model)
@@ -42,6 +42,7 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime, run_dir: Path) 
         forward_step=pretrain.forward_step,
         loader=loader,
         validation=validation,
+        data=sets,
         tokenizer=tokenizer,
         ramp=build_batch_ramp(cfg.trainer.global_batch_size, cfg.trainer.rampup_batch_size),
         state=TrainState(),

@@ -43,7 +43,7 @@ DENSE = [
     _layout("PP2", 2, pp=2),
     _layout("PP2 VPP2", 2, pp=2, vpp=2),
     _layout("PP2 uneven", 2, pp=2, stages="'Ettt|tL'"),
-    _layout("PP2 VPP2 uneven", 2, pp=2, stages="'Et|t|t|tL'"),
+    _layout("PP2 VPP2 uneven", 2, pp=2, vpp=2, stages="'Et|t|t|tL'"),
     _layout("CP2 all-to-all", 2, cp=2, cp_comm_type="a2a"),
     _layout("CP2 gathered KV", 2, cp=2, cp_comm_type="all_gather"),
     _layout("CP4 all-to-all", 4, cp=4, cp_comm_type="a2a"),
@@ -75,6 +75,10 @@ def model_overrides(model: str) -> list[str]:
         "trainer.global_batch_size=8",
         "trainer.micro_batch_size=1",
         "data.seq_length=64",
+        "model.hidden_size=128",
+        "model.num_attention_heads=8",
+        "model.num_query_groups=4",
+        "optim.lr=3e-4",
         "optim.sched.warmup_steps=2",
     ]
 

@@ -57,6 +57,10 @@ CHANGEABLE_KEYS = (
     "precision.fp8.fp8",
     "precision.fp8.fp8_recipe",
     "precision.fp8.fp8_amax_*",
+    # How data is fetched, not which.
+    "data.name",
+    "data.cache_dir",
+    "data.prefetch",
     # What is measured and written on the side.
     "data.validation.*",
     "checkpoint.*",
@@ -90,7 +94,8 @@ def compare_configs(
         also_allowed: patterns of dotted keys that the user allows beside `CHANGEABLE_KEYS`.
     """
     patterns = (*CHANGEABLE_KEYS, *also_allowed)
-    allowed, forbidden = [], []
+    allowed: list[Change] = []
+    forbidden: list[Change] = []
     for change in _differences(saved, new):
         if change.key not in _NOT_COMPARED:
             matches = any(fnmatchcase(change.key, pattern) for pattern in patterns)
@@ -134,5 +139,5 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: st
 
 def _same(before: object, after: object) -> bool:
     """Equal; a key absent on one side equals null and an empty mapping, as for keys that a later version added."""
-    absent = (NO_VALUE, None, {})
+    absent: tuple[object, ...] = (NO_VALUE, None, {})
     return before == after or (before in absent and after in absent)

@@ -1,37 +1,197 @@
-"""The `data` section: what is trained on."""
+"""The ``data`` section: tokenizer, blends, validation sets and how documents become samples.
+
+Defaults live in ``conf/data/*.yaml``; here are the types and the checks that one section can make on its own.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from nemo_llm.config.section import NonEmptyStr, PositiveFloat, PositiveInt, Section
+from nemo_llm.config.section import (
+    NonEmptyStr,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Scalar,
+    Section,
+)
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlendSource(Section):
-    """One source: an indexed ``<prefix>.bin/.idx`` pair, or a text file that is tokenised and indexed first."""
-
-    name: NonEmptyStr
-    prefix: str | None = None
-    weight: PositiveFloat
-    text: str | None = None
+TokenizerType = Literal["huggingface", "gpt2_bpe", "sentencepiece", "tiktoken", "byte", "nemo"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerConfig(Section):
-    """Which tokenizer turns text into token ids."""
+    """Which tokenizer turns text into ids; it is saved with every checkpoint."""
 
     name: NonEmptyStr
-    type: Literal["bpe", "huggingface", "sentencepiece", "null"]
+    """A label for logs and file names."""
+    type: TokenizerType
+    """``huggingface`` (tokenizer.json), ``gpt2_bpe`` (encoder.json and vocab.bpe), ``sentencepiece`` (.model),
+    ``tiktoken`` (ranks), ``byte`` (UTF-8 bytes, no files) or ``nemo`` (a class of NeMo's own)."""
     path: str | None
+    """File or folder, or ``asset:NAME`` for one shipped with the package; null for ``byte``."""
+    eod_token: str | None
+    """The token put after each document; null looks for a known name (``<|endoftext|>``, ``</s>``, ...)."""
+    bos_token: str | None
+    """The token that begins a text, where the model wants one; null for none."""
+    parse_special_tokens: bool
+    """true turns the names of special tokens found in raw text into those tokens; false treats them as plain text."""
+    tiktoken_pattern: str | None
+    """``tiktoken`` only: how text is pre-split: ``r50k_base``, ``cl100k_base``, ``o200k_base`` or a regular
+    expression."""
+    nemo_class: str | None
+    """``nemo`` only: a class of ``nemo.collections.common.tokenizers``, such as ``SentencePieceTokenizer``."""
+    nemo_args: dict[str, Scalar]
+    """``nemo`` only: the arguments of that class."""
+
+    def __post_init__(self) -> None:
+        if self.type not in ("byte", "nemo") and self.path is None:
+            raise ValueError(f"path is null, but type {self.type} needs a file, a folder or asset:NAME")
+        if self.type == "nemo" and self.nemo_class is None:
+            raise ValueError("nemo_class is null, but type nemo needs the name of a NeMo tokenizer class")
+        if self.type == "tiktoken" and self.tiktoken_pattern is None:
+            raise ValueError(
+                "tiktoken_pattern is null, but a file of tiktoken ranks does not say how text is split; "
+                "give r50k_base, cl100k_base, o200k_base or a regular expression"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MockConfig(Section):
+    """A source of random documents, for benchmarks and layout tests; the same for every machine."""
+
+    num_documents: PositiveInt
+    """Number of documents in one epoch."""
+    mean_document_length: int
+    """Mean length in tokens; lengths follow an exponential law."""
+
+    def __post_init__(self) -> None:
+        if self.mean_document_length < 2:  # one token and the end of the document
+            raise ValueError(f"mean_document_length must be at least 2, received {self.mean_document_length}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlendSource(Section):
+    """One source of a blend: exactly one of ``prefix``, ``text`` and ``mock``."""
+
+    name: NonEmptyStr
+    """The source's name in logs; it seeds the order, so that moved files keep theirs."""
+    weight: NonNegativeFloat | None = None
+    """Share of this source, relative to the other weights (``data.blend_by`` says of what); null for all: by size."""
+    prefix: str | None = None
+    """Path of an indexed dataset without ``.bin``/``.idx``."""
+    text: str | None = None
+    """Raw text instead: a file, a glob, or ``asset:NAME``; tokenised once into the cache."""
+    mock: MockConfig | None = None
+    """Random documents instead of a file."""
+
+    def __post_init__(self) -> None:
+        given = [key for key in ("prefix", "text", "mock") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"blend source {self.name!r}: give exactly one of prefix, text and mock, received {given or 'none'}"
+            )
+        if self.weight == float("inf"):
+            raise ValueError(f"blend source {self.name!r}: weight must be finite")
+
+
+Blend = tuple[BlendSource, ...] | tuple[float | str, ...]
+"""A list of entries, or Megatron's flat list ``[weight, prefix, weight, prefix]`` or ``[prefix, prefix]``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig(Section):
-    """Training and validation blends. A blend is a list of sources, or Megatron's flat list of weight, path pairs."""
+    """Where tokens come from and how samples are cut from them."""
 
     name: NonEmptyStr
-    blend: list[BlendSource] | list[float | str]
-    validation: dict[str, list[BlendSource] | list[float | str]]
-    split: str | None
-    seq_length: PositiveInt
+    """A label for logs."""
     tokenizer: TokenizerConfig
+    """Turns text into ids, at preparation and at generation."""
+    blend: Blend
+    """The sources of training samples."""
+    validation: dict[str, Blend]
+    """Named validation sets, each a blend of its own; evaluated in a fixed order."""
+    split: str | None
+    """Megatron's split, such as ``99,1``: the documents of each source, in file order, cut into contiguous training
+    and validation parts; the latter become the validation set ``split``. null: all is for training."""
+    seq_length: PositiveInt
+    """Tokens a sample."""
+    blend_by: Literal["samples", "tokens", "temperature"]
+    """What a weight is a share of: ``samples``; ``tokens`` (the same unless samples are padded); or ``temperature``
+    (no weights: the share of a source is its size to the power 1 / ``blend_temperature``, normalised)."""
+    blend_temperature: PositiveFloat
+    """For ``blend_by: temperature``; 1 is by size, larger is flatter."""
+    reset_position_ids: bool
+    """Start positions from 0 at every document inside a sample."""
+    reset_attention_mask: bool
+    """Keep attention within a document (samples then carry ``document_ids``)."""
+    eod_mask_loss: bool
+    """Leave out the loss where the input is the end-of-document token."""
+    text_key: str
+    """The field of JSON lines that holds the text."""
+    cache_dir: str | None
+    """Folder of tokenised text and of checks already made; null: ``$NEMO_LLM_CACHE``, else ``~/.cache/nemo_llm``."""
+    prefetch: NonNegativeInt
+    """Micro-batches prepared ahead in the background; 0 turns the background thread off."""
+
+    def __post_init__(self) -> None:
+        if self.split is not None:
+            parse_split(self.split)
+        if "split" in self.validation and self.split is not None:
+            raise ValueError("validation: the name 'split' belongs to the set that data.split makes; rename it")
+        for key, blend in {"data.blend": self.blend, **self.validation}.items():
+            blend_entries(blend, key)
+
+
+def parse_split(split: str) -> tuple[float, float]:
+    """Return the training and validation shares of a split string such as ``99,1`` (they sum to 1).
+
+    Megatron's third (test) share is allowed and left unused. Raises ValueError.
+    """
+    try:
+        parts = [float(part) for part in split.replace("/", ",").split(",")]
+    except ValueError as error:
+        raise ValueError(f"split {split!r} must be numbers and commas, such as '99,1'") from error
+    if not 2 <= len(parts) <= 3 or min(parts) < 0 or parts[0] == 0 or not 0 < sum(parts) < float("inf"):
+        raise ValueError(f"split {split!r} needs two or three shares, the first above 0, such as '99,1'")
+    return parts[0] / sum(parts), parts[1] / sum(parts)
+
+
+def blend_entries(blend: Blend, key: str) -> tuple[BlendSource, ...]:
+    """Return a blend as entries, reading Megatron's flat list too; ``key`` names it in errors (ValueError)."""
+    if not blend:
+        raise ValueError(f"{key}: empty; name at least one source")
+    if all(isinstance(item, BlendSource) for item in blend):
+        entries = tuple(item for item in blend if isinstance(item, BlendSource))
+    else:
+        entries = _flat_entries(list(blend), key)
+    names = [entry.name for entry in entries]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{key}: source names must differ, received {', '.join(twice)} more than once")
+    weights = [entry.weight for entry in entries]
+    if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
+        raise ValueError(
+            f"{key}: give every source a weight or none, received {dict(zip(names, weights, strict=True))}"
+        )
+    if all(weight == 0 for weight in weights):
+        raise ValueError(f"{key}: every weight is 0; at least one source needs a positive weight")
+    return entries
+
+
+def _flat_entries(items: list[object], key: str) -> tuple[BlendSource, ...]:
+    """Read ``[weight, prefix, ...]`` or ``[prefix, ...]``; the prefix serves as the name."""
+
+    def is_number(item: object) -> bool:
+        try:
+            float(item)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    if not any(is_number(item) for item in items):
+        return tuple(BlendSource(name=str(item), prefix=str(item)) for item in items)
+    pairs = list(zip(items[::2], items[1::2], strict=False))
+    if len(items) % 2 or any(not is_number(weight) or is_number(prefix) for weight, prefix in pairs):
+        raise ValueError(f"{key}: a flat blend alternates weight and prefix, received {items}")
+    return tuple(BlendSource(name=str(p), weight=float(w), prefix=str(p)) for w, p in pairs)  # type: ignore[arg-type]

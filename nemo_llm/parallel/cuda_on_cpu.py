@@ -10,7 +10,7 @@ it must never hide a real GPU.
 
 import contextlib
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -124,10 +124,6 @@ def _plain_list(sizes: Any) -> list[int] | None:
     return sizes.tolist() if hasattr(sizes, "tolist") else sizes
 
 
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
 def install() -> None:
     """Map CUDA onto the CPU for the rest of this process; does nothing when already installed.
 
@@ -141,8 +137,10 @@ def install() -> None:
             f"the CPU mapping was asked for where CUDA is present ({torch.cuda.get_device_name(0)}): it would hide the "
             "GPU. Use trainer.accelerator=cuda, or hide the GPU with CUDA_VISIBLE_DEVICES=''."
         )
+    from megatron.core.tensor_parallel import random as megatron_random
+
     _replace_cuda_functions()
-    _replace_megatron_rng()
+    _replace_megatron_rng(megatron_random)
     dist.all_to_all_single = _all_to_all_single
     CudaOnCpu().__enter__()
 
@@ -157,13 +155,17 @@ def _replace_cuda_functions() -> None:
     cuda.current_device = lambda: CPU
     cuda.device_count = lambda: 1
     for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats", "ipc_collect"):
-        setattr(cuda, name, _ignore)
-    cuda.manual_seed = cuda.manual_seed_all = torch.manual_seed
+        # One function object for each name: torch.compile keeps its rules by object and refuses an object seen twice.
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    # manual_seed_all stays: torch.manual_seed itself calls it, and without CUDA it does nothing.
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    cuda.Stream = cuda.Event = _CpuStream
+    cuda.Stream = type("Stream", (_CpuStream,), {})
+    cuda.Event = type("Event", (_CpuStream,), {})
     cuda.stream = lambda stream: contextlib.nullcontext()
-    cuda.current_stream = cuda.default_stream = lambda device=None: _CpuStream()
+    cuda.current_stream = lambda device=None: _CpuStream()
+    cuda.default_stream = lambda device=None: _CpuStream()
     cuda.get_device_capability = lambda device=None: (0, 0)
     cuda.get_device_properties = lambda device=None: SimpleNamespace(
         multi_processor_count=1, major=0, minor=0, total_memory=0
@@ -171,9 +173,7 @@ def _replace_cuda_functions() -> None:
     cuda.is_current_stream_capturing = lambda: False
 
 
-def _replace_megatron_rng() -> None:
-    from megatron.core.tensor_parallel import random as megatron_random
-
+def _replace_megatron_rng(megatron_random: ModuleType) -> None:
     # Private helpers of megatron-core 0.16.1: the tracker keeps one generator state per parallel region through them,
     # and has no hook of its own for another device. tests/parallel/test_cuda_on_cpu.py fails when they are renamed.
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()

@@ -5,6 +5,7 @@ This is the one module that touches Megatron's ``parallel_state``. Everything el
 
 import os
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from datetime import timedelta
@@ -166,6 +167,8 @@ def start_runtime(cfg: RunConfig, place: ProcessPlace | None = None) -> Parallel
         _set_slurm_rendezvous()
     timeout = timedelta(minutes=cfg.trainer.first_step_timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if dist.is_initialized():  # the caller's world, as in tests that keep their ranks warm
+        return set_layout(cfg, place, device)
     if place.launcher == "single":
         store = dist.FileStore(tempfile.mktemp(prefix="nemo_llm_store_"), 1)
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
@@ -204,6 +207,6 @@ def clear_layout() -> None:
 def stop_runtime() -> None:
     """Leave the process groups. Safe to call when they were never started."""
     if dist.is_initialized():
-        if "megatron.core.parallel_state" in __import__("sys").modules:
+        if "megatron.core.parallel_state" in sys.modules:
             clear_layout()
         dist.destroy_process_group()

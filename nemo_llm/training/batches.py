@@ -3,7 +3,7 @@
 import torch
 
 from nemo_llm.config import RunConfig
-from nemo_llm.data.dataset import build_train_and_validation
+from nemo_llm.data.build import build_train_and_validation
 from nemo_llm.data.loader import MicroBatchLoader
 from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_llm.models.context_parallel import take_local_chunks

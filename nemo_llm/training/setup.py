@@ -15,6 +15,7 @@ from nemo_llm.config import RunConfig
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.tasks import pretrain
+from nemo_llm.training.batch_ramp import build_batch_ramp
 from nemo_llm.training.batches import build_loaders
 from nemo_llm.training.optimizer import build_optimizer
 from nemo_llm.training.state import TrainingRun, TrainState
@@ -42,6 +43,7 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime, run_dir: Path) 
         loader=loader,
         validation=validation,
         tokenizer=tokenizer,
+        ramp=build_batch_ramp(cfg.trainer.global_batch_size, cfg.trainer.rampup_batch_size),
         state=TrainState(),
     )
 

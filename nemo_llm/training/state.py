@@ -9,6 +9,7 @@ import torch
 
 from nemo_llm.config import RunConfig
 from nemo_llm.parallel.runtime import ParallelRuntime
+from nemo_llm.training.batch_ramp import BatchRamp
 
 
 @dataclass
@@ -51,4 +52,5 @@ class TrainingRun:
     loader: BatchLoader
     validation: dict[str, BatchLoader]
     tokenizer: Any
+    ramp: BatchRamp
     state: TrainState

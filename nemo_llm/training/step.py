@@ -7,7 +7,6 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 
 from nemo_llm.parallel.runtime import ParallelRuntime
-from nemo_llm.training.batch_ramp import global_batch_size_at
 from nemo_llm.training.schedule import learning_rate
 from nemo_llm.training.state import StepResult, TrainingRun
 
@@ -15,8 +14,8 @@ from nemo_llm.training.state import StepResult, TrainingRun
 def train_step(run: TrainingRun) -> StepResult:
     """Take one global batch, update the weights once, advance ``run.state``."""
     cfg, state = run.cfg, run.state
-    samples = global_batch_size_at(cfg.trainer, state.consumed_samples)
-    set_hyperparameters(run, lr := learning_rate(state.step, cfg.optim.lr, cfg.optim.sched))
+    samples = run.ramp.global_batch_size(state.step + 1)
+    set_hyperparameters(run, lr := learning_rate(state.step + 1, cfg.optim.lr, cfg.optim.sched))
     seed_dropout(run)
 
     # 1. Forget the gradients of the step before.

@@ -1,0 +1,165 @@
+"""From the ``data`` section of the configuration to training and validation sources."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_llm.config.data import BlendSource, DataConfig, blend_entries, parse_split
+from nemo_llm.data.blend import Blend
+from nemo_llm.data.cache import build_once, cache_folder, content_key
+from nemo_llm.data.dataset import BlendedSource, MockStore, SampleRules, TokenStore, TokenWindowDataset
+from nemo_llm.data.indexed import IndexedDataset
+from nemo_llm.data.permutation import derive_key
+from nemo_llm.data.text_cache import open_text
+from nemo_llm.data.tokenizer import Tokenizer
+from nemo_llm.errors import ConfigError, InputError, Problem
+
+_VALIDATION_SEED = 0  # validation always reads in the same order, so that runs of different seeds can be compared
+
+
+@dataclass(frozen=True, slots=True)
+class DataSets:
+    """What a run trains and validates on."""
+
+    train: BlendedSource
+    """Endless."""
+    validation: dict[str, BlendedSource]
+    """Finite, by name; may be empty."""
+
+    def describe(self, num_train_samples: int) -> str:
+        """Return a table of every source, with the samples and epochs that a run of this length takes."""
+        parts = [f"training, {num_train_samples:,} samples of {self.train.seq_length:,} tokens"]
+        parts.append(self.train.describe(num_train_samples))
+        for name, source in self.validation.items():
+            parts += [f"validation {name}, {len(source):,} samples", source.describe()]
+        return "\n".join(parts)
+
+
+def build_train_and_validation(config: DataConfig, tokenizer: Tokenizer, seed: int) -> DataSets:
+    """Open every source, check its token ids against the tokenizer, and return training and validation sources.
+
+    The same on every rank; ranks that start together on an empty cache build it once. Raises ConfigError and
+    InputError, naming the source.
+    """
+    builder = _Builder(config, tokenizer)
+    shares = parse_split(config.split) if config.split is not None else (1.0, 0.0)
+    train_entries = blend_entries(config.blend, "data.blend")
+    train = builder.blend(train_entries, (0.0, shares[0]), seed, finite=False)
+    validation = {
+        name: builder.blend(blend_entries(blend, f"data.validation.{name}"), (0.0, 1.0), _VALIDATION_SEED, finite=True)
+        for name, blend in config.validation.items()
+    }
+    if shares[1] > 0:
+        part = (shares[0], shares[0] + shares[1])
+        validation["split"] = builder.blend(train_entries, part, _VALIDATION_SEED, finite=True)
+    return DataSets(train=train, validation=validation)
+
+
+class _Builder:
+    """Opens stores (each once) and makes blends of them."""
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._cache = cache_folder(config.cache_dir)
+        self._stores: dict[str, TokenStore] = {}
+        self._rules = SampleRules(
+            seq_length=config.seq_length,
+            eod_id=tokenizer.eod_id,
+            reset_position_ids=config.reset_position_ids,
+            reset_attention_mask=config.reset_attention_mask,
+            eod_mask_loss=config.eod_mask_loss,
+        )
+
+    def blend(
+        self, entries: tuple[BlendSource, ...], part: tuple[float, float], seed: int, *, finite: bool
+    ) -> BlendedSource:
+        """Return the blend of a part (fractions of each source's documents) of the entries."""
+        sources = []
+        for entry in entries:
+            store = self._store(entry)
+            first, last = (round(share * store.num_documents) for share in part)
+            key = derive_key("order", seed, entry.name)
+            sources.append(TokenWindowDataset(entry.name, store, self._rules, (first, last), key))
+        weights = self._weights(entries, sources)
+        num_samples = None
+        if finite:  # as many samples as can be had at these weights without repeating any
+            num_samples = Blend(weights, seed).most_samples([source.windows_per_epoch for source in sources])
+        return BlendedSource(sources, weights, seed, num_samples)
+
+    def _weights(self, entries: tuple[BlendSource, ...], sources: list[TokenWindowDataset]) -> list[float]:
+        sizes = [float(source.num_tokens) for source in sources]
+        given = [entry.weight for entry in entries if entry.weight is not None]
+        if self._config.blend_by == "temperature":
+            if given:
+                raise ConfigError(
+                    [
+                        Problem(
+                            "data.blend_by",
+                            self._config.blend_by,
+                            "temperature derives the weights from the sizes, but weights are given too",
+                            "leave out every weight, or set data.blend_by=samples",
+                        )
+                    ]
+                )
+            largest = max(sizes)
+            return [(size / largest) ** (1 / self._config.blend_temperature) for size in sizes]
+        return given or sizes
+
+    def _store(self, entry: BlendSource) -> TokenStore:
+        place = entry.prefix or entry.text or f"mock {entry.mock}"
+        if place not in self._stores:
+            self._stores[place] = self._open(entry)
+        return self._stores[place]
+
+    def _open(self, entry: BlendSource) -> TokenStore:
+        if entry.mock is not None:
+            mock = entry.mock
+            return MockStore(
+                mock.num_documents, mock.mean_document_length, self._tokenizer.vocab_size, self._tokenizer.eod_id
+            )
+        if entry.text is not None:
+            return open_text(entry.text, self._config.text_key, self._tokenizer, self._cache)
+        assert entry.prefix is not None
+        dataset = IndexedDataset(entry.prefix)
+        _check_tokens(dataset, entry.name, self._tokenizer, self._cache)
+        return dataset
+
+
+def _check_tokens(dataset: IndexedDataset, name: str, tokenizer: Tokenizer, cache: Path) -> None:
+    """Refuse a dataset made with another tokenizer or holding ids beyond the vocabulary (InputError)."""
+    largest = _largest_token(dataset, name, tokenizer, cache)
+    if largest >= tokenizer.vocab_size:
+        raise InputError(
+            f"source {name}: {dataset.bin_path} holds token id {largest}, but the tokenizer has {tokenizer.vocab_size} "
+            "ids; set data.tokenizer to the one that made this dataset"
+        )
+
+
+def _largest_token(dataset: IndexedDataset, name: str, tokenizer: Tokenizer, cache: Path) -> int:
+    """Return the largest id, from the dataset's manifest, an earlier scan, or a full scan made once."""
+    manifest_path = Path(dataset.prefix + ".manifest.json")
+    sizes = {path.suffix: path.stat().st_size for path in (dataset.idx_path, dataset.bin_path)}
+    if manifest_path.is_file():
+        try:
+            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+            recorded = {suffix: manifest["files"][suffix]["bytes"] for suffix in sizes}
+            fingerprint, largest = manifest["tokenizer"]["fingerprint"], int(manifest["max_token_id"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{manifest_path}: damaged manifest ({error!r}); remove it or rebuild the data") from error
+        if recorded != sizes:
+            raise InputError(f"{dataset.prefix}: files have {sizes} bytes, the manifest says {recorded}; rebuild")
+        if fingerprint != tokenizer.fingerprint:
+            raise InputError(
+                f"source {name}: {dataset.prefix} was made with tokenizer {manifest['tokenizer'].get('name')} "
+                f"({fingerprint[:12]}), the run uses another one ({tokenizer.fingerprint[:12]}); set data.tokenizer to "
+                "the one of the data, or index the text again"
+            )
+        return largest
+    stats = [path.stat() for path in (dataset.idx_path, dataset.bin_path)]
+    key = content_key(
+        kind="scan",
+        path=str(Path(dataset.prefix).resolve()),
+        files=[(stat.st_size, stat.st_mtime_ns) for stat in stats],
+    )
+    return int(build_once(cache / f"scan-{key}", lambda _: {"max_token_id": dataset.validate()})["max_token_id"])

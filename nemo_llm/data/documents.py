@@ -1,0 +1,183 @@
+"""Reading documents from text files: plain text, JSON lines, Parquet; plain or gz, bz2, xz, zst.
+
+A plain text file is one document; a JSON line is one document; a Parquet row is one document. Everything streams but
+a plain text file. What cannot be read is reported as a ``BadRecord`` naming file and line, never silently skipped.
+"""
+
+import bz2
+import glob
+import gzip
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from nemo_llm.errors import InputError
+
+_COMPRESSION = (".gz", ".bz2", ".xz", ".zst")
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document and where it stood: ``line`` counts from 1 (Parquet: the row)."""
+
+    text: str
+    file: str
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """A record that could not become a document."""
+
+    file: str
+    line: int
+    reason: str
+    """A short fixed phrase to count by, such as ``malformed JSON``."""
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}: {self.detail}"
+
+
+OnBad = Callable[[BadRecord], None]
+
+
+def raise_bad(record: BadRecord) -> None:
+    """An ``OnBad`` that stops at the first bad record with an InputError."""
+    raise InputError(str(record))
+
+
+def expand_inputs(pattern: str) -> list[Path]:
+    """Return the files that a path, a folder (all files below it) or a glob names, sorted; InputError if none."""
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        return [path]
+    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    files = sorted(file for file in found if file.is_file())
+    if not files:
+        raise InputError(f"{pattern}: no such file, and no file matches it as a pattern")
+    return files
+
+
+def file_format(path: Path) -> str:
+    """Return ``jsonl``, ``parquet`` or ``text`` by the name's ending, a compression's ending aside."""
+    name = path.with_suffix("") if path.suffix in _COMPRESSION else path
+    if name.suffix in _JSON_LINES:
+        return "jsonl"
+    return "parquet" if name.suffix == ".parquet" else "text"
+
+
+def open_stream(path: Path) -> IO[bytes]:
+    """Open a file for reading bytes, decompressed by its ending."""
+    match path.suffix:
+        case ".gz":
+            return gzip.open(path, "rb")  # type: ignore[return-value]
+        case ".bz2":
+            return bz2.open(path, "rb")
+        case ".xz":
+            return lzma.open(path, "rb")
+        case ".zst":
+            import zstandard
+
+            return zstandard.open(path, "rb")
+    return path.open("rb")
+
+
+def read_documents(path: Path, text_key: str, on_bad: OnBad = raise_bad) -> Iterator[Document]:
+    """Yield the documents of one file in order; records that cannot be read go to ``on_bad``.
+
+    Raises InputError when the file itself cannot be read (a broken compressed stream, not a Parquet file).
+    """
+    try:
+        match file_format(path):
+            case "jsonl":
+                yield from _json_lines(path, text_key, on_bad)
+            case "parquet":
+                yield from _parquet_rows(path, text_key, on_bad)
+            case _:
+                yield from _plain_text(path, on_bad)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise InputError(f"{path}: cannot be read to its end ({error})") from error
+
+
+def parse_json_line(line: bytes, file: str, number: int, text_key: str) -> Document | BadRecord | None:
+    """Return the document on a JSON line, what is wrong with it, or None for a blank line."""
+    if not line.strip():
+        return None
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        return BadRecord(file, number, "invalid UTF-8", f"{error.reason} at byte {error.start} of the line")
+    except ValueError as error:
+        return BadRecord(file, number, "malformed JSON", str(error))
+    if not isinstance(record, dict) or text_key not in record:
+        known = ", ".join(sorted(record)[:10]) if isinstance(record, dict) else type(record).__name__
+        return BadRecord(file, number, "missing field", f"no {text_key!r}, the line has: {known}; set text_key")
+    text = record[text_key]
+    if not isinstance(text, str):
+        return BadRecord(file, number, "field is not text", f"{text_key!r} holds {type(text).__name__}")
+    return _checked(text, file, number)
+
+
+def _checked(text: str, file: str, number: int) -> Document | BadRecord:
+    if not text:
+        return BadRecord(file, number, "empty document", "no text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair, which is no character
+        return BadRecord(file, number, "invalid UTF-8", f"lone surrogate at character {error.start}")
+    return Document(text, file, number)
+
+
+def _json_lines(path: Path, text_key: str, on_bad: OnBad) -> Iterator[Document]:
+    with open_stream(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            result = parse_json_line(line, str(path), number, text_key)
+            if isinstance(result, BadRecord):
+                on_bad(result)
+            elif result is not None:
+                yield result
+
+
+def _parquet_rows(path: Path, text_key: str, on_bad: OnBad) -> Iterator[Document]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as parquet:
+            if text_key not in parquet.schema_arrow.names:
+                raise InputError(f"{path}: no column {text_key!r}, it has {', '.join(parquet.schema_arrow.names)}")
+            number = 0
+            for batch in parquet.iter_batches(batch_size=256, columns=[text_key]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    if not isinstance(value, str):
+                        on_bad(BadRecord(str(path), number, "field is not text", f"{text_key!r} holds {value!r:.40}"))
+                        continue
+                    result = _checked(value, str(path), number)
+                    if isinstance(result, BadRecord):
+                        on_bad(result)
+                    else:
+                        yield result
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def _plain_text(path: Path, on_bad: OnBad) -> Iterator[Document]:
+    with open_stream(path) as stream:
+        data = stream.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        on_bad(BadRecord(str(path), line, "invalid UTF-8", f"{error.reason} at byte {error.start} of the file"))
+        return
+    result = _checked(text, str(path), 1)
+    if isinstance(result, BadRecord):
+        on_bad(result)
+    else:
+        yield result

@@ -1,0 +1,35 @@
+"""Small files that survive a crash: either the old content or the new one, never half of it."""
+
+import errno
+import os
+from pathlib import Path
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Make `text` the content of `path` in one step: a temporary file beside it, fsync, rename, fsync of the folder.
+
+    A process killed at any moment leaves the old file or the new one. A failed write leaves no temporary file.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def fsync_dir(folder: Path) -> None:
+    """Bring `folder`'s entries (names made, renamed, removed) to the disk, where its file system can do that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems refuse fsync on a folder
+            raise
+    finally:
+        os.close(descriptor)

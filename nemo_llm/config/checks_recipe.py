@@ -1,12 +1,16 @@
 """Checks of the recipe: batch, schedule, recomputation, precision, data files, loggers."""
 
 from collections.abc import Iterator
+from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
+from nemo_llm.assets import ASSET_PREFIX, asset_names, resolve_path
 from nemo_llm.config.arithmetic import divisors, either, neighbouring_multiples
+from nemo_llm.config.catalog import nearest
+from nemo_llm.config.data import blend_entries
 from nemo_llm.config.run import RunConfig
-from nemo_llm.errors import Problem
+from nemo_llm.errors import InputError, Problem
 
 _RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
 
@@ -254,27 +258,41 @@ def check_resume(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
 
 
 def check_data_files(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
-    """Indexed files and texts that blends name exist."""
+    """Indexed files, texts and tokenizer files that the data section names exist."""
     blends = {"data.blend": cfg.data.blend}
     blends |= {f"data.validation.{name}": blend for name, blend in cfg.data.validation.items()}
     for key, blend in blends.items():
-        for place, item in enumerate(blend):
-            if isinstance(item, str):
-                yield from _missing_files(f"{key}[{place}]", item)
-            elif not isinstance(item, float | int) and item.prefix is not None:
-                yield from _missing_files(f"{key}[{place}].prefix", item.prefix)
+        for place, source in enumerate(blend_entries(blend, key)):
+            if source.prefix is not None:
+                yield from _missing_indexed(f"{key}[{place}].prefix", source.prefix)
+            if source.text is not None:
+                yield from _missing_path(f"{key}[{place}].text", source.text, "text")
+    if cfg.data.tokenizer.path is not None:
+        yield from _missing_path("data.tokenizer.path", cfg.data.tokenizer.path, "tokenizers")
 
 
-def _missing_files(key: str, prefix: str) -> Iterator[Problem]:
-    missing = [suffix for suffix in (".bin", ".idx") if not Path(prefix + suffix).is_file()]
-    if missing:
+def _missing_indexed(key: str, prefix: str) -> Iterator[Problem]:
+    missing = [suffix for suffix in (".bin", ".idx") if not Path(prefix + suffix).expanduser().is_file()]
+    if missing and prefix.endswith((".bin", ".idx")):
+        yield Problem(key, prefix, "must be the path without .bin or .idx", f"write {prefix[:-4]}")
+    elif missing:
         files = " and ".join(prefix + suffix for suffix in missing)
-        if prefix.endswith((".bin", ".idx")):
-            yield Problem(key, prefix, "is a prefix, without .bin or .idx", f"write {prefix[:-4]}")
-        else:
-            yield Problem(
-                key, prefix, f"no file {files}", "correct the path, or write the files with tools/prepare_data.py"
-            )
+        yield Problem(
+            key, prefix, f"there is no {files}", "correct the path, or write the files with tools/prepare_data.py"
+        )
+
+
+def _missing_path(key: str, path: str, kind: str) -> Iterator[Problem]:
+    try:
+        found = resolve_path(path, kind)
+    except InputError:
+        names = [f"{ASSET_PREFIX}{name}" for name in asset_names(kind)]
+        meant = nearest(path, names)
+        fix = f"did you mean {meant}?" if meant else f"write one of {', '.join(names)}, or a path"
+        yield Problem(key, path, "is not shipped with the package", fix)
+        return
+    if not found.exists() and not (kind == "text" and glob(str(found))):
+        yield Problem(key, path, "there is no such file or folder", "correct the path")
 
 
 RECIPE_CHECKS = (

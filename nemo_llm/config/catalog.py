@@ -180,5 +180,5 @@ def _describe_bound(bound: Any) -> str:
         case MinLen():
             return "that is not empty"
         case Interval():
-            return " ".join(filter(None, map(_describe_bound, bound)))
+            return " and ".join(filter(None, map(_describe_bound, bound)))
     return ""

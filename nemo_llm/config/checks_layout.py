@@ -113,10 +113,10 @@ def check_context_parallel(cfg: RunConfig, _world_size: int) -> Iterator[Problem
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     if cp == 1 or parallel.cp_comm_type != "a2a":
         return
-    for name, heads in (
-        ("num_attention_heads", model.num_attention_heads),
-        ("num_query_groups", model.num_query_groups),
-    ):
+    # Our own attention repeats key-value heads where there are too few; Transformer Engine does not.
+    names = ["num_attention_heads"] + ["num_query_groups"] * (model.transformer_impl == "transformer_engine")
+    for name in names:
+        heads = model.num_attention_heads if name == "num_attention_heads" else model.num_query_groups
         if heads % tp == 0 and (heads // tp) % cp:
             yield Problem(
                 f"model.{name}",

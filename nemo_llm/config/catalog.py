@@ -93,7 +93,7 @@ def known_keys(section: type = RunConfig, prefix: str = "") -> dict[str, KeyInfo
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         keys[key] = KeyInfo(hints[field.name], has_default)
         for member in _union_members(hints[field.name]):
-            item = get_args(member)[0] if get_origin(member) is list else member
+            item = get_args(member)[0] if get_origin(member) in (list, tuple) else member
             if dataclasses.is_dataclass(item):
                 keys |= known_keys(item, f"{key}.")
     return keys
@@ -180,5 +180,5 @@ def _describe_bound(bound: Any) -> str:
         case MinLen():
             return "that is not empty"
         case Interval():
-            return " ".join(filter(None, map(_describe_bound, bound)))
+            return " and ".join(filter(None, map(_describe_bound, bound)))
     return ""

@@ -16,6 +16,7 @@ from nemo_llm.config.catalog import (
 from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 
 _MISSING = "missing"
+_TO_BE_GIVEN = "???"  # OmegaConf's mark of a value that the user must give
 _UNEXPECTED = "unexpected_keyword_argument"
 
 
@@ -51,8 +52,12 @@ def problems_of_validation(errors: Sequence[Mapping[str, Any]], mapping: Mapping
 
 def _problems_of_section(error: Mapping[str, Any]) -> list[Problem]:
     """Problems that a section's ``__post_init__`` raised by itself, already in our words."""
-    raised = error["ctx"]["error"] if error["type"] == "value_error" else None
-    return list(raised.problems) if isinstance(raised, ConfigError) else []
+    if error["type"] != "value_error":
+        return []
+    raised = error["ctx"]["error"]
+    if isinstance(raised, ConfigError):
+        return list(raised.problems)
+    return [Problem(_dotted(error["loc"]), NO_VALUE, str(raised), "")]
 
 
 def _problem(path: Path, error: Mapping[str, Any], mapping: Mapping[str, Any]) -> Problem:
@@ -62,6 +67,8 @@ def _problem(path: Path, error: Mapping[str, Any], mapping: Mapping[str, Any]) -
     allowed = error["msg"] if annotation is None else describe_type(annotation)
     if error["type"] == _MISSING and value is NO_VALUE:
         return Problem(key, NO_VALUE, f"missing; it takes {allowed}", f"add {key}=<value>")
+    if value == _TO_BE_GIVEN:
+        return Problem(key, NO_VALUE, f"has no value yet; it takes {allowed}", f"add {key}=<value>")
     return Problem(key, value, f"must be {allowed}", _fix_for_value(key, value, annotation))
 
 

@@ -1,0 +1,309 @@
+"""Checks of the recipe: batch, schedule, recomputation, precision, data files, loggers."""
+
+from collections.abc import Iterator
+from glob import glob
+from importlib.util import find_spec
+from pathlib import Path
+
+from nemo_llm.assets import ASSET_PREFIX, asset_names, resolve_path
+from nemo_llm.config.arithmetic import divisors, either, neighbouring_multiples
+from nemo_llm.config.catalog import nearest
+from nemo_llm.config.data import blend_entries
+from nemo_llm.config.run import RunConfig
+from nemo_llm.errors import InputError, Problem
+
+_RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
+
+
+def _data_parallel_size(cfg: RunConfig, world_size: int) -> int | None:
+    """Copies of the dense model, or None where the processes do not divide (which another check reports)."""
+    copies, rest = divmod(world_size, cfg.parallelism.model_parallel_size)
+    return copies if copies and not rest else None
+
+
+def check_batch(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
+    """Every data-parallel rank gets the same whole number of micro-batches."""
+    trainer = cfg.trainer
+    copies = _data_parallel_size(cfg, world_size)
+    if copies is None:
+        return
+    unit = trainer.micro_batch_size * copies
+    whole = f"trainer.micro_batch_size x data-parallel size = {trainer.micro_batch_size} x {copies} = {unit}"
+    if trainer.global_batch_size % unit:
+        fitting = [
+            size for size in divisors(trainer.global_batch_size) if trainer.global_batch_size % (size * copies) == 0
+        ]
+        smaller = f", or trainer.micro_batch_size to {either(fitting)}" if fitting else ""
+        yield Problem(
+            "trainer.global_batch_size",
+            trainer.global_batch_size,
+            f"must be divisible by {whole}",
+            f"set it to {either(neighbouring_multiples(trainer.global_batch_size, unit))}{smaller}",
+        )
+        return
+    yield from _interleaving_problems(cfg, trainer.global_batch_size // unit, unit)
+
+
+def _interleaving_problems(cfg: RunConfig, num_microbatches: int, unit: int) -> Iterator[Problem]:
+    """Megatron's interleaved schedule works through micro-batches in groups of the pipeline size."""
+    parallel = cfg.parallelism
+    pp = parallel.pipeline_model_parallel_size
+    if (parallel.virtual_pipeline_model_parallel_size or 1) > 1 and num_microbatches % pp:
+        batch = cfg.trainer.global_batch_size
+        yield Problem(
+            "trainer.global_batch_size",
+            batch,
+            f"makes {num_microbatches} micro-batches; the interleaved schedule needs a multiple of "
+            f"parallelism.pipeline_model_parallel_size = {pp}",
+            f"set it to {either(neighbouring_multiples(batch, unit * pp))}, or "
+            "parallelism.virtual_pipeline_model_parallel_size=null",
+        )
+
+
+def check_batch_ramp(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
+    """Each size on the ramp must run, so start and increment divide like the final size."""
+    ramp, trainer = cfg.trainer.rampup_batch_size, cfg.trainer
+    copies = _data_parallel_size(cfg, world_size)
+    if ramp is None:
+        return
+    key = "trainer.rampup_batch_size"
+    if ramp.start_global_batch_size > trainer.global_batch_size:
+        yield Problem(
+            f"{key}.start_global_batch_size",
+            ramp.start_global_batch_size,
+            f"must be at most trainer.global_batch_size = {trainer.global_batch_size}",
+            f"set it to a smaller size, or {key}=null",
+        )
+    elif (trainer.global_batch_size - ramp.start_global_batch_size) % ramp.increment:
+        rise = trainer.global_batch_size - ramp.start_global_batch_size
+        yield Problem(
+            f"{key}.increment",
+            ramp.increment,
+            f"must divide the rise from start to trainer.global_batch_size = {rise}",
+            f"set it to {either(divisors(rise)[-8:])}",
+        )
+    if copies is None:
+        return
+    unit = trainer.micro_batch_size * copies
+    if (cfg.parallelism.virtual_pipeline_model_parallel_size or 1) > 1:
+        unit *= cfg.parallelism.pipeline_model_parallel_size
+    for name, size in (("start_global_batch_size", ramp.start_global_batch_size), ("increment", ramp.increment)):
+        if size % unit:
+            yield Problem(
+                f"{key}.{name}",
+                size,
+                f"must be divisible by {unit} (micro-batch x data-parallel size, x pipeline size when interleaved)",
+                f"set it to {either(neighbouring_multiples(size, unit))}",
+            )
+
+
+def check_schedule(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+    """The parts of the learning-rate curve fit into its length."""
+    optim, sched = cfg.optim, cfg.optim.sched
+    if sched.warmup_steps >= sched.decay_steps:
+        yield Problem(
+            "optim.sched.warmup_steps",
+            sched.warmup_steps,
+            f"must be below optim.sched.decay_steps = {sched.decay_steps}, which counts the warm-up too",
+            f"set it to {sched.decay_steps // 10}, or optim.sched.decay_steps to the length of the whole curve",
+        )
+    if sched.min_lr > optim.lr:
+        yield Problem(
+            "optim.sched.min_lr",
+            sched.min_lr,
+            f"must be at most the peak optim.lr = {optim.lr}",
+            f"set it to {optim.lr / 10:g}, a tenth of the peak",
+        )
+    if sched.name != "wsd":
+        return
+    if sched.wsd_decay_steps is None:
+        yield Problem(
+            "optim.sched.wsd_decay_steps",
+            None,
+            "the wsd schedule needs the length of its final decay",
+            f"set it to {max(1, sched.decay_steps // 5)}, a fifth of optim.sched.decay_steps",
+        )
+    elif sched.wsd_decay_steps > sched.decay_steps - sched.warmup_steps:
+        yield Problem(
+            "optim.sched.wsd_decay_steps",
+            sched.wsd_decay_steps,
+            f"must fit behind the warm-up: at most optim.sched.decay_steps - warmup_steps = "
+            f"{sched.decay_steps - sched.warmup_steps}",
+            f"set it to {max(1, sched.decay_steps // 5)}, a fifth of optim.sched.decay_steps",
+        )
+
+
+def check_recompute(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+    """Full recomputation says how and how much; selective recomputation says what."""
+    parallel = cfg.parallelism
+    key = "parallelism.recompute"
+    if parallel.recompute_granularity == "full":
+        if parallel.recompute_method is None:
+            rule = "full recomputation needs uniform or block"
+            yield Problem(f"{key}_method", None, rule, f"set {key}_method=uniform")
+        if parallel.recompute_num_layers is None:
+            rule = "full recomputation needs the number of layers"
+            yield Problem(f"{key}_num_layers", None, rule, f"set {key}_num_layers=1")
+        return
+    for name in ("method", "num_layers"):
+        value = parallel.recompute_method if name == "method" else parallel.recompute_num_layers
+        if value is not None:
+            rule = f"is read with {key}_granularity=full alone, which is {parallel.recompute_granularity}"
+            yield Problem(f"{key}_{name}", value, rule, f"set {key}_{name}=null, or {key}_granularity=full")
+    if parallel.recompute_granularity != "selective":
+        return
+    for module in parallel.recompute_modules:
+        if module not in _RECOMPUTE_MODULES:
+            allowed = ", ".join(_RECOMPUTE_MODULES)
+            yield Problem(f"{key}_modules", module, f"must be of {allowed}", f"set {key}_modules=[core_attn]")
+        elif module in ("moe", "moe_act", "shared_experts") and cfg.model.moe is None:
+            rule = f"{module} is recomputed in a mixture of experts, and the model has none"
+            yield Problem(f"{key}_modules", module, rule, f"leave {module} out")
+
+
+def check_precision(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+    """FP8 needs Transformer Engine and two-byte parameters."""
+    fp8 = cfg.precision.fp8
+    if fp8 is not None and cfg.precision.params_dtype == "fp32":
+        rule = "FP8 products go with bf16 or fp16 parameters, not fp32"
+        yield Problem("precision.params_dtype", "fp32", rule, "set precision.params_dtype=bf16, or precision.fp8=null")
+    if fp8 is not None and cfg.model.transformer_impl == "torch":
+        yield Problem(
+            "model.transformer_impl",
+            "torch",
+            "precision.fp8 needs Transformer Engine",
+            "set model.transformer_impl=transformer_engine, or choose precision=bf16",
+        )
+    needed_by = "precision.fp8" if fp8 is not None else "model.transformer_impl"
+    wanted = fp8 is not None or cfg.model.transformer_impl == "transformer_engine"
+    if wanted and not cfg.trainer.check_only and find_spec("transformer_engine") is None:
+        value = fp8.fp8_recipe if fp8 is not None else cfg.model.transformer_impl
+        fix = "install transformer-engine (extra te), or choose precision=bf16 and model.transformer_impl=auto"
+        yield Problem(needed_by, value, "needs Transformer Engine, which is not installed here", fix)
+
+
+def check_mixture(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+    """What Megatron refuses about mixtures of experts, said before it does."""
+    model, moe = cfg.model, cfg.model.moe
+    if moe is None:
+        return
+    if model.add_bias_linear:
+        rule = "a mixture of experts has no biases in its linear layers"
+        yield Problem("model.add_bias_linear", True, rule, "set model.add_bias_linear=false")
+    needs_pre = moe.moe_router_topk == 1 and moe.moe_router_score_function == "softmax"
+    if needs_pre and not moe.moe_router_pre_softmax and moe.moe_router_load_balancing_type != "sinkhorn":
+        yield Problem(
+            "model.moe.moe_router_pre_softmax",
+            False,
+            "with moe_router_topk = 1 the softmax over the one chosen expert is always 1, so the router cannot learn",
+            "set model.moe.moe_router_pre_softmax=true",
+        )
+
+
+def check_rope_scaling(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+    """Each way of stretching the rotary wavelengths has the numbers that it reads."""
+    scaling = cfg.model.rope_scaling
+    if scaling is None:
+        return
+    if cfg.model.position_embedding_type != "rope":
+        value = cfg.model.position_embedding_type
+        rule = "model.rope_scaling stretches rotary positions, and the model has others"
+        yield Problem("model.position_embedding_type", value, rule, "set model.rope_scaling=null")
+    needed = {
+        "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        "yarn": ("original_max_position_embeddings",),
+        "dynamic": ("original_max_position_embeddings",),
+        "linear": (),
+    }[scaling.type]
+    given = {
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+    }
+    for name in needed:
+        if given[name] is None:
+            key = f"model.rope_scaling.{name}"
+            yield Problem(
+                key, None, f"type {scaling.type} needs it", f"set {key} as the model's published config has it"
+            )
+
+
+def check_loggers(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+    """Loggers that are asked for are installed, and have what they need."""
+    manager = cfg.exp_manager
+    asked = {
+        "create_wandb_logger": (manager.create_wandb_logger, "wandb"),
+        "create_mlflow_logger": (manager.create_mlflow_logger, "mlflow"),
+    }
+    for name, (wanted, package) in asked.items():
+        if wanted and find_spec(package) is None:
+            key = f"exp_manager.{name}"
+            yield Problem(
+                key,
+                True,
+                f"needs the package {package}, which is not installed",
+                f"install the extra {package}, or set {key}=false",
+            )
+        if wanted and not manager.enabled:
+            yield Problem(
+                f"exp_manager.{name}", True, "needs exp_manager.enabled, which is false", "set exp_manager.enabled=true"
+            )
+
+
+def check_resume(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+    """A checkpoint that is named exists."""
+    resume = cfg.checkpoint.resume
+    if resume not in ("auto", "never") and not Path(resume).exists():
+        yield Problem("checkpoint.resume", resume, "must be auto, never or an existing path", "correct the path")
+
+
+def check_data_files(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+    """Indexed files, texts and tokenizer files that the data section names exist."""
+    blends = {"data.blend": cfg.data.blend}
+    blends |= {f"data.validation.{name}": blend for name, blend in cfg.data.validation.items()}
+    for key, blend in blends.items():
+        for place, source in enumerate(blend_entries(blend, key)):
+            if source.prefix is not None:
+                yield from _missing_indexed(f"{key}[{place}].prefix", source.prefix)
+            if source.text is not None:
+                yield from _missing_path(f"{key}[{place}].text", source.text, "text")
+    if cfg.data.tokenizer.path is not None:
+        yield from _missing_path("data.tokenizer.path", cfg.data.tokenizer.path, "tokenizers")
+
+
+def _missing_indexed(key: str, prefix: str) -> Iterator[Problem]:
+    missing = [suffix for suffix in (".bin", ".idx") if not Path(prefix + suffix).expanduser().is_file()]
+    if missing and prefix.endswith((".bin", ".idx")):
+        yield Problem(key, prefix, "must be the path without .bin or .idx", f"write {prefix[:-4]}")
+    elif missing:
+        files = " and ".join(prefix + suffix for suffix in missing)
+        yield Problem(
+            key, prefix, f"there is no {files}", "correct the path, or write the files with tools/prepare_data.py"
+        )
+
+
+def _missing_path(key: str, path: str, kind: str) -> Iterator[Problem]:
+    try:
+        found = resolve_path(path, kind)
+    except InputError:
+        names = [f"{ASSET_PREFIX}{name}" for name in asset_names(kind)]
+        meant = nearest(path, names)
+        fix = f"did you mean {meant}?" if meant else f"write one of {', '.join(names)}, or a path"
+        yield Problem(key, path, "is not shipped with the package", fix)
+        return
+    if not found.exists() and not (kind == "text" and glob(str(found))):
+        yield Problem(key, path, "there is no such file or folder", "correct the path")
+
+
+RECIPE_CHECKS = (
+    check_batch,
+    check_batch_ramp,
+    check_schedule,
+    check_recompute,
+    check_precision,
+    check_mixture,
+    check_rope_scaling,
+    check_loggers,
+    check_resume,
+    check_data_files,
+)

@@ -48,13 +48,9 @@ class IndexedDataset:
             if not path.is_file():
                 raise InputError(f"{path}: no such file; an indexed dataset is a pair {self.prefix}.bin and .idx")
         self.dtype, self.num_sequences, index_entries = self._read_header()
+        self.num_documents = index_entries - 1
         self._map_index(index_entries)
         self._map_tokens()
-
-    @property
-    def num_documents(self) -> int:
-        """Number of documents."""
-        return len(self.document_indices) - 1
 
     def __len__(self) -> int:
         return self.num_sequences

@@ -85,6 +85,9 @@ class _FileTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
+    def decode(self, ids: Iterable[int]) -> str:
+        raise NotImplementedError
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.files:
@@ -255,7 +258,7 @@ class NemoTokenizer(_FileTokenizer):
         (folder / SAVED_CONFIG).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
 
 
-_KINDS = {
+_KINDS: dict[str, type[_FileTokenizer]] = {
     "huggingface": HuggingFaceTokenizer,
     "gpt2_bpe": HuggingFaceTokenizer,
     "sentencepiece": SentencePieceTokenizer,

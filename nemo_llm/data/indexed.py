@@ -12,6 +12,7 @@ import shutil
 import struct
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -264,7 +265,7 @@ class IndexedDatasetWriter:
         else:
             self.abort()
 
-    def _write_pointers(self, stream) -> None:
+    def _write_pointers(self, stream: IO[bytes]) -> None:
         offset = 0
         with self._paths["lengths"].open("rb") as lengths:
             while chunk := lengths.read(4 * _CHUNK):

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -258,7 +258,7 @@ class NemoTokenizer(_FileTokenizer):
         (folder / SAVED_CONFIG).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
 
 
-_KINDS: dict[str, type[_FileTokenizer]] = {
+_KINDS: dict[str, Callable[[TokenizerConfig], Tokenizer]] = {
     "huggingface": HuggingFaceTokenizer,
     "gpt2_bpe": HuggingFaceTokenizer,
     "sentencepiece": SentencePieceTokenizer,

@@ -46,7 +46,7 @@ def test_permutation_of_huge_size_is_cheap_and_stable() -> None:
     assert [permutation(index) for index in (0, 1, 3_699_999_999)] == PINNED
 
 
-PINNED = [0, 0, 0]
+PINNED = [3614269946, 2730439523, 2294811118]
 
 
 @settings(max_examples=40, deadline=None)

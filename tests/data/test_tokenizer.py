@@ -1,11 +1,13 @@
 """Tokenizers: known ids, round trips, saving with checkpoints, and errors that name the key or file."""
 
+import base64
 import shutil
 from pathlib import Path
 
 import pytest
 
 from nemo_llm.assets import resolve_path
+from nemo_llm.data.documents import read_documents
 from nemo_llm.data.tokenizer import TIKTOKEN_PATTERNS, load_tokenizer, load_tokenizer_from_folder
 from nemo_llm.errors import ConfigError, InputError
 from tests.data.conftest import tokenizer_config
@@ -18,16 +20,17 @@ def gpt2_ranks(folder: Path) -> Path:
     tiktoken_load = pytest.importorskip("tiktoken.load")
     gpt2 = resolve_path("asset:gpt2", "tokenizers")
     ranks = tiktoken_load.data_gym_to_mergeable_bpe_ranks(str(gpt2 / "vocab.bpe"), str(gpt2 / "encoder.json"))
-    tiktoken_load.dump_tiktoken_bpe(ranks, str(folder / "gpt2.tiktoken"))
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
+    (folder / "gpt2.tiktoken").write_text("".join(lines))
     return folder / "gpt2.tiktoken"
 
 
 def sentencepiece_model(folder: Path) -> Path:
     sentencepiece = pytest.importorskip("sentencepiece")
-    text = resolve_path("asset:shakespeare", "text")
+    first, *_ = read_documents(resolve_path("asset:shakespeare", "text"), "text")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "sp"), vocab_size=400, model_type="bpe", byte_fallback=True,
-        input_sentence_size=300, shuffle_input_sentence=False, minloglevel=2,
+        sentence_iterator=iter(first.text.split("\n")), model_prefix=str(folder / "sp"), vocab_size=400,
+        model_type="bpe", byte_fallback=True, minloglevel=2,
     )  # fmt: skip
     return folder / "sp.model"
 

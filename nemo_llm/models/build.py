@@ -13,9 +13,7 @@ from nemo_llm.models.transformer_config import to_transformer_config
 from nemo_llm.parallel.runtime import ParallelRuntime
 
 
-def build_model_chunks(
-    cfg: RunConfig, runtime: ParallelRuntime, vocab_size: int
-) -> list[torch.nn.Module]:
+def build_model_chunks(cfg: RunConfig, runtime: ParallelRuntime, vocab_size: int) -> list[torch.nn.Module]:
     """One module for each virtual pipeline stage of this rank (one without interleaving), weights initialised.
 
     Args:

@@ -72,7 +72,11 @@ def choose_backend(model: ModelConfig, device_type: str) -> str:
     if model.transformer_impl == "transformer_engine" and (device_type != "cuda" or not installed):
         reason = "needs a CUDA device" if device_type != "cuda" else "is not installed (extra `te`)"
         raise ConfigError(
-            [Problem("model.transformer_impl", "transformer_engine", f"Transformer Engine {reason}", "use torch or auto")]
+            [
+                Problem(
+                    "model.transformer_impl", "transformer_engine", f"Transformer Engine {reason}", "use torch or auto"
+                )
+            ]
         )
     if model.transformer_impl == "auto":
         return "transformer_engine" if installed and device_type == "cuda" else "torch"

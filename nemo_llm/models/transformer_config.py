@@ -55,15 +55,23 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
     unknown = sorted(set(cfg.model.mcore_overrides) - known)
     if unknown:
         raise ConfigError(
-            Problem(f"model.mcore_overrides.{name}", cfg.model.mcore_overrides[name], "is no field of Megatron's"
-                    " TransformerConfig", "look the name up in megatron.core.transformer.TransformerConfig")
+            Problem(
+                f"model.mcore_overrides.{name}",
+                cfg.model.mcore_overrides[name],
+                "is no field of Megatron's TransformerConfig",
+                "look the name up in megatron.core.transformer.TransformerConfig",
+            )
             for name in unknown
         )
     try:
         return TransformerConfig(**{**fields, **cfg.model.mcore_overrides})
     except (ValueError, AssertionError) as error:
         raise ConfigError(
-            [Problem("model", cfg.model.name, f"Megatron-Core refuses this combination: {error}", "change the keys named")]
+            [
+                Problem(
+                    "model", cfg.model.name, f"Megatron-Core refuses this combination: {error}", "change the keys named"
+                )
+            ]
         ) from error
 
 

@@ -37,7 +37,9 @@ def _plain(value: object) -> str:
 DENSE = [
     _layout("DP2", 2),
     _layout("DP2 distributed optimizer", 2, zero1=True),
-    _layout("DP4 distributed optimizer, overlapped", 4, zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
+    _layout(
+        "DP4 distributed optimizer, overlapped", 4, zero1=True, overlap_grad_reduce=True, overlap_param_gather=True
+    ),
     _layout("TP2", 2, tp=2),
     _layout("TP2 SP", 2, tp=2, sp=True),
     _layout("PP2", 2, pp=2),
@@ -51,7 +53,15 @@ DENSE = [
     _layout("TP2 SP CP2", 4, tp=2, sp=True, cp=2),
     _layout("PP2 CP2 distributed optimizer", 4, pp=2, cp=2, zero1=True),
     _layout("PP4", 4, pp=4),
-    _layout("TP2 SP DP2, full recompute", 4, tp=2, sp=True, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+    _layout(
+        "TP2 SP DP2, full recompute",
+        4,
+        tp=2,
+        sp=True,
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+    ),
 ]
 
 MOE = [

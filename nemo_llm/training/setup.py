@@ -1,7 +1,5 @@
 """From a configuration to a `TrainingRun`: model, optimizer, schedule, data."""
 
-from pathlib import Path
-
 import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -21,7 +19,7 @@ from nemo_llm.training.optimizer import build_optimizer
 from nemo_llm.training.state import TrainingRun, TrainState
 
 
-def build_training_run(cfg: RunConfig, runtime: ParallelRuntime, run_dir: Path) -> TrainingRun:
+def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
     """Build every object of a run at step 0.
 
     Raises:
@@ -35,7 +33,6 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime, run_dir: Path) 
     return TrainingRun(
         cfg=cfg,
         runtime=runtime,
-        run_dir=run_dir,
         model=model,
         optimizer=optimizer,
         forward_backward=get_forward_backward_func(),

@@ -41,7 +41,6 @@ class TrainingRun:
 
     cfg: RunConfig
     runtime: ParallelRuntime
-    run_dir: Path
     model: list[Any]
     optimizer: Any
     forward_backward: Callable[..., list[dict[str, torch.Tensor]]]
@@ -52,3 +51,4 @@ class TrainingRun:
     tokenizer: Tokenizer
     ramp: BatchRamp
     state: TrainState
+    run_dir: Path | None = None

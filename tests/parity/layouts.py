@@ -95,13 +95,11 @@ def model_overrides(model: str) -> list[str]:
 
 def train_losses(model: str, overrides: tuple[str, ...], extra: tuple[str, ...] = ()) -> list[tuple[float, float]]:
     """Loss and gradient norm of each of the first steps; runs on every rank of the world that is up."""
-    from pathlib import Path
-
     from nemo_llm.config.load import compose
     from nemo_llm.parallel.runtime import start_runtime
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import train_step
 
     cfg = compose([*model_overrides(model), *overrides, *extra])
-    run = build_training_run(cfg, start_runtime(cfg), Path("."))
+    run = build_training_run(cfg, start_runtime(cfg))
     return [(result.loss, result.grad_norm) for result in (train_step(run) for _ in range(STEPS))]

@@ -76,4 +76,5 @@ def _compose_mapping(shipped: Path, arguments: Sequence[str]) -> dict[str, Any]:
     with initialize_config_dir(config_dir=str(shipped), version_base="1.3"):
         composed = hydra_compose(config_name="config", overrides=list(arguments))
     # Without a model nothing that refers to it can be resolved; the caller reports the model as missing.
-    return OmegaConf.to_container(composed, resolve="model" in composed)
+    mapping = OmegaConf.to_container(composed, resolve="model" in composed)
+    return {str(key): value for key, value in mapping.items()} if isinstance(mapping, dict) else {}

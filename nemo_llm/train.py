@@ -4,6 +4,7 @@ Everything heavy is imported inside the functions, so that ``--help`` and config
 """
 
 import sys
+import warnings
 
 from nemo_llm.config import RunConfig
 from nemo_llm.config.entry import intended_world_size, run_entry_point
@@ -14,6 +15,8 @@ from nemo_llm.log import configure_logging
 def main(cfg: RunConfig) -> ExitCode:
     """Build the run, resume it if there is something to resume, train, and show what came of it."""
     configure_logging()
+    # Megatron says at every start what is not installed; what was chosen is printed by us.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     if cfg.trainer.check_only:
         return check_only(cfg)
 

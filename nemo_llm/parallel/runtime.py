@@ -163,6 +163,8 @@ def start_runtime(cfg: RunConfig, place: ProcessPlace | None = None) -> Parallel
         ConfigError: no GPU where one was asked for.
     """
     place = place or find_process_place()
+    if cfg.trainer.deterministic:
+        _make_deterministic()
     device = select_device(cfg, place)
     if place.launcher == "slurm":
         _set_slurm_rendezvous()
@@ -176,6 +178,13 @@ def start_runtime(cfg: RunConfig, place: ProcessPlace | None = None) -> Parallel
     else:
         dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timeout)
     return set_layout(cfg, place, device)
+
+
+def _make_deterministic() -> None:
+    """Only operations that repeat bit by bit; those that cannot raise. Before the first CUDA call."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    torch.use_deterministic_algorithms(True)
 
 
 def set_layout(cfg: RunConfig, place: ProcessPlace, device: torch.device) -> ParallelRuntime:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.utils import unwrap_model
 
 from nemo_llm.errors import CheckpointError, InputError
 from nemo_llm.training.state import TrainingRun, TrainState
@@ -46,7 +47,8 @@ def save_checkpoint(run: TrainingRun) -> Path:
 
 def sharded_state(run: TrainingRun, is_loading: bool) -> dict:
     """Model and optimizer as Megatron's sharded state dict: names and global offsets, no layout."""
-    model = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(run.model)}
+    # Unwrapped: the wrapper of 16-bit models would put its own prefix before every name.
+    model = {f"model{number}": unwrap_model(chunk).sharded_state_dict() for number, chunk in enumerate(run.model)}
     in_one = model["model0"] if len(model) == 1 else model
     optimizer = run.optimizer.sharded_state_dict(in_one, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
     return {**model, "optimizer": optimizer}
@@ -63,7 +65,7 @@ def load_checkpoint(run: TrainingRun, folder: Path) -> None:
     dist.barrier()
     loaded = dist_checkpointing.load(sharded_state(run, is_loading=True), str(folder / "state"))
     for number, chunk in enumerate(run.model):
-        chunk.load_state_dict(loaded[f"model{number}"])
+        unwrap_model(chunk).load_state_dict(loaded[f"model{number}"])
     run.optimizer.load_state_dict(loaded["optimizer"])
     progress = json.loads((folder / "training.json").read_text())
     run.state = TrainState(progress["step"], progress["consumed_samples"], progress["consumed_tokens"])

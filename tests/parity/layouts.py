@@ -81,7 +81,6 @@ def model_overrides(model: str) -> list[str]:
     """A small model on the shipped text; the same global batch for every layout."""
     return [
         f"+model={model}",
-        "trainer.accelerator=cpu",
         "trainer.global_batch_size=8",
         "trainer.micro_batch_size=1",
         "data.seq_length=64",
@@ -100,6 +99,6 @@ def train_losses(model: str, overrides: tuple[str, ...], extra: tuple[str, ...] 
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import train_step
 
-    cfg = compose([*model_overrides(model), *overrides, *extra])
+    cfg = compose([*model_overrides(model), "trainer.accelerator=cpu", *overrides, *extra])
     run = build_training_run(cfg, start_runtime(cfg))
     return [(result.loss, result.grad_norm) for result in (train_step(run) for _ in range(STEPS))]

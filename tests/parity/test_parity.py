@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from tests.parity.layouts import DENSE, MOE, Layout, train_losses
 from tests.ranks import RankPool
 
@@ -55,4 +56,3 @@ def test_bf16_layout_stays_near_one_process(layout: Layout, ranks: RankPool) -> 
     one = ranks.run(train_losses, 1, "gpt_tiny", (), bf16)[0]
     for losses in ranks.run(train_losses, layout.processes, "gpt_tiny", layout.overrides, bf16):
         _assert_close(losses, one, BF16_LOSS_TOLERANCE, BF16_NORM_TOLERANCE)
-

@@ -1,0 +1,161 @@
+"""Is this GPU machine fit, and does the GPU compute what the CPU does? Under 8 minutes on one GPU.
+
+``python -m benchmarks.gpu_smoke [--report FILE] [--only NAME ...]``. Each check prints one line; one that failed makes
+the exit code 1.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# fp32 on both, but cuBLAS and SDPA add in another order than the CPU does, and Adam carries that on.
+GOLDEN_TOLERANCE = 2e-4
+
+
+def golden(model: str) -> str:
+    """Ten fp32 steps on the GPU against the losses that the CPU gave."""
+    steps = _train_losses(model, [])
+    wanted = json.loads((ROOT / f"tests/golden/{model}_fp32.json").read_text())["steps"]
+    worst = max(
+        abs(a - b) / abs(b) for got, want in zip(steps, wanted, strict=True) for a, b in zip(got, want, strict=True)
+    )
+    assert worst < GOLDEN_TOLERANCE, f"relative difference {worst:.1e}"
+    return f"largest relative difference of loss and gradient norm over 10 steps: {worst:.1e}"
+
+
+def _train_losses(model: str, overrides: list[str]) -> list[list[float]]:
+    code = (
+        "import json, sys; from tests.parity.layouts import train_losses; "
+        f"print('LOSSES', json.dumps(train_losses({model!r}, tuple({overrides!r}), ('trainer.accelerator=auto',))))"
+    )
+    output = _run([sys.executable, "-c", code])
+    return json.loads(next(line for line in output.splitlines() if line.startswith("LOSSES")).split(" ", 1)[1])
+
+
+def overlap() -> str:
+    """Overlapped gradient reduction and parameter gathering change no bit."""
+    base = ["parallelism.use_distributed_optimizer=true", "precision=bf16"]
+    overlapped = [*base, "parallelism.overlap_grad_reduce=true", "parallelism.overlap_param_gather=true"]
+    plain, other = _train_losses("gpt_tiny", base), _train_losses("gpt_tiny", overlapped)
+    assert plain == other, f"{plain[-1]} without, {other[-1]} with overlap"
+    return "ten bf16 steps bit-equal with overlap on and off"
+
+
+def kill_and_resume() -> str:
+    """20 steps equal kill -9 after a save, then resume to 20: every later row bit-equal."""
+    folder = Path(tempfile.mkdtemp())
+    options = [
+        "+model=gpt_tiny", "precision=bf16", "trainer.max_steps=20", "trainer.log_interval=1", "trainer.val_interval=null",
+        "trainer.deterministic=true", "checkpoint.save_interval=5", "exp_manager.enabled=false", "sample.enabled=false",
+    ]  # fmt: skip
+    _train([*options, f"run.dir={folder}/whole"])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nemo_llm.train", *options, f"run.dir={folder}/killed"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+    )
+    while _last_step(folder / "killed") < 8 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed_at = _last_step(folder / "killed")
+    _train([*options, f"run.dir={folder}/killed"])
+    rows = [_losses(folder / name) for name in ("whole", "killed")]
+    shutil.rmtree(folder)
+    assert rows[0] == rows[1], f"{rows[0][-1]} undisturbed, {rows[1][-1]} after the kill"
+    return f"killed after step {killed_at}, resumed; 20 losses and gradient norms bit-equal"
+
+
+def nemo() -> str:
+    """NeMo's exp_manager runs the experiment and writes TensorBoard's file."""
+    folder = tempfile.mkdtemp()
+    _train(["+model=gpt_tiny", "precision=bf16", "trainer.max_steps=5", "sample.enabled=false", f"run.dir={folder}"])
+    events = list(Path(folder).rglob("events.out.tfevents*"))
+    assert events, f"no TensorBoard file under {folder}"
+    return f"{len(list((Path(folder) / 'logs').iterdir()))} files in logs/, TensorBoard's among them"
+
+
+def gpt_1b() -> str:
+    """Fifty bf16 steps of gpt_1b on real tokens."""
+    folder = Path(tempfile.mkdtemp())
+    output = _train(
+        ["+model=gpt_1b", "trainer.max_steps=50", "trainer.log_interval=10", "trainer.val_interval=null",
+         "trainer.global_batch_size=16", "trainer.micro_batch_size=4", "exp_manager.enabled=false", "sample.enabled=false",
+         "checkpoint.save_interval=null", "checkpoint.save_final=false", f"run.dir={folder}"]
+    )  # fmt: skip
+    line = [line for line in output.splitlines() if line.startswith("step")][-1]
+    return line
+
+
+CHECKS: dict[str, Callable[[], str]] = {
+    "golden gpt_tiny": lambda: golden("gpt_tiny"),
+    "golden moe_tiny": lambda: golden("moe_tiny"),
+    "overlap": overlap,
+    "kill and resume": kill_and_resume,
+    "NeMo": nemo,
+    "gpt_1b": gpt_1b,
+}
+
+
+def main() -> int:
+    """Run the checks and print a table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--report", type=Path)
+    parser.add_argument("--only", nargs="*")
+    arguments = parser.parse_args()
+    rows = []
+    for name, check in CHECKS.items():
+        if arguments.only and name not in arguments.only:
+            continue
+        began = time.perf_counter()
+        try:
+            outcome, detail = "passed", check()
+        except (AssertionError, subprocess.CalledProcessError) as error:
+            outcome, detail = "FAILED", str(error)
+        rows.append(
+            {"check": name, "outcome": outcome, "seconds": round(time.perf_counter() - began, 1), "detail": detail}
+        )
+        print(f"{outcome:7} {name:16} {rows[-1]['seconds']:6.1f} s  {detail}", flush=True)
+    if arguments.report:
+        arguments.report.write_text(json.dumps(rows, indent=1))
+    return int(any(row["outcome"] == "FAILED" for row in rows))
+
+
+def _run(command: list[str]) -> str:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise AssertionError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
+    return done.stdout
+
+
+def _train(overrides: list[str]) -> str:
+    return _run([sys.executable, "-m", "nemo_llm.train", *overrides])
+
+
+def _rows(run_dir: Path) -> list[dict]:
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [row for row in map(json.loads, lines) if "loss" in row]
+
+
+def _last_step(run_dir: Path) -> int:
+    rows = _rows(run_dir)
+    return rows[-1]["step"] if rows else 0
+
+
+def _losses(run_dir: Path) -> list[tuple]:
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in _rows(run_dir)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

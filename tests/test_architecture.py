@@ -54,10 +54,10 @@ def module_level(tree: ast.Module) -> ast.Module:
     """`tree` without the bodies of functions, whose imports are lazy, and without ``if TYPE_CHECKING``."""
 
     class Strip(ast.NodeTransformer):
-        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:  # noqa: N802
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
             return None
 
-        def visit_If(self, node: ast.If) -> ast.AST | None:  # noqa: N802
+        def visit_If(self, node: ast.If) -> ast.AST | None:
             return None if "TYPE_CHECKING" in ast.dump(node.test) else self.generic_visit(node)
 
     return ast.fix_missing_locations(Strip().visit(ast.parse(ast.unparse(tree))))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,14 @@ def decode(mapping: Mapping[str, Any]) -> RunConfig:
     """
     try:
         # JSON mode is the strict mode that takes mappings for dataclasses, and whole numbers for floats alone.
-        return TypeAdapter(RunConfig).validate_json(json.dumps(mapping), strict=True)
+        return _decoder().validate_json(json.dumps(mapping), strict=True)
     except ValidationError as error:
         raise ConfigError(problems_of_validation(error.errors(), mapping)) from None
+
+
+@cache
+def _decoder() -> TypeAdapter[RunConfig]:
+    return TypeAdapter(RunConfig)
 
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:

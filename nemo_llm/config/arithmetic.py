@@ -27,7 +27,10 @@ def either(numbers: Iterable[int]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:
-    """Rows of the embedding: `vocab_size` rounded up to a multiple of `divisible_by` x TP, as Megatron does."""
-    unit = divisible_by * tensor_model_parallel_size
-    return -(-vocab_size // unit) * unit
+def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
+    """Rows of the embedding: `vocab_size` rounded up to a multiple of `divisible_by`.
+
+    Megatron-LM rounds to a multiple of `divisible_by` x TP, which makes the shape of the weights depend on the layout.
+    Here TP must divide the padded size instead, and every layout has the same weights.
+    """
+    return -(-vocab_size // divisible_by) * divisible_by

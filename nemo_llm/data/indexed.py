@@ -12,6 +12,7 @@ import shutil
 import struct
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,13 +49,9 @@ class IndexedDataset:
             if not path.is_file():
                 raise InputError(f"{path}: no such file; an indexed dataset is a pair {self.prefix}.bin and .idx")
         self.dtype, self.num_sequences, index_entries = self._read_header()
+        self.num_documents = index_entries - 1
         self._map_index(index_entries)
         self._map_tokens()
-
-    @property
-    def num_documents(self) -> int:
-        """Number of documents."""
-        return len(self.document_indices) - 1
 
     def __len__(self) -> int:
         return self.num_sequences
@@ -268,7 +265,7 @@ class IndexedDatasetWriter:
         else:
             self.abort()
 
-    def _write_pointers(self, stream) -> None:
+    def _write_pointers(self, stream: IO[bytes]) -> None:
         offset = 0
         with self._paths["lengths"].open("rb") as lengths:
             while chunk := lengths.read(4 * _CHUNK):

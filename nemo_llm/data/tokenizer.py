@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,6 +84,9 @@ class _FileTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -255,7 +258,7 @@ class NemoTokenizer(_FileTokenizer):
         (folder / SAVED_CONFIG).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[[TokenizerConfig], Tokenizer]] = {
     "huggingface": HuggingFaceTokenizer,
     "gpt2_bpe": HuggingFaceTokenizer,
     "sentencepiece": SentencePieceTokenizer,

@@ -3,6 +3,12 @@
 import math
 
 import torch
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.module import Float16Module
 
 from nemo_llm.config import RunConfig
@@ -49,4 +55,18 @@ def _build_chunk(cfg, runtime, config, backend, vp_stage, vocab_size) -> Languag
         vp_stage=vp_stage,
         pg_collection=runtime.groups,
     )
+    _mark_split_parameters(chunk)
     return chunk.to(runtime.device)
+
+
+def _mark_split_parameters(chunk: LanguageModel) -> None:
+    """Mark the parameters that tensor parallelism splits; Megatron does it as it draws weights, which it does not here.
+
+    Without the mark they count as copies, once over all ranks, in the norm of the gradients.
+    """
+    split_dims = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    for module in chunk.modules():
+        for kind, dim in split_dims.items():
+            if isinstance(module, kind) and module.weight is not None:
+                if not hasattr(module.weight, "tensor_model_parallel"):
+                    set_tensor_model_parallel_attributes(module.weight, True, dim, 1)

@@ -6,6 +6,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_llm.config import ModelConfig
+from nemo_llm.config.arithmetic import padded_vocab_size
 from nemo_llm.models.cross_entropy import VocabParallelCrossEntropy
 
 
@@ -70,8 +71,3 @@ class LanguageModel(GPTModel):
             return logits
         padding = torch.arange(logits.shape[-1], device=logits.device) >= known_here
         return logits.masked_fill(padding, torch.finfo(logits.dtype).min)
-
-
-def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """Smallest multiple of ``multiple`` that holds the vocabulary; the same on every layout."""
-    return -(-vocab_size // multiple) * multiple

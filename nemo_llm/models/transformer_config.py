@@ -40,8 +40,8 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
     """
     fields = {
         **_model_fields(cfg.model),
-        **_moe_fields(cfg.model),
-        **_parallel_fields(cfg.parallelism),
+        **_moe_fields(cfg.model, cfg.parallelism),
+        **_parallel_fields(cfg.parallelism, device),
         **_precision_fields(cfg.precision),
         "deterministic_mode": cfg.trainer.deterministic,
         # mcore's fused SwiGLU keeps one tensor less for the backward pass; its other fused activations are the tanh
@@ -107,18 +107,26 @@ def _model_fields(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _moe_fields(model: ModelConfig) -> dict[str, Any]:
+def _moe_fields(model: ModelConfig, layout: ParallelismConfig) -> dict[str, Any]:
     moe = model.moe
     if moe is None:
         return {}
     fields = dataclasses.asdict(moe)
     if moe.moe_layer_freq == 1:
         del fields["moe_layer_freq"]
+    # megatron-core 0.16.1 scales the auxiliary losses by the tokens of one rank and then divides the gradients by the
+    # tokens of the whole batch: where TP and CP split a sequence over n ranks they weigh n times too little. The
+    # parity tests of MoE layouts fail once Megatron counts all tokens.
+    split = layout.tensor_model_parallel_size * layout.context_parallel_size
+    fields["moe_aux_loss_coeff"] = moe.moe_aux_loss_coeff * split
+    if moe.moe_z_loss_coeff is not None:
+        fields["moe_z_loss_coeff"] = moe.moe_z_loss_coeff * split
     return fields
 
 
-def _parallel_fields(layout: ParallelismConfig) -> dict[str, Any]:
+def _parallel_fields(layout: ParallelismConfig, device: torch.device) -> dict[str, Any]:
     selective = layout.recompute_granularity == "selective"
+    interleaved = layout.virtual_pipeline_model_parallel_size is not None
     return {
         "tensor_model_parallel_size": layout.tensor_model_parallel_size,
         "sequence_parallel": layout.sequence_parallel,
@@ -135,8 +143,12 @@ def _parallel_fields(layout: ParallelismConfig) -> dict[str, Any]:
         "recompute_modules": list(layout.recompute_modules) if selective else None,
         "gradient_accumulation_fusion": False,
         "variable_seq_lengths": False,
-        "batch_p2p_comm": True,
-        "deallocate_pipeline_outputs": True,
+        # Batched sends and receives between the same two ranks pair up by order alone: with interleaving over two
+        # stages the forward and the backward tensors would swap. Megatron keeps them apart when they are overlapped.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        # Frees a sent activation at once. gloo still reads it then: only a CUDA stream orders the two.
+        "deallocate_pipeline_outputs": device.type == "cuda",
     }
 
 

@@ -118,6 +118,45 @@ def _all_to_all_single(
 
 
 _TORCH_ALL_TO_ALL_SINGLE = dist.all_to_all_single
+_TORCH_ALL_GATHER = dist.all_gather
+_TORCH_REDUCE_SCATTER = dist.reduce_scatter
+
+
+def _all_gather(
+    tensor_list: list[torch.Tensor],
+    tensor: torch.Tensor,
+    group: dist.ProcessGroup | None = None,
+    async_op: bool = False,
+) -> Any:
+    # Experts under tensor parallelism gather unequal numbers of tokens, which NCCL can and gloo cannot.
+    if len({part.shape for part in tensor_list}) == 1:
+        return _TORCH_ALL_GATHER(tensor_list, tensor, group, async_op)
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    for part, source in zip(tensor_list, ranks, strict=True):
+        if source == dist.get_rank():
+            part.copy_(tensor)
+        received = part.contiguous()
+        dist.broadcast(received, source, group)
+        part.copy_(received)
+    return None
+
+
+def _reduce_scatter(
+    output: torch.Tensor,
+    input_list: list[torch.Tensor],
+    op: Any = dist.ReduceOp.SUM,
+    group: dist.ProcessGroup | None = None,
+    async_op: bool = False,
+) -> Any:
+    if len({part.shape for part in input_list}) == 1:
+        return _TORCH_REDUCE_SCATTER(output, input_list, op, group, async_op)
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    for part, destination in zip(input_list, ranks, strict=True):
+        reduced = part.clone()
+        dist.reduce(reduced, destination, op, group)
+        if destination == dist.get_rank():
+            output.copy_(reduced)
+    return None
 
 
 def _plain_list(sizes: Any) -> list[int] | None:
@@ -142,6 +181,7 @@ def install() -> None:
     _replace_cuda_functions()
     _replace_megatron_rng(megatron_random)
     dist.all_to_all_single = _all_to_all_single
+    dist.all_gather, dist.reduce_scatter = _all_gather, _reduce_scatter
     CudaOnCpu().__enter__()
 
 

@@ -17,11 +17,8 @@ def report(cfg: RunConfig, world_size: int, tokenizer_vocab_size: int) -> str:
     Raises:
         ConfigError: the run needs more memory than `cluster.gpu_memory_gib`.
     """
-    vocab_size = padded_vocab_size(
-        cfg.model.vocab_size or tokenizer_vocab_size,
-        cfg.model.make_vocab_size_divisible_by,
-        cfg.parallelism.tensor_model_parallel_size,
-    )
+    known = cfg.model.vocab_size or tokenizer_vocab_size
+    vocab_size = padded_vocab_size(known, cfg.model.make_vocab_size_divisible_by)
     estimate = estimate_memory(cfg, world_size, vocab_size)
     flops = flops_per_token(cfg.model, cfg.data.seq_length, vocab_size)
     counted, layout = estimate.parameters, estimate.layout

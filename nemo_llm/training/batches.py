@@ -1,10 +1,14 @@
 """From samples on disk to tensors on this rank's device."""
 
+import dataclasses
+
+import numpy as np
 import torch
 
 from nemo_llm.config import RunConfig
-from nemo_llm.data.build import build_train_and_validation
-from nemo_llm.data.loader import MicroBatchLoader
+from nemo_llm.data.build import DataSets, build_train_and_validation
+from nemo_llm.data.loader import MicroBatch, MicroBatchLoader
+from nemo_llm.data.sample import Sample, SampleSource
 from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_llm.models.context_parallel import take_local_chunks
 from nemo_llm.parallel.runtime import ParallelRuntime
@@ -13,21 +17,32 @@ from nemo_llm.parallel.runtime import ParallelRuntime
 class DeviceBatches:
     """Micro-batches of one source for this rank, on its device and cut for context parallelism."""
 
-    def __init__(self, loader: MicroBatchLoader, num_samples: int, runtime: ParallelRuntime) -> None:
-        self.loader, self.num_samples, self.runtime = loader, num_samples, runtime
+    def __init__(self, source: SampleSource, cfg: RunConfig, runtime: ParallelRuntime, prefetch: int) -> None:
+        self.source, self.runtime = source, runtime
+        self.loader = MicroBatchLoader(
+            source,
+            dp_rank=runtime.dp_rank,
+            dp_size=runtime.dp_size,
+            micro_batch_size=cfg.trainer.micro_batch_size,
+            prefetch=prefetch,
+        )
 
-    def __len__(self) -> int:
-        return self.num_samples
+    @property
+    def wait_seconds(self) -> float:
+        """Time spent waiting for data since the start."""
+        return self.loader.wait_seconds
 
     def micro_batches(self, first_sample: int, num_samples: int) -> list[dict[str, torch.Tensor]]:
         """The ``num_samples`` samples from ``first_sample`` on that are this data-parallel rank's, by micro-batch."""
         return [self._to_device(batch) for batch in self.loader.micro_batches(first_sample, num_samples)]
 
-    def _to_device(self, arrays: dict) -> dict[str, torch.Tensor]:
+    def _to_device(self, arrays: MicroBatch) -> dict[str, torch.Tensor]:
         runtime = self.runtime
         cp = runtime.parallelism.context_parallel_size
         batch = {}
         for name, array in arrays.items():
+            if array is None:
+                continue
             tensor = torch.from_numpy(array)
             if runtime.device.type == "cuda":
                 tensor = tensor.pin_memory().to(runtime.device, non_blocking=True)
@@ -36,21 +51,36 @@ class DeviceBatches:
         return batch
 
 
+class PaddedSource:
+    """A finite source that goes on with samples that count for nothing, so that its last global batch is whole."""
+
+    def __init__(self, source: SampleSource) -> None:
+        self.source, self.seq_length = source, source.seq_length
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        if index < len(self.source):
+            return self.source[index]
+        last = self.source[len(self.source) - 1]
+        return dataclasses.replace(last, loss_mask=np.zeros_like(last.loss_mask))
+
+
 def build_loaders(
     cfg: RunConfig, runtime: ParallelRuntime
-) -> tuple[Tokenizer, DeviceBatches, dict[str, DeviceBatches]]:
-    """Tokenizer, training data and validation sets.
+) -> tuple[Tokenizer, DataSets, DeviceBatches, dict[str, DeviceBatches]]:
+    """Tokenizer, the data sets themselves, and the batches of the training and of each validation set.
 
     Raises:
         InputError: files that are missing or damaged, or that hold token ids beyond the vocabulary.
     """
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     sets = build_train_and_validation(cfg.data, tokenizer, cfg.trainer.seed)
-    micro_batch_size = cfg.trainer.micro_batch_size
-
-    def load(source) -> DeviceBatches:
-        return DeviceBatches(
-            MicroBatchLoader(source, runtime.dp_rank, runtime.dp_size, micro_batch_size), len(source), runtime
-        )
-
-    return tokenizer, load(sets.train), {name: load(source) for name, source in sets.validation.items()}
+    train = DeviceBatches(sets.train, cfg, runtime, cfg.data.prefetch)
+    validation = {
+        name: DeviceBatches(PaddedSource(source), cfg, runtime, prefetch=0)
+        for name, source in sets.validation.items()
+        if len(source) > 0
+    }
+    return tokenizer, sets, train, validation

@@ -1,7 +1,7 @@
 """Experiment tracking: NeMo's `exp_manager` for its logs and loggers, in a folder of the run and nowhere else.
 
-NeMo 3.0 writes what was started (command line, commit, uncommitted changes), collects warnings and errors in one file, and makes
-the TensorBoard, Weights & Biases and MLflow loggers. It wants a Lightning trainer; there is none here, so it is given
+NeMo 3.0 writes what was started (command line, commit, uncommitted changes), collects warnings and errors in one file,
+and makes the TensorBoard and Weights & Biases loggers. It wants a Lightning trainer; there is none here, so it is given
 the few attributes that it reads. Everything that leans on NeMo's insides stands in this file, each with its reason, and
 `tests/training/test_experiment.py` fails when NeMo changes one of them.
 
@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_llm.config.services import ExpManagerConfig
-from nemo_llm.errors import ConfigError, Problem
+from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 from nemo_llm.log import get_logger
 
 _log = get_logger(__name__)
 
 LOG_FOLDER = "logs"
-"""Folder inside the run folder that NeMo may use. It must not be the run folder itself: `check_resume` moves every file
-that it finds in its folder into `run_0/`, `run_1/` and so on at each start, even with `resume_if_exists` off (NeMo 3.0.0)."""
+"""Folder inside the run folder that NeMo may use. It must not be the run folder itself: `check_resume` of NeMo 3.0.0
+moves every file that it finds in its folder into `run_0/`, `run_1/` and so on at each start, `resume_if_exists` or not.
+In here that is welcome, since each start of a run keeps its own command and error log."""
 
 _FAILURES_BEFORE_DROP = 5
 
@@ -60,7 +61,7 @@ class ExperimentRun:
 
 
 class ExperimentLogger:
-    """Sends metrics to every backend. A backend that fails warns, and never ends a run: `metrics.jsonl` is the record."""
+    """Sends metrics to every backend. One that fails warns, and never ends a run: `metrics.jsonl` is the record."""
 
     def __init__(self, backends: Sequence[MetricsBackend], error_handlers: Sequence[logging.Handler] = ()):
         self._failures = dict.fromkeys(backends, 0)  # of each backend in use, how often it failed running
@@ -128,10 +129,10 @@ def start_experiment(settings: ExpManagerConfig, run: ExperimentRun) -> Experime
     if not settings.enabled:
         return ExperimentLogger([_TensorBoardWriter(log_dir, run)] if settings.create_tensorboard_logger else [])
     trainer, error_handler = _run_exp_manager(settings, run, log_dir)
-    backends: list[MetricsBackend] = list(trainer.loggers)
+    loggers = list(trainer.loggers)
     if settings.create_mlflow_logger:
-        backends.append(_mlflow_logger(settings, run, log_dir))
-    return ExperimentLogger(_connected(backends, run), [error_handler])
+        loggers.append(_mlflow_logger(settings, run, log_dir))
+    return ExperimentLogger(_connected(loggers, run), [error_handler])
 
 
 def _problems(settings: ExpManagerConfig) -> list[Problem]:
@@ -254,52 +255,65 @@ def _tame_loggers() -> None:
             # have, and would keep every message of a run of weeks in memory.
             if isinstance(handler, logging.handlers.MemoryHandler):
                 logger.removeHandler(handler)
-    # Set to False by NeMo's `add_handlers_to_mcore_logger`: Megatron's messages would miss the project's own log.
+    # Set to False by NeMo's `add_handlers_to_mcore_logger`: Megatron's messages would reach NeMo's error file alone,
+    # and none of the handlers that a program has on its root logger.
     logging.getLogger("megatron.core").propagate = True
 
 
-def _mlflow_logger(settings: ExpManagerConfig, run: ExperimentRun, log_dir: Path) -> MetricsBackend:
-    """Lightning's MLflow logger with NeMo's argument names; by default it writes to files in `log_dir`."""
+def _mlflow_logger(settings: ExpManagerConfig, run: ExperimentRun, log_dir: Path) -> Any:
+    """Lightning's MLflow logger, with NeMo's argument names; without an address it writes a database in `log_dir`."""
     from lightning.pytorch.loggers import MLFlowLogger
 
-    arguments = {
-        "experiment_name": run.name,
-        "run_name": run.name,
-        "save_dir": str(log_dir / "mlruns"),
-        **settings.mlflow_logger_kwargs,
-    }
-    if "MLFLOW_TRACKING_URI" in os.environ:
-        arguments.setdefault("tracking_uri", os.environ["MLFLOW_TRACKING_URI"])
+    arguments = {"experiment_name": run.name, "run_name": run.name, **settings.mlflow_logger_kwargs}
+    if "tracking_uri" not in arguments:
+        # In a folder of its own, which NeMo does not move away at the next start. (MLflow 3 refuses plain folders.)
+        local = log_dir / "mlflow"
+        local.mkdir(exist_ok=True)
+        arguments["tracking_uri"] = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{local.resolve()}/mlflow.db")
     try:
         return MLFlowLogger(**arguments)
-    except (ModuleNotFoundError, TypeError) as error:
-        problem = Problem(
-            "exp_manager.mlflow_logger_kwargs",
-            dict(settings.mlflow_logger_kwargs),
-            f"MLflow's logger cannot be made: {error}",
-            "install the extra: pip install 'nemo_llm[mlflow]'"
-            if isinstance(error, ModuleNotFoundError)
-            else "use the argument names of NeMo's MLFlowParams",
-        )
-        raise ConfigError([problem]) from error
+    except Exception as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        fix = "pip install 'nemo_llm[mlflow]'" if missing else "give arguments of Lightning's MLFlowLogger"
+        value = dict(settings.mlflow_logger_kwargs)
+        rule = f"MLflow's logger cannot be made: {type(error).__name__}: {error}"
+        raise ConfigError([Problem("exp_manager.mlflow_logger_kwargs", value, rule, fix)]) from error
 
 
-def _connected(backends: list[MetricsBackend], run: ExperimentRun) -> list[MetricsBackend]:
-    """Open each backend now, so that a wrong key or address shows before the first step and not hours later."""
-    ready = []
-    for backend in backends:
+def _connected(loggers: list[Any], run: ExperimentRun) -> list[MetricsBackend]:
+    """Open each of Lightning's `loggers` now: a wrong key or address shows before the first step, not hours later."""
+    ready: list[MetricsBackend] = []
+    for logger in loggers:
+        name = type(logger).__name__
         try:
-            _ = backend.experiment  # type: ignore[attr-defined]  # Lightning's loggers connect on first use
+            _ = logger.experiment  # Lightning's loggers connect when this is first read
         except Exception as error:
-            message = f"{type(backend).__name__} cannot start: {type(error).__name__}: {error}"
+            message = f"cannot start: {type(error).__name__}: {error}"
             if run.resume_step == 0:
-                fix = "check its address and credentials, or switch it off (create_*_logger=false)"
-                raise ConfigError([Problem("exp_manager", type(backend).__name__, message, fix)]) from error
+                fix = "check its address and credentials, or switch it off (exp_manager.create_*_logger=false)"
+                raise ConfigError([Problem(f"exp_manager ({name})", NO_VALUE, message, fix)]) from error
             # A requeued run goes on without its tracker rather than not at all.
-            _log.warning("%s; the run goes on without it", message)
+            _log.warning("%s %s; the run goes on without it", name, message)
         else:
-            ready.append(backend)
+            ready.append(_WandbBackend(logger) if name == "WandbLogger" else logger)
     return ready
+
+
+class _WandbBackend:
+    """Lightning's W&B logger, which never ends its run; a failed one would then be shown as finished."""
+
+    def __init__(self, logger: Any):
+        self._logger = logger
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self._logger.log_metrics(metrics, step)
+
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
+        self._logger.log_hyperparams(params)
+
+    def finalize(self, status: str) -> None:
+        self._logger.finalize(status)
+        self._logger.experiment.finish(exit_code=0 if status == "success" else 1)
 
 
 # --- without NeMo ---------------------------------------------------------------------------------------------------

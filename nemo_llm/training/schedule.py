@@ -35,7 +35,8 @@ def learning_rate(step: int, peak_lr: float, sched: SchedConfig) -> float:
 
 def _share_left(step: int, sched: SchedConfig) -> float:
     """What is left of ``peak_lr - min_lr`` at a `step` between warm-up and ``decay_steps``: from 1 down to 0."""
-    style, start = sched.name, sched.warmup_steps
+    style: str = sched.name
+    start = sched.warmup_steps
     if style == "wsd":
         if sched.wsd_decay_steps is None:
             raise ValueError("optim.sched.wsd_decay_steps = None: the wsd schedule needs the length of its decay")

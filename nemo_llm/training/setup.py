@@ -1,7 +1,5 @@
 """From a configuration to a `TrainingRun`: model, optimizer, schedule, data."""
 
-from pathlib import Path
-
 import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -21,13 +19,13 @@ from nemo_llm.training.optimizer import build_optimizer
 from nemo_llm.training.state import TrainingRun, TrainState
 
 
-def build_training_run(cfg: RunConfig, runtime: ParallelRuntime, run_dir: Path) -> TrainingRun:
+def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
     """Build every object of a run at step 0.
 
     Raises:
         ConfigError, InputError: a model that Megatron refuses, data that cannot be read, tokens beyond the vocabulary.
     """
-    tokenizer, loader, validation = build_loaders(cfg, runtime)
+    tokenizer, sets, loader, validation = build_loaders(cfg, runtime)
     vocab_size = cfg.model.vocab_size or tokenizer.vocab_size
     model = wrap_data_parallel(cfg, build_model_chunks(cfg, runtime, vocab_size))
     optimizer = build_optimizer(cfg, model)
@@ -35,13 +33,13 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime, run_dir: Path) 
     return TrainingRun(
         cfg=cfg,
         runtime=runtime,
-        run_dir=run_dir,
         model=model,
         optimizer=optimizer,
         forward_backward=get_forward_backward_func(),
         forward_step=pretrain.forward_step,
         loader=loader,
         validation=validation,
+        data=sets,
         tokenizer=tokenizer,
         ramp=build_batch_ramp(cfg.trainer.global_batch_size, cfg.trainer.rampup_batch_size),
         state=TrainState(),

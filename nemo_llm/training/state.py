@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from nemo_llm.config import RunConfig
+from nemo_llm.data.build import DataSets
+from nemo_llm.data.tokenizer import Tokenizer
 from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.training.batch_ramp import BatchRamp
+from nemo_llm.training.batches import DeviceBatches
 
 
 @dataclass
@@ -32,25 +35,20 @@ class StepResult:
     skipped: bool
 
 
-class BatchLoader(Protocol):
-    """Gives the micro-batches of one global batch to this data-parallel rank."""
-
-    def micro_batches(self, first_sample: int, num_samples: int) -> list[dict[str, torch.Tensor]]: ...
-
-
 @dataclass
 class TrainingRun:
     """Every object of a run; nothing is looked up elsewhere."""
 
     cfg: RunConfig
     runtime: ParallelRuntime
-    run_dir: Path
     model: list[Any]
     optimizer: Any
     forward_backward: Callable[..., list[dict[str, torch.Tensor]]]
     forward_step: Callable[..., Any]
-    loader: BatchLoader
-    validation: dict[str, BatchLoader]
-    tokenizer: Any
+    data: DataSets
+    loader: DeviceBatches
+    validation: dict[str, DeviceBatches]
+    tokenizer: Tokenizer
     ramp: BatchRamp
     state: TrainState
+    run_dir: Path | None = None

@@ -3,6 +3,13 @@
 from collections import deque
 from dataclasses import dataclass
 from statistics import median
+from typing import TYPE_CHECKING
+
+from nemo_llm.config.services import ClusterConfig
+from nemo_llm.planner.flops import FlopsPerToken
+
+if TYPE_CHECKING:
+    import torch
 
 # Steps whose median speed the remaining time is reckoned from: enough to shrug off stray slow steps, few enough to
 # follow a lasting change.
@@ -20,19 +27,6 @@ class Peak:
 
     name: str
     tflops: float
-
-
-@dataclass(frozen=True, slots=True)
-class FlopsPerToken:
-    """Model FLOPs of forward and backward for one token, without recomputation.
-
-    Attributes:
-        causal: counts the half of the attention matrix that a causal mask leaves.
-        full: counts all of it, as Megatron-LM's formula does (arXiv:2104.04473).
-    """
-
-    causal: float
-    full: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,3 +138,19 @@ class ThroughputMeter:
             return None
         pauses_per_token = self._pause_seconds / self._whole.tokens
         return tokens_left * (median(self._seconds_per_token) + pauses_per_token)
+
+
+# Dense bf16 peaks as NVIDIA's data sheets give them (SXM parts), by a word in the device's name.
+_KNOWN_PEAKS = {"H200": 989.4, "H100": 989.4, "A100": 312.0, "B200": 2250.0}
+
+
+def find_peak(cluster: ClusterConfig, device: "torch.device") -> Peak | None:
+    """Peak that MFU is measured against: ``cluster.peak_tflops``, else that of a GPU known by name; None on CPU."""
+    if cluster.peak_tflops is not None:
+        return Peak(cluster.gpu_name or cluster.name, cluster.peak_tflops)
+    if device.type != "cuda":
+        return None
+    import torch
+
+    name = torch.cuda.get_device_name(device)
+    return next((Peak(word, tflops) for word, tflops in _KNOWN_PEAKS.items() if word in name), None)

@@ -32,7 +32,7 @@ def validate(run: TrainingRun) -> dict[str, ValidationResult]:
             sums = [0.0, 0.0, 0.0]
             for batch in range(cfg.val_steps):
                 first = batch * cfg.global_batch_size
-                if first >= len(loader):
+                if first >= len(loader.source):
                     break
                 # Beyond the end of the set the loader gives samples whose loss mask is zero.
                 batches = loader.micro_batches(first, cfg.global_batch_size)

@@ -37,13 +37,15 @@ def _plain(value: object) -> str:
 DENSE = [
     _layout("DP2", 2),
     _layout("DP2 distributed optimizer", 2, zero1=True),
-    _layout("DP4 distributed optimizer, overlapped", 4, zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
+    _layout(
+        "DP4 distributed optimizer, overlapped", 4, zero1=True, overlap_grad_reduce=True, overlap_param_gather=True
+    ),
     _layout("TP2", 2, tp=2),
     _layout("TP2 SP", 2, tp=2, sp=True),
     _layout("PP2", 2, pp=2),
     _layout("PP2 VPP2", 2, pp=2, vpp=2),
     _layout("PP2 uneven", 2, pp=2, stages="'Ettt|tL'"),
-    _layout("PP2 VPP2 uneven", 2, pp=2, stages="'Et|t|t|tL'"),
+    _layout("PP2 VPP2 uneven", 2, pp=2, vpp=2, stages="'Et|t|t|tL'"),
     _layout("CP2 all-to-all", 2, cp=2, cp_comm_type="a2a"),
     _layout("CP2 gathered KV", 2, cp=2, cp_comm_type="all_gather"),
     _layout("CP4 all-to-all", 4, cp=4, cp_comm_type="a2a"),
@@ -51,7 +53,15 @@ DENSE = [
     _layout("TP2 SP CP2", 4, tp=2, sp=True, cp=2),
     _layout("PP2 CP2 distributed optimizer", 4, pp=2, cp=2, zero1=True),
     _layout("PP4", 4, pp=4),
-    _layout("TP2 SP DP2, full recompute", 4, tp=2, sp=True, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+    _layout(
+        "TP2 SP DP2, full recompute",
+        4,
+        tp=2,
+        sp=True,
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+    ),
 ]
 
 MOE = [
@@ -75,19 +85,21 @@ def model_overrides(model: str) -> list[str]:
         "trainer.global_batch_size=8",
         "trainer.micro_batch_size=1",
         "data.seq_length=64",
+        "model.hidden_size=128",
+        "model.num_attention_heads=8",
+        "model.num_query_groups=4",
+        "optim.lr=3e-4",
         "optim.sched.warmup_steps=2",
     ]
 
 
 def train_losses(model: str, overrides: tuple[str, ...], extra: tuple[str, ...] = ()) -> list[tuple[float, float]]:
     """Loss and gradient norm of each of the first steps; runs on every rank of the world that is up."""
-    from pathlib import Path
-
     from nemo_llm.config.load import compose
     from nemo_llm.parallel.runtime import start_runtime
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import train_step
 
     cfg = compose([*model_overrides(model), *overrides, *extra])
-    run = build_training_run(cfg, start_runtime(cfg), Path("."))
+    run = build_training_run(cfg, start_runtime(cfg))
     return [(result.loss, result.grad_norm) for result in (train_step(run) for _ in range(STEPS))]

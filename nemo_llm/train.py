@@ -1,0 +1,50 @@
+"""Train a language model: ``python -m nemo_llm.train +model=gpt_tiny``.
+
+Everything heavy is imported inside the functions, so that ``--help`` and configuration errors answer at once.
+"""
+
+import sys
+
+from nemo_llm.config import RunConfig
+from nemo_llm.config.entry import intended_world_size, run_entry_point
+from nemo_llm.errors import ExitCode
+from nemo_llm.log import configure_logging
+
+
+def main(cfg: RunConfig) -> ExitCode:
+    """Build the run, resume it if there is something to resume, train, and show what came of it."""
+    configure_logging()
+    if cfg.trainer.check_only:
+        return check_only(cfg)
+
+    from nemo_llm.parallel.runtime import start_runtime, stop_runtime
+
+    runtime = start_runtime(cfg)
+    from nemo_llm.training.closing import close_run, open_run
+    from nemo_llm.training.loop import train
+    from nemo_llm.training.resume import resume
+    from nemo_llm.training.setup import build_training_run
+
+    try:
+        run = build_training_run(cfg, runtime)
+        with open_run(run):
+            resume(run)
+            ending = train(run)
+            close_run(run, ending)
+        return ending.code
+    finally:
+        stop_runtime()
+
+
+def check_only(cfg: RunConfig) -> ExitCode:
+    """Print the plan of the run and whether it fits; starts nothing."""
+    from nemo_llm.data.tokenizer import load_tokenizer
+    from nemo_llm.planner.check_only import report
+
+    vocab_size = load_tokenizer(cfg.data.tokenizer).vocab_size
+    print(report(cfg, intended_world_size(cfg), vocab_size))  # noqa: T201
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(run_entry_point(main))

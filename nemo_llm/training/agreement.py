@@ -1,0 +1,143 @@
+"""Whether a run may be resumed with a configuration that differs from the one it was started with.
+
+A key may change when it leaves three things alone: the meaning of the saved state (model, optimizer moments), the order
+of the data (a pure function of data, seed and batch sizes), and what is optimised. Everything else may change, and
+every change is listed for the user. A key that is not named here is refused: a new key must be thought about first.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from nemo_llm.errors import NO_VALUE, ConfigError, Problem
+
+# Patterns of dotted keys; * matches dots too.
+CHANGEABLE_KEYS = (
+    # A label, in logs and in the loggers. (run.dir is where the run lies and is not compared: folders move.)
+    "run.name",
+    # How long the run goes and how often it reports. The learning rate does not follow max_steps.
+    "trainer.max_steps",
+    "trainer.max_time_minutes",
+    "trainer.val_interval",
+    "trainer.val_steps",
+    "trainer.log_interval",
+    "trainer.warmup_log_steps",
+    "trainer.check_only",
+    "trainer.first_step_timeout_minutes",
+    "trainer.step_timeout_minutes",
+    # Where and how the same computation is done: checkpoints hold no layout, the data order knows samples and not
+    # micro-batches. Sums are taken in another order, so results agree within rounding and not bit by bit; with MoE the
+    # auxiliary loss, which is one per micro-batch, changes its composition.
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.micro_batch_size",
+    "trainer.deterministic",
+    "parallelism.*",
+    "cluster.*",
+    "model.transformer_impl",
+    "model.moe.moe_token_dispatcher_type",
+    "model.moe.moe_grouped_gemm",
+    # The optimizer's state means the same whatever these are, and each applies from the next step on: lowering the
+    # learning rate after a spike, or decaying a WSD run early, is why people resume. The betas and epsilon are not
+    # here: the saved moments are averages that were taken with them.
+    "optim.lr",
+    "optim.weight_decay",
+    "optim.clip_grad",
+    "optim.sched.*",
+    # Arithmetic of one step, without state of its own; params_dtype and fp8_param decide what the state is.
+    "precision.name",
+    "precision.grad_reduce_in_fp32",
+    "precision.initial_loss_scale",
+    "precision.min_loss_scale",
+    "precision.loss_scale_window",
+    "precision.hysteresis",
+    "precision.fp8.fp8",
+    "precision.fp8.fp8_recipe",
+    "precision.fp8.fp8_amax_*",
+    # How data is fetched, not which.
+    "data.name",
+    "data.cache_dir",
+    "data.prefetch",
+    # What is measured and written on the side.
+    "data.validation.*",
+    "checkpoint.*",
+    "exp_manager.*",
+    "sample.*",
+)
+
+_NOT_COMPARED = ("run.dir",)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One key whose value differs from the saved one; `NO_VALUE` stands for a key that is not there."""
+
+    key: str
+    before: object
+    after: object
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before!r} -> {self.after!r}"
+
+
+def compare_configs(
+    saved: Mapping[str, Any], new: Mapping[str, Any], also_allowed: Sequence[str] = ()
+) -> tuple[list[Change], list[Change]]:
+    """Changes from `saved` to `new`, both nested plain mappings: (changed and allowed, changed and forbidden).
+
+    Args:
+        saved: configuration that the run was started with; may lack keys that later versions added.
+        new: configuration to go on with.
+        also_allowed: patterns of dotted keys that the user allows beside `CHANGEABLE_KEYS`.
+    """
+    patterns = (*CHANGEABLE_KEYS, *also_allowed)
+    allowed: list[Change] = []
+    forbidden: list[Change] = []
+    for change in _differences(saved, new):
+        if change.key not in _NOT_COMPARED:
+            matches = any(fnmatchcase(change.key, pattern) for pattern in patterns)
+            (allowed if matches else forbidden).append(change)
+    return allowed, forbidden
+
+
+def check_agreement(
+    saved: Mapping[str, Any], new: Mapping[str, Any], source: Path, also_allowed: Sequence[str] = ()
+) -> list[Change]:
+    """Allowed changes from `saved`, which was read from `source`, to `new`; list them for the user.
+
+    Raises:
+        ConfigError: naming every key that a resume may not change, with both values.
+    """
+    allowed, forbidden = compare_configs(saved, new, also_allowed)
+    if forbidden:
+        raise ConfigError(
+            Problem(
+                change.key,
+                change.after,
+                f"{source} was made with {change.before!r}, and a resume may not change this key",
+                f"set {change.key} back to {change.before!r} to go on, or start anew in another run.dir"
+                if change.before is not NO_VALUE
+                else "remove the key to go on, or start anew in another run.dir",
+            )
+            for change in forbidden
+        )
+    return allowed
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> Iterator[Change]:
+    """Keys that differ, in order; a list is one value, and so is a section that the other side has as null."""
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name, NO_VALUE), after.get(name, NO_VALUE)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif not _same(old, new):
+            yield Change(prefix + name, old, new)
+
+
+def _same(before: object, after: object) -> bool:
+    """Equal; a key absent on one side equals null and an empty mapping, as for keys that a later version added."""
+    absent: tuple[object, ...] = (NO_VALUE, None, {})
+    return before == after or (before in absent and after in absent)

@@ -1,0 +1,196 @@
+"""The life of a run between its first and its last step: steps, log, validation, checkpoints, stop."""
+
+import contextlib
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from nemo_llm.config.arithmetic import padded_vocab_size
+from nemo_llm.errors import ExitCode
+from nemo_llm.planner.flops import flops_per_token
+from nemo_llm.training.checkpoint import save_checkpoint
+from nemo_llm.training.experiment import ExperimentLogger, ExperimentRun, start_experiment
+from nemo_llm.training.metrics import MetricsFile, StepRow, ValidationRow, progress_line
+from nemo_llm.training.rundir import to_plain
+from nemo_llm.training.signals import StopReason, StopSignals
+from nemo_llm.training.state import StepResult, TrainingRun
+from nemo_llm.training.step import train_step
+from nemo_llm.training.throughput import ThroughputMeter, find_peak
+from nemo_llm.training.validation import ValidationResult, validate
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How training ended: the exit code, one phrase why, and the last validation."""
+
+    code: ExitCode
+    reason: str
+    validation: dict[str, ValidationResult]
+
+
+def train(run: TrainingRun) -> Ending:
+    """Take steps until ``trainer.max_steps`` or until told to stop; saves at the end either way."""
+    trainer, state = run.cfg.trainer, run.state
+    stop_file_folder = run.run_dir if run.runtime.is_first_rank else None
+    with StopSignals(stop_file_folder, trainer.max_time_minutes) as signals, _Report(run) as report:
+        reason: StopReason | None = None
+        first_step = state.step
+        while state.step < trainer.max_steps and reason is None:
+            began, waited = time.perf_counter(), run.loader.wait_seconds
+            result = train_step(run)
+            reason = _agree_to_stop(signals, run)  # every rank stops after the same step
+            report.step(result, time.perf_counter() - began, run.loader.wait_seconds - waited)
+            if state.step == first_step + 1:
+                run.runtime.shorten_timeouts(trainer.step_timeout_minutes)
+            if _due(trainer.val_interval, state.step) or (reason is None and state.step == trainer.max_steps):
+                with report.pause():
+                    report.validation(validate(run))
+            if _due(run.cfg.checkpoint.save_interval, state.step) and reason is None:
+                with report.pause():
+                    save_checkpoint(run)
+        if run.cfg.checkpoint.save_final or reason is not None:
+            save_checkpoint(run)
+    if reason is not None and state.step < trainer.max_steps:
+        return Ending(reason.exit_code, reason.detail, report.last_validation)
+    return Ending(ExitCode.DONE, f"trainer.max_steps = {trainer.max_steps} reached", report.last_validation)
+
+
+def _due(interval: int | None, step: int) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def _agree_to_stop(signals: StopSignals, run: TrainingRun) -> StopReason | None:
+    """The same answer on every rank: a signal may reach one of them a step earlier than the others."""
+    reason = signals.poll()
+    if run.runtime.world_size == 1:
+        return reason
+    told = torch.tensor(int(reason is not None), device=run.runtime.device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    if told.item() and reason is None:
+        return StopReason("signal", "another rank was told to stop", time.time())
+    return reason
+
+
+class _Report:
+    """What a run tells: rows in ``metrics.jsonl``, one line on the terminal, the experiment's loggers.
+
+    Only the first rank writes; the others keep the figures that decide nothing.
+    """
+
+    def __init__(self, run: TrainingRun) -> None:
+        self.run = run
+        self.last_validation: dict[str, ValidationResult] = {}
+        self._metrics: MetricsFile | None = None
+        self._experiment: ExperimentLogger | None = None
+        model = run.cfg.model
+        vocab_size = padded_vocab_size(model.vocab_size or run.tokenizer.vocab_size, model.make_vocab_size_divisible_by)
+        self._meter = ThroughputMeter(
+            flops_per_token=flops_per_token(model, run.cfg.data.seq_length, vocab_size),
+            num_devices=run.runtime.world_size,
+            peak=find_peak(run.cfg.cluster, run.runtime.device),
+            warmup_steps=run.cfg.trainer.warmup_log_steps,
+        )
+
+    def __enter__(self) -> "_Report":
+        if self.run.runtime.is_first_rank:
+            self._metrics = MetricsFile(self.run.run_dir)
+            self._metrics.drop_rows_beyond(self.run.state.step)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._experiment is not None:
+            self._experiment.close(succeeded=kind is None)
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Time that is neither a step nor lost: it counts in the time left, not in the speed."""
+        began = time.perf_counter()
+        yield
+        self._meter.record_pause(time.perf_counter() - began)
+
+    def step(self, result: StepResult, seconds: float, data_wait_seconds: float) -> None:
+        """Take in one step; on its interval, log it."""
+        run, state = self.run, self.run.state
+        self._meter.record_step(result.num_tokens, seconds, data_wait_seconds)
+        trainer = run.cfg.trainer
+        first = self._experiment is None and self._metrics is not None
+        if not (_due(trainer.log_interval, state.step) or first or state.step == trainer.max_steps):
+            return
+        if self._metrics is None:
+            return
+        samples = run.ramp.global_batch_size(state.step)
+        tokens_left = (trainer.max_steps - state.step) * samples * run.cfg.data.seq_length
+        speed = self._meter.report(tokens_left)
+        row = StepRow(
+            step=state.step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            learning_rate=result.learning_rate,
+            consumed_samples=state.consumed_samples,
+            consumed_tokens=state.consumed_tokens,
+            step_time_seconds=speed.step_time_seconds,
+            tokens_per_second=speed.tokens_per_second,
+            tflops_per_device=speed.tflops_per_device,
+            skipped=result.skipped,
+        )
+        self._metrics.append(row)
+        val_loss = next((result.loss for result in self.last_validation.values()), None)
+        line = progress_line(
+            row, speed, total_steps=trainer.max_steps, val_loss=val_loss, memory_gib=peak_memory_gib(run.runtime.device)
+        )
+        print(line, flush=True)  # noqa: T201
+        if first:
+            # NeMo takes seconds to import: after the first step, so that a run that cannot start fails fast.
+            self._start_experiment()
+        self._experiment.log_metrics(
+            row.step,
+            {
+                "train/loss": row.loss,
+                "train/grad_norm": row.grad_norm,
+                "train/learning_rate": row.learning_rate,
+                "speed/tokens_per_second": row.tokens_per_second,
+                "speed/tflops_per_device": row.tflops_per_device,
+                "speed/mfu_causal": speed.mfu_causal,
+                "speed/data_wait_fraction": speed.data_wait_fraction,
+            },
+        )
+
+    def validation(self, results: dict[str, ValidationResult]) -> None:
+        """Log the result of each validation set."""
+        self.last_validation = results
+        if self._metrics is None:
+            return
+        for name, result in results.items():
+            step = self.run.state.step
+            self._metrics.append(
+                ValidationRow(step=step, val_loss=result.loss, val_accuracy=result.accuracy, val_name=name)
+            )
+            print(  # noqa: T201
+                f"validation {name}: loss {result.loss:.4f} | next-token accuracy {result.accuracy:.1%} | "
+                f"{result.num_tokens} tokens",
+                flush=True,
+            )
+            if self._experiment is not None:
+                self._experiment.log_metrics(
+                    step, {f"val/{name}/loss": result.loss, f"val/{name}/accuracy": result.accuracy}
+                )
+
+    def _start_experiment(self) -> None:
+        run = self.run
+        self._experiment = start_experiment(
+            run.cfg.exp_manager,
+            ExperimentRun(run.run_dir, run.cfg.run.name, 0, run.cfg.trainer.max_steps, run.state.step - 1),
+        )
+        self._experiment.log_config(to_plain(run.cfg))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank: of the CUDA allocator, or of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,25 @@
+"""Which tests run: those that need a machine or a time of their own are left out, with the reason, unless asked for."""
+
+import re
+
+import pytest
+
+ON_REQUEST = ("gpu", "slurm", "slow", "network")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests marked with one of `ON_REQUEST` unless `-m` names that marker."""
+    asked = set(re.findall(r"\w+", config.getoption("markexpr")))
+    for item in items:
+        for name in ON_REQUEST:
+            if item.get_closest_marker(name) and name not in asked:
+                item.add_marker(pytest.mark.skip(reason=f"marked {name}; run it with: python -m pytest -m {name}"))
+
+
+@pytest.fixture(autouse=True)
+def _gpu_tests_need_a_gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("marked gpu, and PyTorch finds no CUDA device here")

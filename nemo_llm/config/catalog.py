@@ -94,7 +94,7 @@ def known_keys(section: type = RunConfig, prefix: str = "") -> dict[str, KeyInfo
         keys[key] = KeyInfo(hints[field.name], has_default)
         for member in _union_members(hints[field.name]):
             item = get_args(member)[0] if get_origin(member) in (list, tuple) else member
-            if dataclasses.is_dataclass(item):
+            if isinstance(item, type) and dataclasses.is_dataclass(item):
                 keys |= known_keys(item, f"{key}.")
     return keys
 

@@ -82,4 +82,6 @@ def _compose_mapping(shipped: Path, arguments: Sequence[str]) -> dict[str, Any]:
     with initialize_config_dir(config_dir=str(shipped), version_base="1.3"):
         composed = hydra_compose(config_name="config", overrides=list(arguments))
     # Without a model nothing that refers to it can be resolved; the caller reports the model as missing.
-    return OmegaConf.to_container(composed, resolve="model" in composed)
+    container = OmegaConf.to_container(composed, resolve="model" in composed)
+    assert isinstance(container, dict), "the root of a configuration is a mapping"
+    return {str(key): value for key, value in container.items()}

@@ -21,6 +21,10 @@ CASES: list[tuple[str, int, str, list[str], str | None]] = [
      "model.num_query_groups=4"),
     ("model=gpt_tiny parallelism=tp2 model.ffn_hidden_size=511", 2, "model.ffn_hidden_size", ["511", "510 or 512"],
      "model.ffn_hidden_size=512"),
+    ("model=gpt_tiny parallelism=tp2 model.make_vocab_size_divisible_by=63", 2,
+     "model.make_vocab_size_divisible_by", ["63", "= 2", "62 or 64"], "model.make_vocab_size_divisible_by=64"),
+    ("model=gpt_tiny parallelism=tp2 model.make_vocab_size_divisible_by=63 model.vocab_size=567", 2,
+     "model.make_vocab_size_divisible_by", ["63", "567 rows"], None),
     ("model=gpt_tiny model.num_query_groups=4", 1, "model.num_query_groups", ["4", "= 6", "1, 2, 3 or 6"],
      "model.num_query_groups=3"),
     ("model=gpt_tiny model.hidden_size=190", 1, "model.hidden_size", ["190", "= 6", "186 or 192"],
@@ -265,7 +269,7 @@ def test_all_problems_of_all_checks_come_together() -> None:
     ],
 )
 def test_shipped_combinations_pass(model: str, parallelism: str, processes: int) -> None:
-    assert find_problems(compose([f"model={model}", f"parallelism={parallelism}"]), processes) == []
+    assert find_problems(composed_groups((f"model={model}", f"parallelism={parallelism}")), processes) == []
 
 
 def test_checks_do_not_stumble_over_each_other() -> None:

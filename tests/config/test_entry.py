@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+import nemo_llm
 from nemo_llm.config import RunConfig
-from nemo_llm.config.catalog import conf_dir, known_keys
+from nemo_llm.config.catalog import known_keys
 from nemo_llm.config.entry import help_text, intended_world_size, run_entry_point
 from nemo_llm.config.load import compose
 from nemo_llm.errors import CheckpointError, ConfigError, ExitCode, HangError, InputError, PreemptedError
 
-ROOT = conf_dir().parent
+ROOT = Path(nemo_llm.__file__).resolve().parents[1]
 PROGRAM = """
 import sys
 from nemo_llm.config.entry import run_entry_point

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_llm.config import ParallelismConfig
@@ -23,6 +23,7 @@ def pipeline(pp: int, vp: int | None = None, layout: str | None = None) -> Paral
     )
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 5))
 def test_even_stages_hold_every_layer_once(pp: int, vp: int, per_chunk: int) -> None:
     plan = plan_stages(pp * vp * per_chunk, pipeline(pp, vp))
@@ -35,6 +36,7 @@ def test_even_stages_hold_every_layer_once(pp: int, vp: int, per_chunk: int) -> 
     assert [stage for stage in plan.stages if stage.has_loss] == [plan.stage(pp - 1, vp - 1)]
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(1, 4), st.integers(1, 3), st.data())
 def test_uneven_stages_hold_what_the_string_says(pp: int, vp: int, data: st.DataObject) -> None:
     counts = data.draw(st.lists(st.integers(0, 3), min_size=pp * vp, max_size=pp * vp))

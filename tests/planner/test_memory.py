@@ -1,6 +1,7 @@
 """The memory estimate: exact where it can be, monotone where it should be, and a refusal that helps."""
 
 import dataclasses
+from functools import cache
 
 import pytest
 
@@ -13,6 +14,7 @@ from nemo_llm.planner.memory import GIB, estimate_memory
 from nemo_llm.planner.parameters import count_parameters
 
 
+@cache
 def run(*arguments: str) -> RunConfig:
     return compose(list(arguments))
 

@@ -42,7 +42,7 @@ def check_only(cfg: RunConfig) -> ExitCode:
     from nemo_llm.planner.check_only import report
 
     vocab_size = load_tokenizer(cfg.data.tokenizer).vocab_size
-    print(report(cfg, intended_world_size(cfg), vocab_size))  # noqa: T201
+    print(report(cfg, intended_world_size(cfg), vocab_size))
     return ExitCode.DONE
 
 

@@ -1,8 +1,10 @@
 """Which tests run: those that need a machine or a time of their own are left out, with the reason, unless asked for."""
 
 import re
+from collections.abc import Iterator
 
 import pytest
+from tests.ranks import RankPool
 
 ON_REQUEST = ("gpu", "slurm", "slow", "network")
 
@@ -23,3 +25,11 @@ def _gpu_tests_need_a_gpu(request: pytest.FixtureRequest) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("marked gpu, and PyTorch finds no CUDA device here")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Four warm processes, shared by every test that needs a distributed world."""
+    pool = RankPool(4)
+    yield pool
+    pool.close()

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +61,9 @@ def decode(mapping: Mapping[str, Any]) -> RunConfig:
     """
     try:
         # JSON mode is the strict mode that takes mappings for dataclasses, and whole numbers for floats alone.
-        return _decoder().validate_json(json.dumps(mapping), strict=True)
+        return TypeAdapter(RunConfig).validate_json(json.dumps(mapping), strict=True)
     except ValidationError as error:
         raise ConfigError(problems_of_validation(error.errors(), mapping)) from None
-
-
-@cache
-def _decoder() -> TypeAdapter[RunConfig]:
-    return TypeAdapter(RunConfig)
 
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
@@ -82,6 +76,5 @@ def _compose_mapping(shipped: Path, arguments: Sequence[str]) -> dict[str, Any]:
     with initialize_config_dir(config_dir=str(shipped), version_base="1.3"):
         composed = hydra_compose(config_name="config", overrides=list(arguments))
     # Without a model nothing that refers to it can be resolved; the caller reports the model as missing.
-    container = OmegaConf.to_container(composed, resolve="model" in composed)
-    assert isinstance(container, dict), "the root of a configuration is a mapping"
-    return {str(key): value for key, value in container.items()}
+    mapping = OmegaConf.to_container(composed, resolve="model" in composed)
+    return {str(key): value for key, value in mapping.items()} if isinstance(mapping, dict) else {}

@@ -42,7 +42,8 @@ class CoreAttention(MegatronModule):
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        pg_collection: ProcessGroupCollection,
         logit_softcapping: float | None = None,
     ) -> None:
         super().__init__(config=config)

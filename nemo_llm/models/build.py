@@ -64,9 +64,9 @@ def _mark_split_parameters(chunk: LanguageModel) -> None:
 
     Without the mark they count as copies, once over all ranks, in the norm of the gradients.
     """
-    split_dims = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in chunk.modules():
-        for kind, dim in split_dims.items():
-            if isinstance(module, kind) and module.weight is not None:
-                if not hasattr(module.weight, "tensor_model_parallel"):
-                    set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+        if isinstance(module, VocabParallelEmbedding | ColumnParallelLinear | RowParallelLinear):
+            weight = module.weight  # None where the embedding serves as the output layer too
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                split_dim = 1 if isinstance(module, RowParallelLinear) else 0
+                set_tensor_model_parallel_attributes(weight, True, split_dim, 1)

@@ -67,7 +67,8 @@ def _fill(shard: ShardedTensor, seed: int, rule: InitRule) -> None:
 
 def _key_of(seed: int, name: str) -> tuple[int, int, int]:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return tuple(int.from_bytes(digest[4 * i : 4 * i + 4], "little") for i in range(3))
+    first, second, third = (int.from_bytes(digest[4 * i : 4 * i + 4], "little") for i in range(3))
+    return first, second, third
 
 
 def _fill_normal(shard: ShardedTensor, key: tuple[int, int, int], std: float) -> None:

@@ -5,7 +5,7 @@ kernels. A user's own spec comes in through ``model.layer_spec`` without a fork.
 """
 
 import importlib
-import importlib.metadata
+import importlib.util
 from functools import partial
 from typing import Any
 

@@ -10,7 +10,7 @@ it must never hide a real GPU.
 
 import contextlib
 from collections.abc import Callable, Sequence
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -83,8 +83,7 @@ class _CpuStream:
     def __enter__(self) -> "_CpuStream":
         return self
 
-    def __exit__(self, *exception: object) -> bool:
-        return False
+    def __exit__(self, *exception: object) -> None: ...
 
     def query(self) -> bool:
         return True
@@ -213,7 +212,7 @@ def _replace_cuda_functions() -> None:
     cuda.is_current_stream_capturing = lambda: False
 
 
-def _replace_megatron_rng(megatron_random: ModuleType) -> None:
+def _replace_megatron_rng(megatron_random: Any) -> None:
     # Private helpers of megatron-core 0.16.1: the tracker keeps one generator state per parallel region through them,
     # and has no hook of its own for another device. tests/parallel/test_cuda_on_cpu.py fails when they are renamed.
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()

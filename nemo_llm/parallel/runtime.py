@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,7 +77,7 @@ class ParallelRuntime:
     place: ProcessPlace
     device: torch.device
     parallelism: ParallelismConfig
-    groups: object
+    groups: Any
 
     @property
     def rank(self) -> int:

@@ -62,7 +62,7 @@ def close_run(run: TrainingRun, ending: Ending) -> None:
         f"checkpoints  {run.run_dir / 'checkpoints'}",
         f"metrics      {run.run_dir / 'metrics.jsonl'}",
     ]
-    print("\n".join(lines), flush=True)  # noqa: T201
+    print("\n".join(lines), flush=True)
     write_exit(run.run_dir, ending.code, ending.reason, run.state.step)
 
 

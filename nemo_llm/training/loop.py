@@ -3,6 +3,7 @@
 import contextlib
 import resource
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from nemo_llm.training.rundir import to_plain
 from nemo_llm.training.signals import StopReason, StopSignals
 from nemo_llm.training.state import StepResult, TrainingRun
 from nemo_llm.training.step import train_step
-from nemo_llm.training.throughput import ThroughputMeter, find_peak
+from nemo_llm.training.throughput import Throughput, ThroughputMeter, find_peak
 from nemo_llm.training.validation import ValidationResult, validate
 
 
@@ -107,7 +108,7 @@ class _Report:
             self._experiment.close(succeeded=kind is None)
 
     @contextlib.contextmanager
-    def pause(self):
+    def pause(self) -> Iterator[None]:
         """Time that is neither a step nor lost: it counts in the time left, not in the speed."""
         began = time.perf_counter()
         yield
@@ -118,14 +119,13 @@ class _Report:
         run, state = self.run, self.run.state
         self._meter.record_step(result.num_tokens, seconds, data_wait_seconds)
         trainer = run.cfg.trainer
-        first = self._experiment is None and self._metrics is not None
-        if not (_due(trainer.log_interval, state.step) or first or state.step == trainer.max_steps):
-            return
-        if self._metrics is None:
+        first = self._experiment is None
+        if self._metrics is None or not (
+            first or _due(trainer.log_interval, state.step) or state.step == trainer.max_steps
+        ):
             return
         samples = run.ramp.global_batch_size(state.step)
-        tokens_left = (trainer.max_steps - state.step) * samples * run.cfg.data.seq_length
-        speed = self._meter.report(tokens_left)
+        speed = self._meter.report((trainer.max_steps - state.step) * samples * run.cfg.data.seq_length)
         row = StepRow(
             step=state.step,
             loss=result.loss,
@@ -139,26 +139,16 @@ class _Report:
             skipped=result.skipped,
         )
         self._metrics.append(row)
+        self._show(row, speed)
+        # NeMo takes seconds to import: after the first step, so that a run that cannot start fails fast.
+        self._experiment = self._experiment or self._start_experiment()
+        self._experiment.log_metrics(row.step, _figures(row, speed))
+
+    def _show(self, row: StepRow, speed: Throughput) -> None:
         val_loss = next((result.loss for result in self.last_validation.values()), None)
-        line = progress_line(
-            row, speed, total_steps=trainer.max_steps, val_loss=val_loss, memory_gib=peak_memory_gib(run.runtime.device)
-        )
-        print(line, flush=True)  # noqa: T201
-        if first:
-            # NeMo takes seconds to import: after the first step, so that a run that cannot start fails fast.
-            self._start_experiment()
-        self._experiment.log_metrics(
-            row.step,
-            {
-                "train/loss": row.loss,
-                "train/grad_norm": row.grad_norm,
-                "train/learning_rate": row.learning_rate,
-                "speed/tokens_per_second": row.tokens_per_second,
-                "speed/tflops_per_device": row.tflops_per_device,
-                "speed/mfu_causal": speed.mfu_causal,
-                "speed/data_wait_fraction": speed.data_wait_fraction,
-            },
-        )
+        memory = peak_memory_gib(self.run.runtime.device)
+        total = self.run.cfg.trainer.max_steps
+        print(progress_line(row, speed, total_steps=total, val_loss=val_loss, memory_gib=memory), flush=True)
 
     def validation(self, results: dict[str, ValidationResult]) -> None:
         """Log the result of each validation set."""
@@ -170,7 +160,7 @@ class _Report:
             self._metrics.append(
                 ValidationRow(step=step, val_loss=result.loss, val_accuracy=result.accuracy, val_name=name)
             )
-            print(  # noqa: T201
+            print(
                 f"validation {name}: loss {result.loss:.4f} | next-token accuracy {result.accuracy:.1%} | "
                 f"{result.num_tokens} tokens",
                 flush=True,
@@ -180,13 +170,27 @@ class _Report:
                     step, {f"val/{name}/loss": result.loss, f"val/{name}/accuracy": result.accuracy}
                 )
 
-    def _start_experiment(self) -> None:
+    def _start_experiment(self) -> ExperimentLogger:
         run = self.run
-        self._experiment = start_experiment(
+        experiment = start_experiment(
             run.cfg.exp_manager,
             ExperimentRun(run.run_dir, run.cfg.run.name, 0, run.cfg.trainer.max_steps, run.state.step - 1),
         )
-        self._experiment.log_config(to_plain(run.cfg))
+        experiment.log_config(to_plain(run.cfg))
+        return experiment
+
+
+def _figures(row: StepRow, speed: Throughput) -> dict[str, float | None]:
+    """Names as the loggers show them."""
+    return {
+        "train/loss": row.loss,
+        "train/grad_norm": row.grad_norm,
+        "train/learning_rate": row.learning_rate,
+        "speed/tokens_per_second": row.tokens_per_second,
+        "speed/tflops_per_device": row.tflops_per_device,
+        "speed/mfu_causal": speed.mfu_causal,
+        "speed/data_wait_fraction": speed.data_wait_fraction,
+    }
 
 
 def peak_memory_gib(device: torch.device) -> float:

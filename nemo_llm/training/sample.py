@@ -1,6 +1,7 @@
 """A short text from the model in training, on any layout: what a run shows at its end."""
 
-from functools import partial
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ def _next_token_logits(run: TrainingRun, window: list[int]) -> torch.Tensor:
     }
     # An interleaved pipeline needs as many micro-batches as stages; all carry the same window.
     count = dist.get_world_size(runtime.groups.pp)
-    outputs = run.forward_backward(
+    outputs: Any = run.forward_backward(
         forward_step_func=_forward_step,
         data_iterator=[iter([batch] * count) for _ in run.model] if len(run.model) > 1 else iter([batch] * count),
         model=run.model if len(run.model) > 1 else run.model[0],
@@ -65,15 +66,11 @@ def _next_token_logits(run: TrainingRun, window: list[int]) -> torch.Tensor:
     return row
 
 
-def _forward_step(batches, model):
+def _forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
     output = model(batch["tokens"], batch["position_ids"], attention_mask=None)
-    return output, partial(_gather_logits)
-
-
-def _gather_logits(logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-    """[b, s/cp, v/tp] -> [b, s/cp, v]."""
-    return gather_from_tensor_model_parallel_region(logits)
+    # [b, s/cp, v/tp] -> [b, s/cp, v] on the last stage
+    return output, lambda logits, **_: gather_from_tensor_model_parallel_region(logits)
 
 
 def _draw(logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:

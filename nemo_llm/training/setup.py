@@ -6,6 +6,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
@@ -64,7 +65,7 @@ def wrap_data_parallel(cfg: RunConfig, chunks: list[torch.nn.Module]) -> list[Di
     ]
 
 
-def connect_schedule(cfg: RunConfig, model: list[DistributedDataParallel], optimizer: object) -> None:
+def connect_schedule(cfg: RunConfig, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Hang on Megatron's config the callables that its schedules look for there."""
     config = get_model_config(model[0])
     config.finalize_model_grads_func = finalize_model_grads

@@ -51,4 +51,4 @@ class TrainingRun:
     tokenizer: Tokenizer
     ramp: BatchRamp
     state: TrainState
-    run_dir: Path | None = None
+    run_dir: Path = Path()  # closing.open_run names it, once everything else could be built

@@ -37,7 +37,10 @@ def main() -> None:
                 continue
             loss, norm = largest_difference(reference, results[0])
             seconds = time.perf_counter() - start
-            print(f"| {model} | {layout.name} | {layout.processes} | {loss:.1e} | {norm:.1e} | {seconds:.0f} s |", flush=True)
+            print(
+                f"| {model} | {layout.name} | {layout.processes} | {loss:.1e} | {norm:.1e} | {seconds:.0f} s |",
+                flush=True,
+            )
     pool.close()
 
 

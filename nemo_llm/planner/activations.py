@@ -78,7 +78,15 @@ def _attention_bytes(cfg: RunConfig) -> float:
         kept_heads += heads + groups
     element = DTYPE_BYTES[cfg.precision.params_dtype]
     per_token = kept_heads * model.head_dim * element + heads * 4  # and one float32 log-sum-exp a head
-    return tokens_per_rank(cfg) * per_token / cfg.parallelism.tensor_model_parallel_size
+    split = tokens_per_rank(cfg) * per_token / cfg.parallelism.tensor_model_parallel_size
+    return split + (_rotary_bytes(cfg) if model.position_embedding_type == "rope" else 0.0)
+
+
+def _rotary_bytes(cfg: RunConfig) -> float:
+    """Cosines and sines for queries and for keys, the same for every sample and whole on every TP rank."""
+    positions = cfg.data.seq_length / cfg.parallelism.context_parallel_size
+    channels = cfg.model.head_dim * cfg.model.rotary_percent
+    return 4 * positions * channels * DTYPE_BYTES[cfg.precision.params_dtype]
 
 
 def mlp_widths(model: ModelConfig) -> int:

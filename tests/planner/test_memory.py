@@ -78,9 +78,10 @@ def test_first_stage_holds_the_most_micro_batches() -> None:
 
 
 def test_a_layers_activations_closed_form() -> None:
-    """gpt_tiny, fp32: 10 heads of queries, keys and values, 8 rotated ones, 6 of output; two inputs, two norms."""
+    """gpt_tiny, fp32: 10 heads of queries, keys and values, 8 rotated ones, 6 of output; two inputs, two norms; and
+    two cosines and sines of a head's width."""
     cfg = run("model=gpt_tiny", "trainer.micro_batch_size=1")
-    elements = (2 + 2) * 192 + (10 + 8 + 6) * 32 + 3 * 512 + 6
+    elements = (2 + 2) * 192 + (10 + 8 + 6) * 32 + 3 * 512 + 6 + 4 * 32
     assert layer_activations(cfg, 0, False).kept == 128 * 4 * elements
     assert layer_activations(cfg, 0, True).kept == 128 * 4 * 192
 

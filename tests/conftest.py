@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
+
 from tests.ranks import RankPool
 
 ON_REQUEST = ("gpu", "slurm", "slow", "network")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from nemo_llm.config.arithmetic import common_divisors, divisors, either, neighbouring_multiples
+from nemo_llm.config.arithmetic import common_divisors, divisors, either, neighbouring_multiples, padded_vocab_size
 from nemo_llm.config.pipeline_layout import parse_pipeline_layout
 from nemo_llm.config.run import RunConfig
 from nemo_llm.errors import Problem
@@ -37,6 +37,20 @@ def check_tensor_parallel(cfg: RunConfig, _world_size: int) -> Iterator[Problem]
                 f"must be divisible by {_TP} = {tp}",
                 f"set {_TP} to {fits}, or {name} to {either(neighbouring_multiples(size, tp))}",
             )
+
+
+def check_vocabulary(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+    """TP splits the padded vocabulary; where the tokenizer alone knows its size, the padding has to divide."""
+    tp, unit = cfg.parallelism.tensor_model_parallel_size, cfg.model.make_vocab_size_divisible_by
+    rows = unit if cfg.model.vocab_size is None else padded_vocab_size(cfg.model.vocab_size, unit)
+    if rows % tp:
+        padded = "" if cfg.model.vocab_size is None else f" (or its padded vocabulary of {rows} rows)"
+        yield Problem(
+            "model.make_vocab_size_divisible_by",
+            unit,
+            f"must be divisible by {_TP} = {tp}{padded}, which splits the vocabulary",
+            f"set it to {either(neighbouring_multiples(unit, tp))}",
+        )
 
 
 def check_heads(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
@@ -294,6 +308,7 @@ LAYOUT_CHECKS = (
     check_devices,
     check_heads,
     check_tensor_parallel,
+    check_vocabulary,
     check_sequence_parallel,
     check_sequence_length,
     check_context_parallel,

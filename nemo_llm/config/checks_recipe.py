@@ -1,5 +1,6 @@
 """Checks of the recipe: batch, schedule, recomputation, precision, data files, loggers."""
 
+import re
 from collections.abc import Iterator
 from glob import glob
 from importlib.util import find_spec
@@ -200,6 +201,17 @@ def check_mixture(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
         )
 
 
+def check_layer_spec(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+    """A user's own layer is named as package.module:function; settings without a layer would be read by nobody."""
+    spec, settings = cfg.model.layer_spec, cfg.model.layer_spec_settings
+    if spec is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+", spec):
+        rule = "must have the form package.module:function"
+        yield Problem("model.layer_spec", spec, rule, "write for example my_package.layers:build_spec")
+    if spec is None and settings:
+        rule = "is handed to model.layer_spec, which is null"
+        yield Problem("model.layer_spec_settings", settings, rule, "set model.layer_spec, or leave the settings empty")
+
+
 def check_rope_scaling(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
     """Each way of stretching the rotary wavelengths has the numbers that it reads."""
     scaling = cfg.model.rope_scaling
@@ -302,6 +314,7 @@ RECIPE_CHECKS = (
     check_recompute,
     check_precision,
     check_mixture,
+    check_layer_spec,
     check_rope_scaling,
     check_loggers,
     check_resume,

@@ -5,6 +5,7 @@ Here a plain ``key=value`` always sets the key; whether the key exists is the st
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -62,7 +63,8 @@ def missing_model(groups: Mapping[str, Sequence[str]]) -> Problem:
     return Problem("model", NO_VALUE, "no model chosen", f"add +model=<{'|'.join(groups['model'])}>")
 
 
-def _default_groups(folder: Path) -> set[str]:
+@cache
+def _default_groups(folder: Path) -> frozenset[str]:
     """Groups that ``config.yaml``, or a file that it takes by default, already chooses from."""
     found = set()
     root = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -79,7 +81,7 @@ def _default_groups(folder: Path) -> set[str]:
                 if isinstance(item, dict)
                 for part in item
             }
-    return found
+    return frozenset(found)
 
 
 def _unreadable(text: str) -> Problem:

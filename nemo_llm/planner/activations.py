@@ -1,8 +1,9 @@
 """Bytes that a forward pass keeps for the backward pass, counted tensor by tensor.
 
-Counts follow our own layer (nemo_llm/models): attention without a stored score matrix (arXiv:2205.14135), norms that
-keep their input, unfused rotary positions. Letters: ``n`` tokens of a micro-batch on one context rank, ``h`` hidden
-size. Sequence parallelism divides what TP leaves whole (arXiv:2205.05198).
+Counts follow our own layer (nemo_llm/models) on a GPU: attention without a stored score matrix (arXiv:2205.14135),
+norms that keep their input, unfused rotary positions; tests/planner compares them with a real layer. Letters: ``n``
+tokens of a micro-batch on one context rank, ``h`` hidden size. Sequence parallelism divides what TP leaves whole
+(arXiv:2205.05198).
 """
 
 from dataclasses import dataclass
@@ -77,13 +78,30 @@ def _attention_bytes(cfg: RunConfig) -> float:
         kept_heads += heads + groups
     element = DTYPE_BYTES[cfg.precision.params_dtype]
     per_token = kept_heads * model.head_dim * element + heads * 4  # and one float32 log-sum-exp a head
-    return tokens_per_rank(cfg) * per_token / cfg.parallelism.tensor_model_parallel_size
+    split = tokens_per_rank(cfg) * per_token / cfg.parallelism.tensor_model_parallel_size
+    return split + (_rotary_bytes(cfg) if model.position_embedding_type == "rope" else 0.0)
+
+
+def _rotary_bytes(cfg: RunConfig) -> float:
+    """Cosines and sines for queries and for keys, the same for every sample and whole on every TP rank."""
+    positions = cfg.data.seq_length / cfg.parallelism.context_parallel_size
+    channels = cfg.model.head_dim * cfg.model.rotary_percent
+    return 4 * positions * channels * DTYPE_BYTES[cfg.precision.params_dtype]
+
+
+def mlp_widths(model: ModelConfig) -> int:
+    """Tensors of the MLP's inner width that are kept: the first product (two with a gate) and the second's input.
+
+    SwiGLU is one fused kernel; with another gate Megatron also keeps the activated half and a copy of the other.
+    """
+    if not model.gated_linear_unit:
+        return 2
+    return 3 if model.activation_func == "silu" else 5
 
 
 def _mlp_bytes(cfg: RunConfig) -> float:
-    """The first product (doubled by a gate) and the activation that the second product takes, split by TP."""
     element = DTYPE_BYTES[cfg.precision.params_dtype]
-    width = cfg.model.ffn_hidden_size * (3 if cfg.model.gated_linear_unit else 2)
+    width = cfg.model.ffn_hidden_size * mlp_widths(cfg.model)
     return tokens_per_rank(cfg) * width * element / cfg.parallelism.tensor_model_parallel_size
 
 
@@ -96,9 +114,9 @@ def _moe_bytes(cfg: RunConfig, moe: MoeConfig) -> float:
     tp, expert_tp = parallel.tensor_model_parallel_size, _expert_tp(parallel)
     own_tokens = tokens_per_rank(cfg) / tp  # a mixture of experts under TP splits the sequence
     routed = own_tokens * moe.moe_router_topk * expert_tp
-    inner = moe.moe_ffn_hidden_size * (3 if cfg.model.gated_linear_unit else 2) / expert_tp
+    inner = moe.moe_ffn_hidden_size * mlp_widths(cfg.model) / expert_tp
     experts = routed * (2 * cfg.model.hidden_size + inner) * element
-    shared = (moe.moe_shared_expert_intermediate_size or 0) * (3 if cfg.model.gated_linear_unit else 2)
+    shared = (moe.moe_shared_expert_intermediate_size or 0) * mlp_widths(cfg.model)
     scores = own_tokens * moe.num_moe_experts * 4 * 2
     return experts + tokens_per_rank(cfg) * shared * element / tp + scores
 

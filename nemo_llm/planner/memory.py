@@ -103,7 +103,7 @@ def _rank_memory(
     in_flight: float,
     padded_vocab_size: int,
 ) -> RankMemory:
-    dense, experts = _local_parameters(layout, chunks, counted, cfg.model.share_embeddings_and_output_weights)
+    dense, experts = local_parameters(layout, chunks, counted, cfg.model.share_embeddings_and_output_weights)
     weights = dense + experts
     element = DTYPE_BYTES[cfg.precision.params_dtype]
     parameters = weights * element
@@ -121,7 +121,7 @@ def _rank_memory(
     )
 
 
-def _local_parameters(
+def local_parameters(
     layout: ParallelLayout, chunks: tuple[Stage, ...], counted: ModelParameters, tied: bool
 ) -> tuple[float, float]:
     """Dense and expert parameters on one rank that holds `chunks`."""

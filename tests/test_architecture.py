@@ -1,0 +1,139 @@
+"""The rules that keep the code readable: who may import whom, how long things may be, where state may live."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "nemo_llm"
+
+LAYERS = {
+    0: {"config", "errors", "log", "assets"},
+    1: {"parallel"},
+    2: {"models", "data", "planner"},
+    3: {"tasks", "peft", "convert", "inference", "evaluation"},
+    4: {"training"},
+}
+# Parts of the same layer that must not know each other.
+APART = {"tasks", "peft", "convert", "inference", "evaluation", "planner"}
+TORCH_FREE = ("config", "planner", "parallel/layout.py", "parallel/stages.py", "errors.py", "log.py", "assets")
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 70
+MAX_PARAMETERS = 6
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def part_of(path: Path) -> str:
+    """First name below the package: ``config`` for nemo_llm/config/load.py, ``train`` for nemo_llm/train.py."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def layer_of(part: str) -> int:
+    return next((layer for layer, parts in LAYERS.items() if part in parts), 5)
+
+
+def imported_names(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of all imports below `tree`; for ``from a import b`` both ``a`` and ``a.b``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def module_level(tree: ast.Module) -> ast.Module:
+    """`tree` without the bodies of functions, whose imports are lazy, and without ``if TYPE_CHECKING``."""
+
+    class Strip(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+            return None
+
+        def visit_If(self, node: ast.If) -> ast.AST | None:
+            return None if "TYPE_CHECKING" in ast.dump(node.test) else self.generic_visit(node)
+
+    return ast.fix_missing_locations(Strip().visit(ast.parse(ast.unparse(tree))))
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+def test_package_has_modules() -> None:
+    assert len(MODULES) > 30
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_imports_go_down(path: Path) -> None:
+    part = part_of(path)
+    wrong = []
+    for name in imported_names(TREES[path]):
+        pieces = name.split(".")
+        if pieces[0] != "nemo_llm" or len(pieces) < 2 or pieces[1].startswith("__"):
+            continue
+        target = pieces[1]
+        upward = layer_of(target) > layer_of(part)
+        sideways = target != part and layer_of(target) == layer_of(part) and {target, part} <= APART
+        if (upward or sideways) and part != "__init__":
+            wrong.append(name)
+    assert not wrong, f"{relative(path)} (layer {layer_of(part)}) imports {sorted(set(wrong))}"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if relative(p).startswith(TORCH_FREE)], ids=relative)
+def test_no_torch_at_module_level(path: Path) -> None:
+    heavy = {"torch", "megatron", "nemo", "transformers", "transformer_engine"}
+    found = {name for name in imported_names(module_level(TREES[path])) if name.split(".")[0] in heavy}
+    assert not found, f"{relative(path)} imports {sorted(found)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_special_imports_stay_in_their_place(path: Path) -> None:
+    names = set(imported_names(TREES[path]))
+    place = relative(path)
+    if not place.startswith("config/"):
+        assert not {name for name in names if name.split(".")[0] in {"hydra", "omegaconf", "pydantic"}}, place
+    if place != "parallel/runtime.py":
+        assert not {name for name in names if name.endswith("parallel_state")}, place
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_sizes(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= MAX_FILE_LINES, f"{relative(path)} has {lines} lines"
+    for function in functions(TREES[path]):
+        body = function.body[1:] if ast.get_docstring(function) else function.body
+        length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+        assert length <= MAX_FUNCTION_LINES, f"{relative(path)}: {function.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_configuration_is_read_without_defaults(path: Path) -> None:
+    """A default lives in conf/ alone: no ``getattr(cfg, key, default)`` and no ``cfg.section.get(key)``."""
+    for node in ast.walk(TREES[path]):
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) == 3:
+            assert not names_configuration(node.args[0]), f"{relative(path)}:{node.lineno} getattr with a default"
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+            assert not names_configuration(node.func.value), f"{relative(path)}:{node.lineno} .get on configuration"
+
+
+def names_configuration(node: ast.AST) -> bool:
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return isinstance(node, ast.Name) and node.id in {"cfg", "run_config", "model_config"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_no_global_statement(path: Path) -> None:
+    """Module-level values are constants; what changes lives in objects that are handed on."""
+    found = [node.lineno for node in ast.walk(TREES[path]) if isinstance(node, ast.Global)]
+    assert not found, f"{relative(path)}: global at lines {found}"

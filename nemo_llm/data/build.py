@@ -119,7 +119,8 @@ class _Builder:
                 mock.num_documents, mock.mean_document_length, self._tokenizer.vocab_size, self._tokenizer.eod_id
             )
         if entry.text is not None:
-            return open_text(entry.text, self._config.text_key, self._tokenizer, self._cache)
+            text_key, tokenizer = self._config.text_key, self._config.tokenizer
+            return open_text(entry.text, text_key, tokenizer, self._tokenizer, self._cache)
         assert entry.prefix is not None
         dataset = IndexedDataset(entry.prefix)
         _check_tokens(dataset, entry.name, self._tokenizer, self._cache)

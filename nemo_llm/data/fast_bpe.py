@@ -32,20 +32,11 @@ from nemo_llm.data.documents import read_documents
 from nemo_llm.data.tokenizer import TIKTOKEN_PATTERNS, HuggingFaceTokenizer, Tokenizer
 
 _PROBES = "b1. \n"
-_FUZZ_ALPHABET = [
+_FUZZ_ALPHABET = (
+    *("  ", "\n\n", " \n", "\r\n", "'s", "'LL", "'ve", "\u017f", "é", "e\u0301", "日本"),
+    *("🎉", "👩‍👩‍👧", "\u00a0", "\u200b", "\u3000", "Ⅷ", "²", "١٢", "ß", "İ", "\u212a", "\x00", "ก็"),
     *"abcXYZ019 .,'-_/\t\n\r\"",
-    "  ",
-    "\n\n",
-    " \n",
-    "\r\n",
-    "'s",
-    "'LL",
-    "'ve",
-    "\u017f",
-    "é",
-    "e\u0301",
-    "日本",
-] + ["🎉", "👩‍👩‍👧", "\u00a0", "\u200b", "\u3000", "Ⅷ", "²", "١٢", "ß", "İ", "\u212a", "\x00", "ก็"]
+)
 
 
 class NotProvenError(Exception):
@@ -160,7 +151,8 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> str:
 
 
 def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]], NDArray[np.int32]]:
-    byte_of = {character: byte for byte, character in _byte_characters().items()}
+    characters = _byte_characters()
+    byte_of = {character: byte for byte, character in characters.items()}
 
     def to_bytes(token: str) -> bytes:
         try:
@@ -170,7 +162,7 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[tuple[bytes, b
 
     vocab = model["vocab"]
     try:
-        ids = [vocab[_byte_characters()[byte]] for byte in range(256)]
+        ids = [vocab[characters[byte]] for byte in range(256)]
         ranks = {bytes([byte]): byte for byte in range(256)}
         merges = []
         for merge in model["merges"]:

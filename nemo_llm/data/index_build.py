@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -33,7 +33,7 @@ from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_llm.errors import InputError, NemoLlmError
 
 _COPY_BYTES = 1 << 22
-_SAMPLE_CHARACTERS = 200_000
+_SAMPLE_CHARACTERS = 50_000
 _SAMPLE_FILES = 4
 
 
@@ -206,7 +206,7 @@ class _Journal:
                 "start anew"
             )
         self.committed = note["committed"]
-        self.report = ShardReport(**(note["report"] | {"bad": Counter(note["report"]["bad"])}))
+        self.report = ShardReport(**note["report"])
 
 
 def _prepare_partial(partial: Path, identity: dict[str, Any], restart: bool) -> None:
@@ -245,7 +245,7 @@ def _samples(plan: IndexPlan) -> list[str]:
 def _check_bad(report: ShardReport, max_bad_fraction: float) -> None:
     bad = sum(report.bad.values())
     if bad > max_bad_fraction * (bad + report.documents):
-        counts = ", ".join(f"{count} x {reason}" for reason, count in report.bad.most_common())
+        counts = ", ".join(f"{count} x {reason}" for reason, count in report.bad.items())
         raise InputError(
             f"{bad} of {bad + report.documents} records are bad ({counts}), more than max_bad_fraction = "
             f"{max_bad_fraction}; nothing is published. The first: {'; '.join(report.bad_examples[:3])}. Mend them, or "
@@ -283,7 +283,7 @@ def _write_manifest(partial: Path, plan: IndexPlan, tokenizer: Tokenizer, journa
             "eod_id": tokenizer.eod_id,
         },
         "encoded_by": way,
-        "bad_records": dict(journal.report.bad),
+        "bad_records": journal.report.bad,
         "bad_examples": journal.report.bad_examples,
         "sources": [{"path": file, "bytes": size, "sha256": file_sha256(Path(file))} for file, size, _ in plan.inputs],
         "identity": plan.identity(),

@@ -3,7 +3,6 @@
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ class ShardReport:
     tokens: int = 0
     characters: int = 0
     max_token_id: int = -1
-    bad: Counter[str] = field(default_factory=Counter)
+    bad: dict[str, int] = field(default_factory=dict)
     """Bad records by reason."""
     bad_examples: list[str] = field(default_factory=list)
     """The first few, with file and line."""
@@ -42,7 +41,8 @@ class ShardReport:
         self.tokens += other.tokens
         self.characters += other.characters
         self.max_token_id = max(self.max_token_id, other.max_token_id)
-        self.bad.update(other.bad)
+        for reason, count in other.bad.items():
+            self.bad[reason] = self.bad.get(reason, 0) + count
         self.bad_examples = (self.bad_examples + other.bad_examples)[:_MAX_EXAMPLES]
 
 
@@ -102,7 +102,7 @@ class ShardTokeniser:
     def _bad(self, record: BadRecord, report: ShardReport) -> None:
         if self._settings.on_bad_record == "error":
             raise BadRecordError(record)
-        report.bad[record.reason] += 1
+        report.bad[record.reason] = report.bad.get(record.reason, 0) + 1
         if len(report.bad_examples) < _MAX_EXAMPLES:
             report.bad_examples.append(str(record))
 

@@ -6,14 +6,17 @@ a plain text file. What cannot be read is reported as a ``BadRecord`` naming fil
 
 import bz2
 import codecs
+import contextlib
 import glob
 import gzip
+import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from nemo_llm.errors import InputError
 
@@ -91,10 +94,60 @@ def open_stream(path: Path) -> IO[bytes]:
         case ".xz":
             return lzma.open(path, "rb")
         case ".zst":
-            import zstandard
-
-            return zstandard.open(path, "rb")
+            return io.BufferedReader(_ZstdFile(path), _BLOCK_BYTES)
     return path.open("rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """Reads the frames of a .zst file; unlike the library's own reader, it notices a file that ends too early."""
+
+    def __init__(self, path: Path) -> None:
+        import zstandard
+
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new_frame()
+        self._file = path.open("rb")
+        self._ready = b""
+        self._in_frame = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        while not self._ready:
+            block = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._in_frame = self._new_frame(), False
+            block = block or self._file.read(_BLOCK_BYTES)
+            if not block:
+                if self._in_frame:
+                    raise EOFError("the compressed stream is cut off")
+                return 0
+            self._in_frame = True
+            self._ready = self._frame.decompress(block)
+        count = min(len(view), len(self._ready))
+        view[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what a damaged or unreadable file raises into an InputError that names it."""
+    errors: tuple[type[Exception], ...] = (OSError, EOFError, lzma.LZMAError, zlib.error)
+    if path.suffix == ".zst":
+        import zstandard
+
+        errors += (zstandard.ZstdError,)
+    try:
+        yield
+    except errors as error:
+        raise InputError(f"{path}: cannot be read to its end ({error})") from error
 
 
 def read_documents(path: Path, text_key: str, on_bad: OnBad = raise_bad, encoding: str = "utf-8") -> Iterator[Document]:
@@ -102,7 +155,7 @@ def read_documents(path: Path, text_key: str, on_bad: OnBad = raise_bad, encodin
 
     Raises InputError when the file itself cannot be read (a broken compressed stream, not a Parquet file).
     """
-    try:
+    with reading(path):
         match file_format(path):
             case "jsonl":
                 yield from _json_lines(path, text_key, on_bad, encoding)
@@ -110,8 +163,6 @@ def read_documents(path: Path, text_key: str, on_bad: OnBad = raise_bad, encodin
                 yield from _parquet_rows(path, text_key, on_bad)
             case _:
                 yield from _plain_text(path, on_bad, encoding)
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise InputError(f"{path}: cannot be read to its end ({error})") from error
 
 
 def parse_json_line(
@@ -196,7 +247,7 @@ def plain_text_blocks(path: Path, encoding: str) -> Iterator[str]:
     """Yield the text of a plain text file block by block; BadRecordError names the line of a wrong byte."""
     decoder = codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)()
     lines, position = 1, 0
-    with open_stream(path) as stream:
+    with reading(path), open_stream(path) as stream:
         while True:
             block = stream.read(_BLOCK_BYTES)
             try:

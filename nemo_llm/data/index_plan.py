@@ -14,9 +14,11 @@ from nemo_llm.data.documents import (
     Document,
     expand_inputs,
     file_format,
+    open_stream,
     parse_json_line,
     parse_text_line,
     read_documents,
+    reading,
 )
 from nemo_llm.errors import InputError
 
@@ -92,9 +94,7 @@ def read_shard(shard: Shard, settings: IndexSettings) -> Iterator[Document | Bad
         yield from _read_lines(path, shard.start, shard.stop, settings)
         return
     if file_format(path) == "text":  # compressed, a document a line
-        from nemo_llm.data.documents import open_stream
-
-        with open_stream(path) as stream:
+        with reading(path), open_stream(path) as stream:
             for number, line in enumerate(stream, start=1):
                 result = parse_text_line(line, str(path), number, settings.encoding)
                 if result is not None:

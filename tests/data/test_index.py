@@ -122,6 +122,18 @@ def test_formats_and_compressions_give_the_same_documents(texts: list[str], tmp_
     assert len(results[0]) == 9
 
 
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet", ".txt.gz"])
+def test_damaged_files_are_named(texts: list[str], suffix: str, tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    lines = write_jsonl(tmp_path / "in.jsonl", texts).read_bytes()
+    compress = zstandard.compress if suffix.endswith(".zst") else gzip.compress
+    source = tmp_path / f"cut{suffix}"
+    source.write_bytes(compress(lines)[:-20_000])
+    with pytest.raises(InputError, match=f"cut{suffix}"):
+        build_index(job([source], tmp_path / "d"))
+    assert not (tmp_path / "d.idx").exists()
+
+
 def test_encodings_and_documents_by_line(tmp_path: Path, demo_tokenizer) -> None:
     (tmp_path / "latin.txt").write_bytes("naïve café\n\nsecond línea".encode("latin-1"))
     build_index(job([tmp_path / "latin.txt"], tmp_path / "d", {"encoding": "latin-1", "plain_text": "line"}))

@@ -281,6 +281,7 @@ def _write_manifest(partial: Path, plan: IndexPlan, tokenizer: Tokenizer, journa
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "eod_id": tokenizer.eod_id,
+            "config": dataclasses.asdict(plan.settings.tokenizer),
         },
         "encoded_by": way,
         "bad_records": journal.report.bad,

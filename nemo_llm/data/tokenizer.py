@@ -62,6 +62,10 @@ class Tokenizer(Protocol):
         """Return the text of ids; bytes that are not UTF-8 become U+FFFD."""
         ...
 
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token by its name in the vocabulary, None when there is none."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write all files to a folder that ``load_tokenizer_from_folder`` reads."""
         ...
@@ -78,6 +82,7 @@ class _FileTokenizer:
         self.config = config
         self.files = files
         self.fingerprint = _fingerprint(config, files)
+        self._ids: dict[str, int] = {}
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -87,6 +92,9 @@ class _FileTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         raise NotImplementedError
+
+    def token_id(self, token: str) -> int | None:
+        return self._ids.get(token)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,6 +114,7 @@ class _FileTokenizer:
         return next((ids[known] for known in names if known in ids), None)
 
     def _set_special_ids(self, ids: dict[str, int]) -> None:
+        self._ids = ids
         eod = self._special_id(self.config.eod_token, _EOD_NAMES, ids, "eod_token")
         if eod is None:
             missing = f"{self.config.path} has none of {', '.join(_EOD_NAMES)}"
@@ -194,6 +203,7 @@ class TiktokenTokenizer(_FileTokenizer):
             special_tokens={eod: self.eod_id},
         )
         self.vocab_size = self.eod_id + 1
+        self._ids = {eod: self.eod_id}
 
     def encode(self, text: str) -> list[int]:
         if self.config.parse_special_tokens:
@@ -246,6 +256,10 @@ class NemoTokenizer(_FileTokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.ids_to_text(list(ids))
+
+    def token_id(self, token: str) -> int | None:
+        number = self.backend.token_to_id(token)
+        return None if number is None else int(number)
 
     def save(self, folder: Path) -> None:
         super().save(folder)

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from nemo_llm.config.catalog import conf_dir
 from nemo_llm.config.data import TokenizerConfig
 from nemo_llm.config.messages import problems_of_validation
-from nemo_llm.config.section import NonEmptyStr, NonNegativeInt, Section
+from nemo_llm.config.section import NonEmptyStr, NonNegativeInt, PositiveInt, Section
 from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 
 T = TypeVar("T")
@@ -60,6 +60,37 @@ class IndexConfig(Section):
     """Where proofs are kept; null: ``$NEMO_LLM_CACHE``, else ``~/.cache/nemo_llm``."""
     data: TokenizerSection
     """The tokenizer, chosen by ``tokenizer=NAME``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainTokenizerConfig(Section):
+    """``tools/train_tokenizer.py``: a sample of the corpus in, a tokenizer and its report out."""
+
+    input: dict[str, NonEmptyStr]
+    """Sources by name: a file, a folder, a glob or ``asset:NAME`` each; every source gives as many characters."""
+    output: NonEmptyStr
+    """Folder for the tokenizer; name it in ``data.tokenizer.path``."""
+    type: Literal["bpe", "unigram", "byte"]
+    """Byte-level BPE, unigram with byte fallback, or plain bytes (nothing to train)."""
+    library: Literal["tokenizers", "sentencepiece"]
+    """Writes a ``tokenizer.json`` or a SentencePiece ``.model``."""
+    vocab_size: PositiveInt
+    """Ids, special tokens included."""
+    pattern: NonEmptyStr
+    """``tokenizers`` BPE only: how text is split: ``r50k_base`` (GPT-2), ``cl100k_base``, ``o200k_base``, or a regular
+    expression."""
+    eod_token: NonEmptyStr
+    """The token that ends a document."""
+    special_tokens: tuple[NonEmptyStr, ...]
+    """More tokens that text never gives, such as fill-in-the-middle sentinels."""
+    sample_characters: PositiveInt
+    """Characters taken of each source, from places spread over it."""
+    text_key: NonEmptyStr
+    """The field (JSON lines) or column (Parquet) that holds the text."""
+    plain_text: Literal["file", "line"]
+    """Plain text: is a file or a line one document."""
+    encoding: NonEmptyStr
+    """Encoding of JSON lines and plain text."""
 
 
 def compose_tool(name: str, schema: type[T], overrides: Sequence[str]) -> T:

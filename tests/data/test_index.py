@@ -24,6 +24,7 @@ from nemo_llm.errors import InputError, NemoLlmError
 from tests.data.conftest import tokenizer_config
 
 ROOT = Path(__file__).resolve().parents[2]
+SHAKESPEARE_FILE = resolve_path("asset:shakespeare", "text")
 TOOL = ROOT / "tools" / "index_dataset.py"
 
 

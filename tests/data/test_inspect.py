@@ -11,6 +11,7 @@ from nemo_llm.assets import resolve_path
 from nemo_llm.data.documents import read_documents
 from nemo_llm.data.index_build import build_index
 from nemo_llm.data.indexed import IndexedDataset
+from nemo_llm.data.tokenizer import load_tokenizer_from_folder
 from tests.data.test_index import job
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,3 +95,45 @@ def test_split_and_merge_give_the_dataset_back(tool, prefix: str, tmp_path: Path
     Path(f"{parts[0]}.manifest.json").write_text(json.dumps(manifest))
     assert tool.main(["merge", *parts, "--output", str(tmp_path / "n")]) == 2
     assert "different tokenizers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "library"), [("bpe", "tokenizers"), ("unigram", "tokenizers"), ("bpe", "sentencepiece"),
+                          ("unigram", "sentencepiece"), ("byte", "tokenizers")]
+)  # fmt: skip
+def test_train_tokenizer(kind: str, library: str, tmp_path: Path, capsys) -> None:
+    trainer = load_tool("train_tokenizer")
+    (tmp_path / "es.txt").write_text("El niño comió una manzana en la montaña. ¿Qué pasó después? Nada.\n" * 40)
+    arguments = [
+        f"input={{plays: 'asset:shakespeare', spanish: {tmp_path}/es.txt}}",
+        f"output={tmp_path}/t", f"type={kind}", f"library={library}", "vocab_size=700", "sample_characters=60000",
+        "special_tokens=['<|fim_prefix|>']",
+    ]  # fmt: skip
+    assert trainer.main(arguments) == 0, capsys.readouterr().err
+    tokenizer = load_tokenizer_from_folder(tmp_path / "t")
+    text = "El niño said: what, no man at door?\n"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert max(ids) < tokenizer.vocab_size == (257 if kind == "byte" else 700)
+    figures = json.loads((tmp_path / "t" / "report.json").read_text())
+    plays = figures["sources"]["plays"]
+    assert plays["round_trip"] == 1
+    assert plays["bytes_per_token"] == 1 if kind == "byte" else plays["bytes_per_token"] > 1.8
+    assert plays["tokens_per_word"] == pytest.approx(
+        plays["tokens"] / sum(len(t.split()) for t in held_out_plays(60_000)), rel=1e-9
+    )
+    if kind != "byte":
+        assert tokenizer.token_id("<|fim_prefix|>") is not None
+    assert trainer.main(arguments) == 2
+    assert "holds a tokenizer already" in capsys.readouterr().err
+
+
+def held_out_plays(characters: int) -> list[str]:
+    """Each twentieth of the first documents, as the tool holds them out of one shard."""
+    texts, left = [], characters
+    for document in read_documents(SHAKESPEARE, "text"):
+        if left <= 0:
+            break
+        texts.append(document.text[:left])
+        left -= len(texts[-1])
+    return texts[19::20] or texts[:1]

@@ -6,6 +6,7 @@ says, checks its hash, and goes on. So the result does not depend on workers or 
 much more than the result: a shard's file goes as soon as it is appended.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -14,7 +15,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -103,48 +104,74 @@ def _build(
     _prepare_partial(partial, identity, job.restart)
     if not (partial / "publish.json").exists():
         began = time.monotonic()
-        samples = _samples(plan) if job.fast_path else []
-        encoder = build_encoder(tokenizer, job.cache, fast=job.fast_path, samples=samples)
-        fast = job.fast_path and encoder.fast
         journal = _Journal(partial)
-        for report in _shard_reports(job, plan, partial, journal.committed, fast):
-            journal.commit(report)
-            if on_progress is not None:
-                on_progress(Progress(journal.committed, len(plan.shards), journal.report, time.monotonic() - began))
+        work = [
+            (plan.shards[number], partial / f"shard-{number:08d}")
+            for number in range(journal.committed, len(plan.shards))
+        ]
+        way, reports = _encoded(job, plan, tokenizer, work)
+        with contextlib.closing(reports):  # whatever happens, the workers end here
+            for report in reports:
+                journal.commit(report)
+                if on_progress is not None:
+                    seconds = time.monotonic() - began
+                    on_progress(Progress(journal.committed, len(plan.shards), journal.report, seconds))
         _check_bad(journal.report, job.max_bad_fraction)
-        _write_manifest(partial, plan, tokenizer, journal, encoder.way)
+        _write_manifest(partial, plan, tokenizer, journal, way)
     return _publish(job.prefix, partial)
 
 
-def _shard_reports(job: IndexJob, plan: IndexPlan, partial: Path, first: int, fast: bool) -> Iterator[ShardReport]:
-    """Yield the reports of shards from ``first`` on, in order; their files lie in the partial folder by then."""
-    work = [(plan.shards[number], partial / f"shard-{number:08d}") for number in range(first, len(plan.shards))]
-    if job.workers == 0 or len(work) == 0:
-        tokeniser = ShardTokeniser(job.settings, job.cache, fast) if work else None
-        for shard, stem in work:
-            assert tokeniser is not None
-            yield tokeniser.run(shard, stem)
-        return
+def _encoded(
+    job: IndexJob, plan: IndexPlan, tokenizer: Tokenizer, work: list[tuple[Shard, Path]]
+) -> tuple[str, Generator[ShardReport, None, None]]:
+    """Return how the text is encoded, and the reports of the shards in order, each when its files are there.
+
+    The fast path is compared on text of these files first, while the workers start.
+    """
+    encoder = build_encoder(tokenizer, job.cache, fast=job.fast_path)
+    if not work:
+        return encoder.way, (ShardReport() for _ in ())
+    pool = _start_pool(job, len(work), encoder.fast)
+    difference = encoder.check(_samples(plan)) if encoder.fast else ""
+    if difference:
+        if pool is not None:
+            pool.shutdown(wait=True)
+        pool = _start_pool(job, len(work), fast=False)
+        encoder = build_encoder(tokenizer, job.cache, fast=False)
+    way = f"ordinary: {difference}" if difference else encoder.way
+    if pool is None:
+        tokeniser = ShardTokeniser(job.settings, encoder)
+        return way, (tokeniser.run(shard, stem) for shard, stem in work)
+    return way, _in_order(pool, work, ahead=job.workers + 2)
+
+
+def _start_pool(job: IndexJob, tasks: int, fast: bool) -> ProcessPoolExecutor | None:
+    """Start the worker processes; None when this process is to do the work itself."""
+    if job.workers == 0:
+        return None
     context = get_context("spawn")  # a forked process would inherit the libraries' threads as locks nobody opens
-    workers = min(job.workers, len(work))
     arguments = (job.settings, job.cache, fast, os.getpid())
+    workers = min(job.workers, tasks)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=arguments)
-    try:
-        yield from _in_order(pool, work, ahead=workers + 2)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    pool.submit(os.getpid)  # the processes start with the first task
+    return pool
 
 
-def _in_order(pool: ProcessPoolExecutor, work: list[tuple[Shard, Path]], ahead: int) -> Iterator[ShardReport]:
+def _in_order(
+    pool: ProcessPoolExecutor, work: list[tuple[Shard, Path]], ahead: int
+) -> Generator[ShardReport, None, None]:
     """Keep ``ahead`` shards in work: enough to be busy, few enough that finished ones do not fill the disk."""
     running: deque[Future[ShardReport]] = deque()
     waiting = iter(work)
-    while True:
-        while len(running) < ahead and (task := next(waiting, None)) is not None:
-            running.append(pool.submit(run_in_worker, *task))
-        if not running:
-            return
-        yield running.popleft().result()
+    try:
+        while True:
+            while len(running) < ahead and (task := next(waiting, None)) is not None:
+                running.append(pool.submit(run_in_worker, *task))
+            if not running:
+                return
+            yield running.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Journal:

@@ -49,12 +49,11 @@ class ShardReport:
 class ShardTokeniser:
     """Holds a tokenizer and its encoder, and turns shards into files; one in each worker."""
 
-    def __init__(self, settings: IndexSettings, cache: Path, fast: bool) -> None:
+    def __init__(self, settings: IndexSettings, encoder: DocumentEncoder) -> None:
         self._settings = settings
-        self._tokenizer = load_tokenizer(settings.tokenizer)
-        self._dtype = token_dtype(self._tokenizer.vocab_size)
-        self._eod = np.asarray([self._tokenizer.eod_id] if settings.append_eod else [], dtype=self._dtype)
-        self.encoder: DocumentEncoder = build_encoder(self._tokenizer, cache, fast=fast)
+        self._dtype = token_dtype(encoder.tokenizer.vocab_size)
+        self._eod = np.asarray([encoder.tokenizer.eod_id] if settings.append_eod else [], dtype=self._dtype)
+        self.encoder = encoder
 
     def run(self, shard: Shard, stem: Path) -> ShardReport:
         """Write ``stem.bin`` and ``stem.lengths``; they appear complete, or not at all."""
@@ -174,7 +173,8 @@ def start_worker(settings: IndexSettings, cache: Path, fast: bool, parent: int) 
     """Prepare a worker process; it ends when its parent does, however that ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _worker.append(ShardTokeniser(settings, cache, fast))
+    encoder = build_encoder(load_tokenizer(settings.tokenizer), cache, fast=fast)
+    _worker.append(ShardTokeniser(settings, encoder))
 
 
 def run_in_worker(shard: Shard, stem: Path) -> ShardReport:

@@ -334,3 +334,20 @@ def test_damaged_partial_tokens_are_found(texts: list[str], tmp_path: Path) -> N
     tokens.write_bytes(data)
     with pytest.raises(InputError, match="do not match its journal"):
         build_index(job([source], tmp_path / "d"))
+
+
+def test_fast_path_that_gives_other_ids_is_not_used(texts: list[str], tmp_path: Path) -> None:
+    """What the proof rests on was changed behind its back; the comparison on the corpus itself finds it."""
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    build_index(job([source], tmp_path / "right"))
+    build_index(job([source], tmp_path / "fast", fast_path=True))
+    (spec,) = (tmp_path / "cache").glob("proof-*/spec.json")
+    saved = json.loads(spec.read_text())
+    ids = saved["id_of_rank"]
+    ids[-1], ids[300] = ids[300], ids[-1]
+    spec.write_text(json.dumps(saved).ljust(spec.stat().st_size)[: spec.stat().st_size])
+    for workers in (0, 1):
+        manifest = build_index(job([source], tmp_path / f"d{workers}", fast_path=True, workers=workers))
+        assert manifest["encoded_by"].startswith("ordinary: different ids for")
+    for name in ("fast", "d0", "d1"):
+        assert (tmp_path / f"{name}.bin").read_bytes() == (tmp_path / "right.bin").read_bytes()

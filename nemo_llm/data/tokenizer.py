@@ -66,6 +66,10 @@ class Tokenizer(Protocol):
         """Return the id of a token by its name in the vocabulary, None when there is none."""
         ...
 
+    def vocabulary(self) -> Iterable[str]:
+        """Return the names of the ordinary tokens, as far as they have any."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write all files to a folder that ``load_tokenizer_from_folder`` reads."""
         ...
@@ -95,6 +99,9 @@ class _FileTokenizer:
 
     def token_id(self, token: str) -> int | None:
         return self._ids.get(token)
+
+    def vocabulary(self) -> Iterable[str]:
+        return self._ids
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,8 +177,8 @@ class SentencePieceTokenizer(_FileTokenizer):
         self.vocab_size = self.backend.vocab_size()
         self._set_special_ids({self.backend.id_to_piece(number): number for number in range(self.vocab_size)})
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.backend.encode(list(texts), out_type=int, num_threads=1)
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode_as_ids(text)  # a list of texts would start threads at every call
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode(list(ids))
@@ -204,6 +211,10 @@ class TiktokenTokenizer(_FileTokenizer):
         )
         self.vocab_size = self.eod_id + 1
         self._ids = {eod: self.eod_id}
+        self._ranks = ranks
+
+    def vocabulary(self) -> Iterable[str]:
+        return (token.decode("latin-1") for token in self._ranks)
 
     def encode(self, text: str) -> list[int]:
         if self.config.parse_special_tokens:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nemo_llm.config.section import (
+    Fraction,
     NonEmptyStr,
     NonNegativeFloat,
     NonNegativeInt,
@@ -100,6 +101,42 @@ Blend = tuple[BlendSource, ...] | tuple[float | str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BlendChange(Section):
+    """Other weights from some sample of the run on. Each source goes on from where it stands."""
+
+    from_sample: PositiveInt
+    """The first sample (counted from 0 over the whole run) that is drawn by these weights."""
+    weights: dict[str, NonNegativeFloat]
+    """A weight for each source by name; one that is left out gives no sample from there on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FimConfig(Section):
+    """Fill-in-the-middle (arXiv:2207.14255)."""
+
+    rate: Fraction
+    """Share of documents that are rearranged."""
+    spm_rate: Fraction
+    """Share of those written suffix first."""
+    prefix_token: NonEmptyStr
+    """Sentinel before the prefix, as the tokenizer names it."""
+    middle_token: NonEmptyStr
+    """Sentinel before the middle."""
+    suffix_token: NonEmptyStr
+    """Sentinel before the suffix."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeqLengthRamp(Section):
+    """Short contexts first: samples keep their shape, but fall into stretches that do not see each other."""
+
+    start_seq_length: PositiveInt
+    """Length of the stretches at the start; it doubles in equal shares of ``ramp_samples`` up to ``seq_length``."""
+    ramp_samples: PositiveInt
+    """Samples after which the context is ``seq_length``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig(Section):
     """Where tokens come from and how samples are cut from them."""
 
@@ -121,6 +158,16 @@ class DataConfig(Section):
     (no weights: the share of a source is its size to the power 1 / ``blend_temperature``, normalised)."""
     blend_temperature: PositiveFloat
     """For ``blend_by: temperature``; 1 is by size, larger is flatter."""
+    blend_changes: tuple[BlendChange, ...]
+    """Changes of the weights in the course of the run, by rising ``from_sample``; also how a source is left out from
+    some point on."""
+    packing: Literal["concatenate", "best_fit"]
+    """``concatenate``: documents run on from sample to sample; ``best_fit``: a sample holds whole documents and
+    padding, and only one longer than a sample is cut (arXiv:2404.10830)."""
+    fim: FimConfig | None
+    """Fill-in-the-middle; null for none."""
+    seq_length_ramp: SeqLengthRamp | None
+    """A ramp of the context length; null for none."""
     reset_position_ids: bool
     """Start positions from 0 at every document inside a sample."""
     reset_attention_mask: bool
@@ -139,6 +186,18 @@ class DataConfig(Section):
             parse_split(self.split)
         if "split" in self.validation and self.split is not None:
             raise ValueError("validation: the name 'split' belongs to the set that data.split makes; rename it")
+        starts = [change.from_sample for change in self.blend_changes]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"blend_changes: from_sample must rise, received {starts}")
+        if self.blend_changes and self.blend_by == "temperature":
+            raise ValueError(
+                "blend_changes: give weights from the start (blend_by: samples or tokens), not temperature"
+            )
+        ramp = self.seq_length_ramp
+        if ramp is not None and self.seq_length % ramp.start_seq_length:
+            raise ValueError(
+                f"seq_length_ramp.start_seq_length {ramp.start_seq_length} must divide seq_length {self.seq_length}"
+            )
         for key, blend in {"data.blend": self.blend, **self.validation}.items():
             blend_entries(blend, key)
 

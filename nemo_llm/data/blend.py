@@ -61,28 +61,30 @@ class Blend:
     """Maps a sample's index to (source, index within the source) by weights, in constant memory.
 
     ``weights`` are relative shares of samples; a source of weight 0 gives none. Weights are used exactly as the
-    fractions that the floats are, so that every machine computes the same.
+    fractions that the floats are, so that every machine computes the same. ``names`` of the sources seed the choice
+    together with ``seed``: one of weight 0 may come or go without changing anything.
     """
 
-    def __init__(self, weights: Sequence[float], seed: int) -> None:
+    def __init__(self, weights: Sequence[float], seed: int, names: Sequence[str]) -> None:
         if not weights or min(weights) < 0 or not sum(weights) > 0:
             raise ValueError(f"weights must be zero or positive and not all zero, received {list(weights)}")
         self.num_sources = len(weights)
         exact = [Fraction(weight) for weight in weights]
         self.shares = [float(weight / sum(exact)) for weight in exact]
         chosen = [source for source, weight in enumerate(exact) if weight > 0]
-        self._root = self._build(chosen, exact, seed)
+        self._seed, self._names = seed, list(names)
+        self._root = self._build(chosen, exact)
 
-    def _build(self, sources: list[int], weights: list[Fraction], seed: int) -> "_Node | int":
+    def _build(self, sources: list[int], weights: list[Fraction]) -> "_Node | int":
         if len(sources) == 1:
             return sources[0]
         half = len(sources) // 2
         left, right = sources[:half], sources[half:]
         left_weight = sum((weights[source] for source in left), Fraction(0))
         right_weight = sum((weights[source] for source in right), Fraction(0))
-        key = derive_key("blend", seed, sources[0], sources[-1])
+        key = derive_key("blend", self._seed, *(self._names[source] for source in sources))
         share = left_weight / (left_weight + right_weight)
-        return _Node(self._build(left, weights, seed), self._build(right, weights, seed), share, key)
+        return _Node(self._build(left, weights), self._build(right, weights), share, key)
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return the source of sample ``index`` and its index among that source's samples."""

@@ -1,15 +1,20 @@
 """From the ``data`` section of the configuration to training and validation sources."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_llm.config.data import BlendSource, DataConfig, blend_entries, parse_split
 from nemo_llm.data.blend import Blend
+from nemo_llm.data.blended import BlendedSource, Phase
 from nemo_llm.data.cache import build_once, cache_folder, content_key
-from nemo_llm.data.dataset import BlendedSource, MockStore, SampleRules, TokenStore, TokenWindowDataset
+from nemo_llm.data.dataset import Source, TokenWindowDataset
 from nemo_llm.data.indexed import IndexedDataset
+from nemo_llm.data.packing import PackedDataset, build_packs
 from nemo_llm.data.permutation import derive_key
+from nemo_llm.data.rules import SampleRules
+from nemo_llm.data.store import MockStore, TokenStore
 from nemo_llm.data.text_cache import open_text
 from nemo_llm.data.tokenizer import Tokenizer
 from nemo_llm.errors import ConfigError, InputError, Problem
@@ -63,48 +68,58 @@ class _Builder:
         self._tokenizer = tokenizer
         self._cache = cache_folder(config.cache_dir)
         self._stores: dict[str, TokenStore] = {}
-        self._rules = SampleRules(
-            seq_length=config.seq_length,
-            eod_id=tokenizer.eod_id,
-            reset_position_ids=config.reset_position_ids,
-            reset_attention_mask=config.reset_attention_mask,
-            eod_mask_loss=config.eod_mask_loss,
-        )
+        self._rules = SampleRules(config, tokenizer)
 
     def blend(
         self, entries: tuple[BlendSource, ...], part: tuple[float, float], seed: int, *, finite: bool
     ) -> BlendedSource:
         """Return the blend of a part (fractions of each source's documents) of the entries."""
-        sources = []
-        for entry in entries:
-            store = self._store(entry)
-            first, last = (round(share * store.num_documents) for share in part)
-            key = derive_key("order", seed, entry.name)
-            sources.append(TokenWindowDataset(entry.name, store, self._rules, (first, last), key))
-        weights = self._weights(entries, sources)
-        num_samples = None
+        sources = [self._source(entry, part, seed) for entry in entries]
+        weights = self._weights([entry.weight for entry in entries], sources)
         if finite:  # as many samples as can be had at these weights without repeating any
-            num_samples = Blend(weights, seed).most_samples([source.windows_per_epoch for source in sources])
-        return BlendedSource(sources, weights, seed, num_samples)
+            names = [source.name for source in sources]
+            num_samples = Blend(weights, seed, names).most_samples([source.samples_per_epoch for source in sources])
+            return BlendedSource(sources, [Phase(0, tuple(weights))], seed, num_samples)
+        return BlendedSource(sources, [Phase(0, tuple(weights)), *self._changes(sources)], seed)
 
-    def _weights(self, entries: tuple[BlendSource, ...], sources: list[TokenWindowDataset]) -> list[float]:
+    def _source(self, entry: BlendSource, part: tuple[float, float], seed: int) -> Source:
+        store = self._store(entry)
+        first, last = (round(share * store.num_documents) for share in part)
+        key = derive_key("order", seed, entry.name)
+        if self._config.packing == "concatenate":
+            return TokenWindowDataset(entry.name, store, self._rules, (first, last), key)
+        identity = store.prefix if isinstance(store, MockStore) else _identity(store)
+        packs = build_packs(store, (first, last), self._config.seq_length, identity, self._cache)
+        return PackedDataset(entry.name, store, self._rules, (first, last), key, packs)
+
+    def _weights(self, given: Sequence[float | None], sources: list[Source]) -> list[float]:
+        """Return the sources' shares of samples from what the configuration says they are shares of."""
         sizes = [float(source.num_tokens) for source in sources]
-        given = [entry.weight for entry in entries if entry.weight is not None]
+        weights = [weight for weight in given if weight is not None]
         if self._config.blend_by == "temperature":
-            if given:
-                raise ConfigError(
-                    [
-                        Problem(
-                            "data.blend_by",
-                            self._config.blend_by,
-                            "temperature derives the weights from the sizes, but weights are given too",
-                            "leave out every weight, or set data.blend_by=samples",
-                        )
-                    ]
-                )
+            if weights:
+                rule = "temperature derives the weights from the sizes, but weights are given too"
+                fix = "leave out every weight, or set data.blend_by=samples"
+                raise ConfigError([Problem("data.blend_by", self._config.blend_by, rule, fix)])
             largest = max(sizes)
-            return [(size / largest) ** (1 / self._config.blend_temperature) for size in sizes]
-        return given or sizes
+            weights = [(size / largest) ** (1 / self._config.blend_temperature) for size in sizes]
+        elif self._config.blend_by == "samples" and weights:
+            return weights
+        weights = weights or sizes  # shares of tokens: a source with more padding needs more samples for its share
+        return [weight / source.tokens_per_sample for weight, source in zip(weights, sources, strict=True)]
+
+    def _changes(self, sources: list[Source]) -> list[Phase]:
+        names = [source.name for source in sources]
+        phases = []
+        for number, change in enumerate(self._config.blend_changes):
+            unknown = sorted(set(change.weights) - set(names))
+            if unknown or not sum(change.weights.values()) > 0:
+                key = f"data.blend_changes.{number}.weights"
+                rule = f"must name sources of data.blend ({', '.join(names)}), one of them with a positive weight"
+                raise ConfigError([Problem(key, change.weights, rule, "correct the names and weights")])
+            weights = self._weights([change.weights.get(name, 0.0) for name in names], sources)
+            phases.append(Phase(change.from_sample, tuple(weights)))
+        return phases
 
     def _store(self, entry: BlendSource) -> TokenStore:
         place = entry.prefix or entry.text or f"mock {entry.mock}"
@@ -119,7 +134,8 @@ class _Builder:
                 mock.num_documents, mock.mean_document_length, self._tokenizer.vocab_size, self._tokenizer.eod_id
             )
         if entry.text is not None:
-            return open_text(entry.text, self._config.text_key, self._tokenizer, self._cache)
+            text_key, tokenizer = self._config.text_key, self._config.tokenizer
+            return open_text(entry.text, text_key, tokenizer, self._tokenizer, self._cache)
         assert entry.prefix is not None
         dataset = IndexedDataset(entry.prefix)
         _check_tokens(dataset, entry.name, self._tokenizer, self._cache)
@@ -156,10 +172,11 @@ def _largest_token(dataset: IndexedDataset, name: str, tokenizer: Tokenizer, cac
                 "the one of the data, or index the text again"
             )
         return largest
-    stats = [path.stat() for path in (dataset.idx_path, dataset.bin_path)]
-    key = content_key(
-        kind="scan",
-        path=str(Path(dataset.prefix).resolve()),
-        files=[(stat.st_size, stat.st_mtime_ns) for stat in stats],
-    )
+    key = content_key(kind="scan", dataset=_identity(dataset))
     return int(build_once(cache / f"scan-{key}", lambda _: {"max_token_id": dataset.validate()})["max_token_id"])
+
+
+def _identity(dataset: TokenStore) -> list[object]:
+    """Return what names the content of a dataset on disk: its place, sizes and times of change."""
+    stats = [Path(f"{dataset.prefix}{suffix}").stat() for suffix in (".idx", ".bin")]
+    return [str(Path(dataset.prefix).resolve()), [(stat.st_size, stat.st_mtime_ns) for stat in stats]]

@@ -5,18 +5,23 @@ a plain text file. What cannot be read is reported as a ``BadRecord`` naming fil
 """
 
 import bz2
+import codecs
+import contextlib
 import glob
 import gzip
+import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from nemo_llm.errors import InputError
 
 _COMPRESSION = (".gz", ".bz2", ".xz", ".zst")
+_BLOCK_BYTES = 1 << 20
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
@@ -43,12 +48,20 @@ class BadRecord:
         return f"{self.file}:{self.line}: {self.reason}: {self.detail}"
 
 
+class BadRecordError(InputError):
+    """A bad record where none is tolerated."""
+
+    def __init__(self, record: BadRecord) -> None:
+        super().__init__(str(record))
+        self.record = record
+
+
 OnBad = Callable[[BadRecord], None]
 
 
 def raise_bad(record: BadRecord) -> None:
     """An ``OnBad`` that stops at the first bad record with an InputError."""
-    raise InputError(str(record))
+    raise BadRecordError(record)
 
 
 def expand_inputs(pattern: str) -> list[Path]:
@@ -81,37 +94,87 @@ def open_stream(path: Path) -> IO[bytes]:
         case ".xz":
             return lzma.open(path, "rb")
         case ".zst":
-            import zstandard
-
-            return zstandard.open(path, "rb")
+            return io.BufferedReader(_ZstdFile(path), _BLOCK_BYTES)
     return path.open("rb")
 
 
-def read_documents(path: Path, text_key: str, on_bad: OnBad = raise_bad) -> Iterator[Document]:
+class _ZstdFile(io.RawIOBase):
+    """Reads the frames of a .zst file; unlike the library's own reader, it notices a file that ends too early."""
+
+    def __init__(self, path: Path) -> None:
+        import zstandard
+
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new_frame()
+        self._file = path.open("rb")
+        self._ready = b""
+        self._in_frame = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        while not self._ready:
+            block = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._in_frame = self._new_frame(), False
+            block = block or self._file.read(_BLOCK_BYTES)
+            if not block:
+                if self._in_frame:
+                    raise EOFError("the compressed stream is cut off")
+                return 0
+            self._in_frame = True
+            self._ready = self._frame.decompress(block)
+        count = min(len(view), len(self._ready))
+        view[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what a damaged or unreadable file raises into an InputError that names it."""
+    errors: tuple[type[Exception], ...] = (OSError, EOFError, lzma.LZMAError, zlib.error)
+    if path.suffix == ".zst":
+        import zstandard
+
+        errors += (zstandard.ZstdError,)
+    try:
+        yield
+    except errors as error:
+        raise InputError(f"{path}: cannot be read to its end ({error})") from error
+
+
+def read_documents(path: Path, text_key: str, on_bad: OnBad = raise_bad, encoding: str = "utf-8") -> Iterator[Document]:
     """Yield the documents of one file in order; records that cannot be read go to ``on_bad``.
 
     Raises InputError when the file itself cannot be read (a broken compressed stream, not a Parquet file).
     """
-    try:
+    with reading(path):
         match file_format(path):
             case "jsonl":
-                yield from _json_lines(path, text_key, on_bad)
+                yield from _json_lines(path, text_key, on_bad, encoding)
             case "parquet":
                 yield from _parquet_rows(path, text_key, on_bad)
             case _:
-                yield from _plain_text(path, on_bad)
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise InputError(f"{path}: cannot be read to its end ({error})") from error
+                yield from _plain_text(path, on_bad, encoding)
 
 
-def parse_json_line(line: bytes, file: str, number: int, text_key: str) -> Document | BadRecord | None:
+def parse_json_line(
+    line: bytes, file: str, number: int, text_key: str, encoding: str = "utf-8"
+) -> Document | BadRecord | None:
     """Return the document on a JSON line, what is wrong with it, or None for a blank line."""
     if not line.strip():
         return None
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode(encoding).removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
-        return BadRecord(file, number, "invalid UTF-8", f"{error.reason} at byte {error.start} of the line")
+        return BadRecord(file, number, _invalid(encoding), f"{error.reason} at byte {error.start} of the line")
     except ValueError as error:
         return BadRecord(file, number, "malformed JSON", str(error))
     if not isinstance(record, dict) or text_key not in record:
@@ -121,6 +184,19 @@ def parse_json_line(line: bytes, file: str, number: int, text_key: str) -> Docum
     if not isinstance(text, str):
         return BadRecord(file, number, "field is not text", f"{text_key!r} holds {type(text).__name__}")
     return _checked(text, file, number)
+
+
+def parse_text_line(line: bytes, file: str, number: int, encoding: str) -> Document | BadRecord | None:
+    """Return a line of plain text as a document, what is wrong with it, or None for a blank line."""
+    try:
+        text = line.decode(encoding).removeprefix("\ufeff").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        return BadRecord(file, number, _invalid(encoding), f"{error.reason} at byte {error.start} of the line")
+    return _checked(text, file, number) if text.strip() else None
+
+
+def _invalid(encoding: str) -> str:
+    return f"invalid {encoding.upper()}"
 
 
 def _checked(text: str, file: str, number: int) -> Document | BadRecord:
@@ -133,10 +209,10 @@ def _checked(text: str, file: str, number: int) -> Document | BadRecord:
     return Document(text, file, number)
 
 
-def _json_lines(path: Path, text_key: str, on_bad: OnBad) -> Iterator[Document]:
+def _json_lines(path: Path, text_key: str, on_bad: OnBad, encoding: str) -> Iterator[Document]:
     with open_stream(path) as stream:
         for number, line in enumerate(stream, start=1):
-            result = parse_json_line(line, str(path), number, text_key)
+            result = parse_json_line(line, str(path), number, text_key, encoding)
             if isinstance(result, BadRecord):
                 on_bad(result)
             elif result is not None:
@@ -167,14 +243,32 @@ def _parquet_rows(path: Path, text_key: str, on_bad: OnBad) -> Iterator[Document
         raise InputError(f"{path}: not a readable Parquet file ({error})") from error
 
 
-def _plain_text(path: Path, on_bad: OnBad) -> Iterator[Document]:
-    with open_stream(path) as stream:
-        data = stream.read()
+def plain_text_blocks(path: Path, encoding: str) -> Iterator[str]:
+    """Yield the text of a plain text file block by block; BadRecordError names the line of a wrong byte."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)()
+    lines, position = 1, 0
+    with reading(path), open_stream(path) as stream:
+        while True:
+            block = stream.read(_BLOCK_BYTES)
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                line = lines + error.object.count(b"\n", 0, error.start)
+                detail = f"{error.reason} near byte {position + error.start} of the file"
+                raise BadRecordError(BadRecord(str(path), line, _invalid(encoding), detail)) from error
+            if text:
+                yield text
+            if not block:
+                return
+            lines += block.count(b"\n")
+            position += len(block)
+
+
+def _plain_text(path: Path, on_bad: OnBad, encoding: str) -> Iterator[Document]:
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        on_bad(BadRecord(str(path), line, "invalid UTF-8", f"{error.reason} at byte {error.start} of the file"))
+        text = "".join(plain_text_blocks(path, encoding))
+    except BadRecordError as error:
+        on_bad(error.record)
         return
     result = _checked(text, str(path), 1)
     if isinstance(result, BadRecord):

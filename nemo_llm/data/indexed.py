@@ -180,7 +180,6 @@ class IndexedDatasetWriter:
     def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self._code = next(code for code, name in _DTYPES.items() if np.dtype(name) == self.dtype)
         self._paths = {
             kind: Path(f"{self.prefix}.{kind}.tmp-{os.getpid()}") for kind in ("bin", "lengths", "documents", "idx")
         }
@@ -231,17 +230,7 @@ class IndexedDatasetWriter:
             stream.flush()
             os.fsync(stream.fileno())
             stream.close()
-        with self._paths["idx"].open("wb") as stream:
-            stream.write(MAGIC)
-            stream.write(struct.pack("<QBQQ", 1, self._code, self.num_sequences, self.num_documents + 1))
-            with self._paths["lengths"].open("rb") as lengths:
-                shutil.copyfileobj(lengths, stream, 1 << 22)
-            self._write_pointers(stream)
-            stream.write(struct.pack("<q", 0))
-            with self._paths["documents"].open("rb") as documents:
-                shutil.copyfileobj(documents, stream, 1 << 22)
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_index(self._paths["idx"], self.dtype, self._paths["lengths"], self._paths["documents"])
         # An old index must not describe new tokens, even for a moment: it goes first and the new one comes last.
         Path(self.prefix + ".idx").unlink(missing_ok=True)
         self._paths["bin"].replace(self.prefix + ".bin")
@@ -265,14 +254,41 @@ class IndexedDatasetWriter:
         else:
             self.abort()
 
-    def _write_pointers(self, stream: IO[bytes]) -> None:
-        offset = 0
-        with self._paths["lengths"].open("rb") as lengths:
-            while chunk := lengths.read(4 * _CHUNK):
-                ends = offset + np.cumsum(np.frombuffer(chunk, "<i4").astype(np.int64)) * self.dtype.itemsize
-                stream.write(np.concatenate(([offset], ends[:-1])).astype("<i8").tobytes())
-                offset = int(ends[-1])
-
     def _remove_temporary(self) -> None:
         for path in self._paths.values():
             path.unlink(missing_ok=True)
+
+
+def write_index(path: Path, dtype: np.dtype, lengths_path: Path, documents_path: Path | None) -> None:
+    """Write and sync an index file in flat memory.
+
+    ``lengths_path`` holds int32 lengths of sequences; ``documents_path`` int64 numbers of sequences up to the end of
+    each document, or None when each sequence is a document.
+    """
+    code = next(code for code, name in _DTYPES.items() if np.dtype(name) == dtype)
+    sequences = lengths_path.stat().st_size // 4
+    documents = sequences if documents_path is None else documents_path.stat().st_size // 8
+    with path.open("wb") as stream:
+        stream.write(MAGIC)
+        stream.write(struct.pack("<QBQQ", 1, code, sequences, documents + 1))
+        with lengths_path.open("rb") as lengths:
+            shutil.copyfileobj(lengths, stream, 1 << 22)
+        _write_pointers(stream, lengths_path, dtype.itemsize)
+        stream.write(struct.pack("<q", 0))
+        if documents_path is None:
+            for start in range(1, sequences + 1, _CHUNK):
+                stream.write(np.arange(start, min(start + _CHUNK, sequences + 1), dtype="<i8").tobytes())
+        else:
+            with documents_path.open("rb") as ends:
+                shutil.copyfileobj(ends, stream, 1 << 22)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _write_pointers(stream: IO[bytes], lengths_path: Path, itemsize: int) -> None:
+    offset = 0
+    with lengths_path.open("rb") as lengths:
+        while chunk := lengths.read(4 * _CHUNK):
+            ends = offset + np.cumsum(np.frombuffer(chunk, "<i4").astype(np.int64)) * itemsize
+            stream.write(np.concatenate(([offset], ends[:-1])).astype("<i8").tobytes())
+            offset = int(ends[-1])

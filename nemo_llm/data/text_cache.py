@@ -1,51 +1,52 @@
 """Raw text named in a blend: tokenised once into the cache and opened as an indexed dataset."""
 
+import os
 from pathlib import Path
 
 from nemo_llm.assets import ASSET_PREFIX, resolve_path
+from nemo_llm.config.data import TokenizerConfig
 from nemo_llm.data.cache import build_once, content_key, file_sha256
-from nemo_llm.data.documents import expand_inputs, read_documents
-from nemo_llm.data.indexed import IndexedDataset, IndexedDatasetWriter, token_dtype
+from nemo_llm.data.documents import expand_inputs
+from nemo_llm.data.index_build import IndexJob, build_index
+from nemo_llm.data.index_plan import IndexSettings
+from nemo_llm.data.indexed import IndexedDataset
 from nemo_llm.data.tokenizer import Tokenizer
-from nemo_llm.errors import InputError
 
-_BATCH = 64
+_MANY_BYTES = 1 << 26  # from here on, worker processes and the proof of the fast path are worth their seconds
+_MAX_WORKERS = 16
 
 
-def open_text(text: str, text_key: str, tokenizer: Tokenizer, cache: Path) -> IndexedDataset:
-    """Return the indexed dataset of a text file, glob or asset, building it in the cache the first time.
+def open_text(text: str, text_key: str, config: TokenizerConfig, tokenizer: Tokenizer, cache: Path) -> IndexedDataset:
+    """Return the indexed dataset of a text file, folder, glob or asset, building it in the cache the first time.
 
-    Raises InputError for missing files and for records that cannot be read (naming file and line).
+    ``tokenizer`` is the one that ``config`` names. Raises InputError for missing files and for the first record that
+    cannot be read (naming file and line).
     """
     files = [resolve_path(text, "text")] if text.startswith(ASSET_PREFIX) else expand_inputs(text)
     key = content_key(
         kind="text", files=[file_sha256(file) for file in files], text_key=text_key, tokenizer=tokenizer.fingerprint
     )
+    settings = IndexSettings(
+        tokenizer=config,
+        text_key=text_key,
+        plain_text="file",
+        encoding="utf-8",
+        append_eod=True,
+        on_bad_record="error",
+    )
+    many = sum(file.stat().st_size for file in files) > _MANY_BYTES
+
+    def build(folder: Path) -> dict:
+        job = IndexJob(
+            inputs=[str(file) for file in files],
+            prefix=folder / "data",
+            settings=settings,
+            cache=cache,
+            workers=min(_MAX_WORKERS, os.cpu_count() or 1) if many else 0,
+            fast_path=many,
+        )
+        return {"dataset": build_index(job)}
+
     folder = cache / f"text-{key}"
-    build_once(folder, lambda temporary: _tokenise(files, text_key, tokenizer, temporary))
+    build_once(folder, build)
     return IndexedDataset(folder / "data")
-
-
-def _tokenise(files: list[Path], text_key: str, tokenizer: Tokenizer, folder: Path) -> dict:
-    with IndexedDatasetWriter(folder / "data", token_dtype(tokenizer.vocab_size)) as writer:
-        batch: list[str] = []
-        for file in files:
-            for document in read_documents(file, text_key):
-                batch.append(document.text)
-                if len(batch) == _BATCH:
-                    _write(batch, tokenizer, writer)
-                    batch = []
-        _write(batch, tokenizer, writer)
-    if not writer.num_documents:
-        raise InputError(f"{', '.join(map(str, files))}: no text in these files")
-    return {
-        "sources": [str(file) for file in files],
-        "tokenizer": tokenizer.fingerprint,
-        "documents": writer.num_documents,
-        "tokens": writer.num_tokens,
-    }
-
-
-def _write(texts: list[str], tokenizer: Tokenizer, writer: IndexedDatasetWriter) -> None:
-    for ids in tokenizer.encode_batch(texts):
-        writer.add_document([*ids, tokenizer.eod_id])

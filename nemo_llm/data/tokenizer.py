@@ -62,6 +62,14 @@ class Tokenizer(Protocol):
         """Return the text of ids; bytes that are not UTF-8 become U+FFFD."""
         ...
 
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token by its name in the vocabulary, None when there is none."""
+        ...
+
+    def vocabulary(self) -> Iterable[str]:
+        """Return the names of the ordinary tokens, as far as they have any."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write all files to a folder that ``load_tokenizer_from_folder`` reads."""
         ...
@@ -78,6 +86,7 @@ class _FileTokenizer:
         self.config = config
         self.files = files
         self.fingerprint = _fingerprint(config, files)
+        self._ids: dict[str, int] = {}
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -87,6 +96,12 @@ class _FileTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         raise NotImplementedError
+
+    def token_id(self, token: str) -> int | None:
+        return self._ids.get(token)
+
+    def vocabulary(self) -> Iterable[str]:
+        return self._ids
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,6 +121,7 @@ class _FileTokenizer:
         return next((ids[known] for known in names if known in ids), None)
 
     def _set_special_ids(self, ids: dict[str, int]) -> None:
+        self._ids = ids
         eod = self._special_id(self.config.eod_token, _EOD_NAMES, ids, "eod_token")
         if eod is None:
             missing = f"{self.config.path} has none of {', '.join(_EOD_NAMES)}"
@@ -161,8 +177,8 @@ class SentencePieceTokenizer(_FileTokenizer):
         self.vocab_size = self.backend.vocab_size()
         self._set_special_ids({self.backend.id_to_piece(number): number for number in range(self.vocab_size)})
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.backend.encode(list(texts), out_type=int, num_threads=1)
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode_as_ids(text)  # a list of texts would start threads at every call
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode(list(ids))
@@ -194,6 +210,11 @@ class TiktokenTokenizer(_FileTokenizer):
             special_tokens={eod: self.eod_id},
         )
         self.vocab_size = self.eod_id + 1
+        self._ids = {eod: self.eod_id}
+        self._ranks = ranks
+
+    def vocabulary(self) -> Iterable[str]:
+        return (token.decode("latin-1") for token in self._ranks)
 
     def encode(self, text: str) -> list[int]:
         if self.config.parse_special_tokens:
@@ -246,6 +267,10 @@ class NemoTokenizer(_FileTokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.ids_to_text(list(ids))
+
+    def token_id(self, token: str) -> int | None:
+        number = self.backend.token_to_id(token)
+        return None if number is None else int(number)
 
     def save(self, folder: Path) -> None:
         super().save(folder)

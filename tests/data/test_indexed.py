@@ -12,10 +12,14 @@ from nemo_llm.errors import InputError
 DOCUMENTS = [[[5, 7, 9], [1]], [[65_499]], [[]], [[2, 3], [4, 5, 6]]]  # sequences of each document
 
 
+def tokens_of(sequences: list[list[int]]) -> list[int]:
+    return list(chain.from_iterable(sequences))
+
+
 def write(prefix: Path, dtype: np.dtype) -> None:
     with IndexedDatasetWriter(prefix, dtype) as writer:
         for sequences in DOCUMENTS:
-            writer.add_document(list(chain.from_iterable(sequences)), [len(sequence) for sequence in sequences])
+            writer.add_document(tokens_of(sequences), [len(sequence) for sequence in sequences])
 
 
 @pytest.fixture
@@ -31,9 +35,7 @@ def test_same_bytes_as_megatron_and_read_by_it(tmp_path: Path, dtype: str) -> No
     write(tmp_path / "ours", np.dtype(dtype))
     builder = megatron.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.dtype(dtype).type)
     for sequences in DOCUMENTS:
-        builder.add_document(
-            torch.tensor(list(chain.from_iterable(sequences))), [len(sequence) for sequence in sequences]
-        )
+        builder.add_document(torch.tensor(tokens_of(sequences)), [len(sequence) for sequence in sequences])
     builder.finalize(str(tmp_path / "theirs.idx"))
 
     for suffix in (".bin", ".idx"):
@@ -43,9 +45,7 @@ def test_same_bytes_as_megatron_and_read_by_it(tmp_path: Path, dtype: str) -> No
     assert len(theirs) == len(ours) == 6
     for number in range(6):
         np.testing.assert_array_equal(theirs[number], ours[number])
-    assert [ours.document(number).tolist() for number in range(4)] == [
-        list(chain.from_iterable(sequences)) for sequences in DOCUMENTS
-    ]
+    assert [ours.document(number).tolist() for number in range(4)] == [tokens_of(sequences) for sequences in DOCUMENTS]
 
 
 @pytest.mark.parametrize("vocab_size", [65_499, 65_500, 65_535, 65_536, 65_537])
@@ -79,7 +79,7 @@ def test_append_dataset(tmp_path: Path, dataset: Path) -> None:
         writer.append_dataset(dataset)
     data = IndexedDataset(tmp_path / "twice")
     data.validate()
-    expected = [list(chain.from_iterable(sequences)) for sequences in DOCUMENTS]
+    expected = [tokens_of(sequences) for sequences in DOCUMENTS]
     assert [data.document(number).tolist() for number in range(9)] == [*expected, [11], *expected]
     with pytest.raises(InputError, match="int32"), IndexedDatasetWriter(tmp_path / "x", np.dtype("<i4")) as writer:
         writer.append_dataset(dataset)

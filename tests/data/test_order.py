@@ -1,6 +1,7 @@
 """The order of samples: permutations, blends, windows, and the loader that hands them to ranks."""
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ from hypothesis import strategies as st
 
 from nemo_llm.config.data import BlendSource, MockConfig
 from nemo_llm.data.blend import Blend
+from nemo_llm.data.blended import BlendedSource
 from nemo_llm.data.build import build_train_and_validation
-from nemo_llm.data.dataset import MockStore, SampleRules, TokenWindowDataset
+from nemo_llm.data.dataset import TokenWindowDataset
 from nemo_llm.data.loader import MicroBatchLoader
 from nemo_llm.data.permutation import KeyedPermutation, derive_key
+from nemo_llm.data.rules import SampleRules
+from nemo_llm.data.store import MockStore
 from nemo_llm.errors import ConfigError, InputError
 
 
@@ -46,6 +50,7 @@ def test_permutation_of_huge_size_is_cheap_and_stable() -> None:
     assert [permutation(index) for index in (0, 1, 3_699_999_999)] == PINNED
 
 
+NAMES = list("abcdefghi")
 PINNED = [3614269946, 2730439523, 2294811118]
 
 
@@ -56,7 +61,7 @@ PINNED = [3614269946, 2730439523, 2294811118]
     total=st.integers(1, 700),
 )
 def test_blend_gives_each_source_its_share_without_gaps(weights: list[float], seed: int, total: int) -> None:
-    blend = Blend(weights, seed)
+    blend = Blend(weights, seed, NAMES)
     positions: Counter[int] = Counter()
     for index in range(total):
         source, local = blend.locate(index)
@@ -72,23 +77,26 @@ def test_blend_gives_each_source_its_share_without_gaps(weights: list[float], se
 
 
 def test_blend_share_is_exact_over_many_samples() -> None:
-    blend = Blend([0.7, 0.2, 0.1, 1e-5], seed=1)
+    blend = Blend([0.7, 0.2, 0.1, 1e-5], 1, NAMES)
     counts = blend.counts(10**9)
     assert sum(counts) == 10**9
     for count, share in zip(counts, blend.shares, strict=True):
         assert abs(count - share * 10**9) < 4
 
 
-def windows(num_documents: int = 50, seq_length: int = 16, **changes) -> TokenWindowDataset:
-    rules = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False} | changes
-    store = MockStore(num_documents, 20, vocab_size=100, eod_id=99)
-    sample_rules = SampleRules(seq_length=seq_length, eod_id=99, **rules)
-    return TokenWindowDataset("mock", store, sample_rules, (0, num_documents), derive_key("order", 7, "mock"))
+@pytest.fixture
+def windows(data_config, demo_tokenizer) -> Callable[..., TokenWindowDataset]:
+    def build(num_documents: int = 50, seq_length: int = 16, **changes: object) -> TokenWindowDataset:
+        rules = SampleRules(data_config(seq_length=seq_length, **changes), demo_tokenizer)
+        store = MockStore(num_documents, 20, vocab_size=100, eod_id=demo_tokenizer.eod_id)
+        return TokenWindowDataset("mock", store, rules, (0, num_documents), derive_key("order", 7, "mock"))
+
+    return build
 
 
-def test_each_epoch_visits_each_window_once_and_no_token_twice() -> None:
+def test_each_epoch_visits_each_window_once_and_no_token_twice(windows) -> None:
     data = windows()
-    count = data.windows_per_epoch
+    count = data.samples_per_epoch
     starts = [sorted(data.window_start(epoch * count + index) for index in range(count)) for epoch in range(3)]
     for epoch in starts:
         assert set(np.diff(epoch)) == {16}
@@ -99,23 +107,23 @@ def test_each_epoch_visits_each_window_once_and_no_token_twice() -> None:
     assert orders[0] != starts[0]
 
 
-def test_sample_holds_the_tokens_of_its_window() -> None:
+def test_sample_holds_the_tokens_of_its_window(windows) -> None:
     data = windows()
     everything = data.store.read(0, data.store.num_tokens)
     for index in (0, 5, 77):
         start = data.window_start(index)
-        np.testing.assert_array_equal(data[index].tokens, everything[start : start + 17])
-    assert not data[0].loss_mask.flags.writeable  # shared between samples
+        np.testing.assert_array_equal(data.sample(index, index).tokens, everything[start : start + 17])
+    assert not data.sample(0, 0).loss_mask.flags.writeable  # shared between samples
 
 
-def test_resets_follow_document_boundaries_as_megatron_does() -> None:
+def test_resets_follow_document_boundaries_as_megatron_does(windows, demo_tokenizer) -> None:
     torch = pytest.importorskip("torch")
     gpt_dataset = pytest.importorskip("megatron.core.datasets.gpt_dataset")
     data = windows(reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True, seq_length=64)
-    for index in range(data.windows_per_epoch):
-        sample = data[index]
+    for index in range(data.samples_per_epoch):
+        sample = data.sample(index, index)
         mask, loss_mask, position_ids = gpt_dataset._get_ltor_masks_and_position_ids(
-            torch.from_numpy(sample.tokens[:-1]), 99, True, True, True, True
+            torch.from_numpy(sample.tokens[:-1]), demo_tokenizer.eod_id, True, True, True, True
         )
         np.testing.assert_array_equal(sample.position_ids, position_ids)
         np.testing.assert_array_equal(sample.loss_mask, loss_mask)
@@ -124,7 +132,7 @@ def test_resets_follow_document_boundaries_as_megatron_does() -> None:
         np.testing.assert_array_equal(allowed, ~mask[0].numpy())
 
 
-def test_source_shorter_than_one_sample_is_refused() -> None:
+def test_source_shorter_than_one_sample_is_refused(windows) -> None:
     with pytest.raises(InputError, match=r"mock: documents 0 to 1 hold \d+ tokens, but one sample needs .* = 5001"):
         windows(num_documents=1, seq_length=5000)
 
@@ -169,7 +177,7 @@ def test_split_and_validation_sets_are_disjoint_and_fixed(data_config, demo_toke
     for name, source in one.validation.items():
         np.testing.assert_array_equal(source[0].tokens, other.validation[name][0].tokens)
         # No window of a validation set comes twice.
-        places = [source.blend.locate(index) for index in range(len(source))]
+        places = [source.locate(index) for index in range(len(source))]
         starts = [(number, source.sources[number].window_start(local)) for number, local in places]
         assert len(set(starts)) == len(starts)
     assert one.train[0].tokens.tolist() != other.train[0].tokens.tolist()
@@ -178,6 +186,11 @@ def test_split_and_validation_sets_are_disjoint_and_fixed(data_config, demo_toke
     table = one.describe(1000)
     assert "shakespeare" in table
     assert "0.7500" in table
+
+
+def shares_of(source: BlendedSource) -> list[float]:
+    counts = source.counts(10**9)
+    return [count / 10**9 for count in counts]
 
 
 def test_temperature_flattens_sizes(data_config, demo_tokenizer) -> None:
@@ -189,9 +202,9 @@ def test_temperature_flattens_sizes(data_config, demo_tokenizer) -> None:
     for temperature in (1.0, 4.0):
         config = data_config(blend=blend, split=None, blend_by="temperature", blend_temperature=temperature)
         source = build_train_and_validation(config, demo_tokenizer, seed=1).train
-        shares[temperature] = source.blend.shares[0]
+        shares[temperature] = shares_of(source)[0]
         sizes = np.array([one.num_tokens for one in source.sources], dtype=float) ** (1 / temperature)
-        assert source.blend.shares[0] == pytest.approx(sizes[0] / sizes.sum())
+        assert shares_of(source)[0] == pytest.approx(sizes[0] / sizes.sum(), rel=1e-6)
     assert shares[4.0] > 10 * shares[1.0]
     with pytest.raises(ConfigError, match=r"data\.blend_by"):
         build_train_and_validation(data_config(blend_by="temperature"), demo_tokenizer, seed=1)

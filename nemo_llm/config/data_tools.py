@@ -1,0 +1,114 @@
+"""Configuration of the data tools that are composed from ``conf/`` (``index_dataset.yaml`` and its siblings)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from annotated_types import Interval
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from nemo_llm.config.catalog import conf_dir
+from nemo_llm.config.data import TokenizerConfig
+from nemo_llm.config.messages import problems_of_validation
+from nemo_llm.config.section import NonEmptyStr, NonNegativeInt, PositiveInt, Section
+from nemo_llm.errors import NO_VALUE, ConfigError, Problem
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerSection(Section):
+    """The part of the ``data`` section that a tool needs."""
+
+    tokenizer: TokenizerConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexConfig(Section):
+    """``tools/index_dataset.py``: text in, an indexed dataset out."""
+
+    input: NonEmptyStr | list[NonEmptyStr]
+    """A file, a folder or a glob, or a list of them: JSON lines, Parquet or plain text, also .gz .bz2 .xz .zst."""
+    output_prefix: NonEmptyStr
+    """Path of the result without ``.bin``/``.idx``."""
+    workers: NonNegativeInt
+    """Processes that tokenise; 0 works in this process."""
+    text_key: NonEmptyStr
+    """The field (JSON lines) or column (Parquet) that holds the text."""
+    plain_text: Literal["file", "line"]
+    """Plain text: is a file or a line one document."""
+    encoding: NonEmptyStr
+    """Encoding of JSON lines and plain text."""
+    append_eod: bool
+    """Put the end-of-document token after each document."""
+    on_bad_record: Literal["skip", "error"]
+    """``skip`` counts and reports what cannot be read; ``error`` stops at the first."""
+    max_bad_fraction: Annotated[float, Interval(ge=0, le=1)]
+    """With ``skip``: nothing is published when a larger share of the records is bad."""
+    fast_path: bool
+    """Use a faster library where it is proven to give the same ids."""
+    overwrite: bool
+    """Replace an existing dataset of another making."""
+    restart: bool
+    """Throw away what an interrupted run with other settings left."""
+    cache_dir: str | None
+    """Where proofs are kept; null: ``$NEMO_LLM_CACHE``, else ``~/.cache/nemo_llm``."""
+    data: TokenizerSection
+    """The tokenizer, chosen by ``tokenizer=NAME``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainTokenizerConfig(Section):
+    """``tools/train_tokenizer.py``: a sample of the corpus in, a tokenizer and its report out."""
+
+    input: dict[str, NonEmptyStr]
+    """Sources by name: a file, a folder, a glob or ``asset:NAME`` each; every source gives as many characters."""
+    output: NonEmptyStr
+    """Folder for the tokenizer; name it in ``data.tokenizer.path``."""
+    type: Literal["bpe", "unigram", "byte"]
+    """Byte-level BPE, unigram with byte fallback, or plain bytes (nothing to train)."""
+    library: Literal["tokenizers", "sentencepiece"]
+    """Writes a ``tokenizer.json`` or a SentencePiece ``.model``."""
+    vocab_size: PositiveInt
+    """Ids, special tokens included."""
+    pattern: NonEmptyStr
+    """``tokenizers`` BPE only: how text is split: ``r50k_base`` (GPT-2), ``cl100k_base``, ``o200k_base``, or a regular
+    expression."""
+    eod_token: NonEmptyStr
+    """The token that ends a document."""
+    special_tokens: tuple[NonEmptyStr, ...]
+    """More tokens that text never gives, such as fill-in-the-middle sentinels."""
+    sample_characters: PositiveInt
+    """Characters taken of each source, from places spread over it."""
+    text_key: NonEmptyStr
+    """The field (JSON lines) or column (Parquet) that holds the text."""
+    plain_text: Literal["file", "line"]
+    """Plain text: is a file or a line one document."""
+    encoding: NonEmptyStr
+    """Encoding of JSON lines and plain text."""
+
+
+def compose_tool(name: str, schema: type[T], overrides: Sequence[str]) -> T:
+    """Return the configuration of a tool: ``conf/NAME.yaml`` with overrides, decoded strictly into ``schema``.
+
+    Raises ConfigError with every problem found.
+    """
+    try:
+        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+            composed = compose(config_name=name, overrides=list(overrides))
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError([Problem(key, NO_VALUE, "is required", f"add {key}=...") for key in missing])
+        mapping: Mapping[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    except (HydraException, OmegaConfBaseException) as error:
+        problem = Problem("", NO_VALUE, " ".join(str(error).split()), "correct the argument or the file that it names")
+        raise ConfigError([problem]) from error
+    try:
+        return TypeAdapter(schema).validate_json(json.dumps(mapping), strict=True)
+    except ValidationError as error:
+        raise ConfigError(problems_of_validation(error.errors(), mapping)) from None

@@ -6,6 +6,7 @@ from nemo_llm.config.data import DataConfig
 from nemo_llm.config.model import ModelConfig
 from nemo_llm.config.optim import OptimConfig
 from nemo_llm.config.parallelism import ParallelismConfig
+from nemo_llm.config.performance import PerformanceConfig
 from nemo_llm.config.precision import PrecisionConfig
 from nemo_llm.config.section import Section
 from nemo_llm.config.services import CheckpointConfig, ClusterConfig, ExpManagerConfig, SampleConfig, TaskConfig
@@ -21,6 +22,7 @@ class RunConfig(Section):
     model: ModelConfig
     parallelism: ParallelismConfig
     precision: PrecisionConfig
+    performance: PerformanceConfig
     optim: OptimConfig
     data: DataConfig
     task: TaskConfig

@@ -50,13 +50,23 @@ def _build_chunk(cfg, runtime, config, backend, vp_stage, vocab_size) -> Languag
         cfg.model,
         vocab_size,
         cfg.task.z_loss_coeff,
+        fused_chunk_tokens(cfg),
         pre_process=runtime.pp_rank == 0 and stage == 0,
         post_process=runtime.is_last_pipeline_stage and stage == last_vp,
         vp_stage=vp_stage,
         pg_collection=runtime.groups,
     )
     _mark_split_parameters(chunk)
+    if cfg.performance.compile_layers and runtime.device.type == "cuda":
+        for layer in chunk.decoder.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
     return chunk.to(runtime.device)
+
+
+def fused_chunk_tokens(cfg: RunConfig) -> int | None:
+    """Chunk of the fused projection and loss, or None: fp16's loss scale is not known when it takes gradients."""
+    fused = cfg.performance.fused_linear_cross_entropy and cfg.precision.params_dtype != "fp16"
+    return cfg.performance.cross_entropy_chunk_tokens if fused else None
 
 
 def _mark_split_parameters(chunk: LanguageModel) -> None:

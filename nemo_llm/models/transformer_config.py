@@ -11,6 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_llm.config import ModelConfig, ParallelismConfig, PrecisionConfig, RunConfig
 from nemo_llm.errors import ConfigError, Problem
+from nemo_llm.models.gradients import offer_gradient_accumulation
+from nemo_llm.models.rope import offer_fused_rope
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -38,12 +40,19 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
     Raises:
         ConfigError: an override that Megatron does not know, or a combination that Megatron refuses.
     """
+    fuse_rope = cfg.performance.fused_rope and device.type == "cuda" and cfg.model.position_embedding_type == "rope"
+    if cfg.performance.gradient_accumulation_fusion:
+        offer_gradient_accumulation()
+    if fuse_rope:
+        offer_fused_rope()
     fields = {
         **_model_fields(cfg.model),
         **_moe_fields(cfg.model, cfg.parallelism),
         **_parallel_fields(cfg.parallelism, device),
         **_precision_fields(cfg.precision),
         "deterministic_mode": cfg.trainer.deterministic,
+        "gradient_accumulation_fusion": cfg.performance.gradient_accumulation_fusion,
+        "apply_rope_fusion": fuse_rope,
         # mcore's fused SwiGLU keeps one tensor less for the backward pass; its other fused activations are the tanh
         # approximation whatever was asked for, so they stay off. It is compiled, which does not pay on CPU.
         "bias_activation_fusion": device.type == "cuda"
@@ -100,7 +109,6 @@ def _model_fields(model: ModelConfig) -> dict[str, Any]:
         # Weights are drawn by name and global position (models/initialize.py), so that no layout changes them.
         "perform_initialization": False,
         "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
         "attention_softmax_in_fp32": False,
         # The loss of a step is summed over tokens and divided once, by the token count of the whole global batch.
         "calculate_per_token_loss": True,
@@ -141,7 +149,6 @@ def _parallel_fields(layout: ParallelismConfig, device: torch.device) -> dict[st
         "recompute_method": layout.recompute_method,
         "recompute_num_layers": layout.recompute_num_layers,
         "recompute_modules": list(layout.recompute_modules) if selective else None,
-        "gradient_accumulation_fusion": False,
         "variable_seq_lengths": False,
         # Batched sends and receives between the same two ranks pair up by order alone: with interleaving over two
         # stages the forward and the backward tensors would swap. Megatron keeps them apart when they are overlapped.

@@ -17,7 +17,11 @@ def forward_step(
     """Run one micro-batch through this pipeline stage; the closure turns the last stage's output into a loss."""
     batch = next(micro_batches)
     output = model(
-        batch["tokens"], batch["position_ids"], attention_mask=batch.get("document_ids"), labels=batch["labels"]
+        batch["tokens"],
+        batch["position_ids"],
+        attention_mask=batch.get("document_ids"),
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
     )
     return output, lambda losses: sum_losses(losses, batch["loss_mask"])
 

@@ -36,6 +36,7 @@ CHANGEABLE_KEYS = (
     "trainer.micro_batch_size",
     "trainer.deterministic",
     "parallelism.*",
+    "performance.*",
     "cluster.*",
     "model.transformer_impl",
     "model.moe.moe_token_dispatcher_type",

@@ -1,0 +1,181 @@
+"""Output projection and cross-entropy in one, a chunk of tokens at a time: the whole logits never exist.
+
+For a vocabulary of 128k the logits of 16k tokens take 4 GB in bf16 and are read and written several times over. Here
+each chunk's logits are made, turned into their gradient in place and multiplied back at once (the idea of Liger Kernel,
+arXiv:2410.10989, with vocabulary parallelism added). The gradient of a token's loss is taken with the weight that the
+token has in the sum, 1 or 0, so the caller must sum ``losses * loss_mask``; that is why 16-bit loss scaling, whose
+factor comes later, does not use this path.
+
+Shapes: ``T`` tokens of this rank, ``h`` hidden size, ``v/tp`` this rank's part of the padded vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_llm.models.gradients import add_weight_gradient
+
+
+@dataclass(frozen=True)
+class LossRule:
+    """What the loss is: number of known tokens in this rank's part of the vocabulary, z-loss, logit cap, chunk.
+
+    ``tied`` says that the weight is the embedding of the same model chunk; ``group`` is the tensor-parallel one.
+    """
+
+    known_here: int
+    z_coeff: float
+    softcapping: float | None
+    chunk_tokens: int
+    tied: bool
+    group: dist.ProcessGroup
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Losses of a chunked output projection; gradients are computed in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        loss_mask: torch.Tensor,
+        rule: LossRule,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``hidden`` [T, h], ``weight`` [v/tp, h], ``labels`` and ``loss_mask`` [T] -> losses and hits [T], float32.
+
+        With gradients enabled the gradient of ``sum(losses * loss_mask)`` is kept for ``hidden``, and that of
+        ``weight`` is added to ``weight.main_grad`` where there is one.
+        """
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+        hits = torch.empty_like(losses)
+        hidden_grad = torch.empty_like(hidden) if wanted else None
+        weight_grad = _new_weight_gradient(weight) if wanted and ctx.needs_input_grad[1] else None
+        for start in range(0, labels.shape[0], rule.chunk_tokens):
+            part = slice(start, start + rule.chunk_tokens)
+            logits = hidden[part] @ weight.t()
+            chunk = _Chunk(logits, labels[part], rule)
+            losses[part], hits[part] = chunk.losses, chunk.hits
+            if hidden_grad is None:
+                continue
+            gradient = chunk.gradient(loss_mask[part])
+            torch.mm(gradient, weight, out=hidden_grad[part])
+            if weight_grad is not None:
+                add_weight_gradient(weight_grad, gradient, hidden[part])
+        ctx.save_for_backward(hidden_grad)
+        ctx.weight = weight
+        ctx.weight_grad = weight_grad
+        ctx.tied = rule.tied
+        ctx.mark_non_differentiable(hits)
+        return losses, hits
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients that the forward pass took; the incoming one is ``loss_mask`` by contract."""
+        (hidden_grad,) = ctx.saved_tensors
+        return hidden_grad, _returned_gradient(ctx.weight, ctx.weight_grad, ctx.tied), None, None, None
+
+
+def _new_weight_gradient(weight: torch.Tensor) -> torch.Tensor:
+    """Megatron's fp32 buffer of this weight, else a buffer of our own."""
+    if hasattr(weight, "main_grad"):
+        return weight.main_grad
+    return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+
+
+def _returned_gradient(weight: torch.Tensor, gradient: torch.Tensor | None, tied: bool) -> torch.Tensor | None:
+    """What autograd is given for the weight.
+
+    Megatron's gradient hooks fire when autograd delivers something. A gradient that is in ``main_grad`` already is
+    announced by an empty one, as Megatron's own fused layers do; a weight that is the embedding of this chunk too gets
+    its delivery from there.
+    """
+    if gradient is None:
+        return None
+    if not hasattr(weight, "main_grad"):
+        return gradient.to(weight.dtype)
+    if tied:
+        return None
+    weight.grad_added_to_main_grad = True
+    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+
+
+class _Chunk:
+    """Loss statistics of one chunk of logits ``[t, v/tp]``, which it owns and overwrites."""
+
+    def __init__(self, logits: torch.Tensor, labels: torch.Tensor, rule: LossRule) -> None:
+        self.logits, self.rule, group = logits, rule, rule.group
+        columns = logits.shape[-1]
+        if rule.known_here < columns:
+            logits[:, max(rule.known_here, 0) :] = torch.finfo(logits.dtype).min
+        first = group.rank() * columns
+        outside = (labels < first) | (labels >= first + columns)
+        self.local_labels = torch.where(outside, 0, labels - first)
+        self.label_here = ~outside
+        if rule.softcapping is not None:
+            logits.copy_(rule.softcapping * torch.tanh(logits.float() / rule.softcapping))
+            if rule.known_here < columns:
+                logits[:, max(rule.known_here, 0) :] = torch.finfo(logits.dtype).min
+        local_maximum, total = _compiled(_statistics, logits.device.type)(logits)
+        maximum = local_maximum.clone()
+        if group.size() > 1:
+            dist.all_reduce(maximum, dist.ReduceOp.MAX, group)
+        label_logit = logits.gather(-1, self.local_labels[:, None]).squeeze(-1).float()
+        label_logit = torch.where(self.label_here, label_logit - maximum, 0.0)
+        if group.size() > 1:
+            both = torch.stack((total * torch.exp(local_maximum - maximum), label_logit))
+            dist.all_reduce(both, group=group)
+            total, label_logit = both
+        self.lse = total.log() + maximum
+        self.losses = total.log() - label_logit
+        if rule.z_coeff:
+            self.losses = self.losses + rule.z_coeff * self.lse.square()
+        self.hits = (label_logit >= 0).float()
+
+    def gradient(self, loss_mask: torch.Tensor) -> torch.Tensor:
+        """Gradient of the chunk's weighted loss with respect to the projection's output, in place of the logits."""
+        weight = loss_mask.float()
+        row_scale = weight * (1.0 + 2.0 * self.rule.z_coeff * self.lse) if self.rule.z_coeff else weight
+        label_share = torch.where(self.label_here, weight, 0.0)
+        if self.rule.softcapping is None:
+            _compiled(_to_gradient, self.logits.device.type)(
+                self.logits, self.lse, row_scale, label_share, self.local_labels
+            )
+            return self.logits
+        # d tanh: the capped logits are at hand, 1 - (capped / cap)^2 of each.
+        slope = 1.0 - (self.logits.float() / self.rule.softcapping).square().clamp(max=1.0)
+        gradient = torch.exp(self.logits.float() - self.lse[:, None]) * row_scale[:, None]
+        gradient.scatter_add_(-1, self.local_labels[:, None], -label_share[:, None])
+        self.logits.copy_(gradient * slope)
+        return self.logits
+
+
+def _statistics(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maximum and sum of exponentials below it of each row, in one pass over the logits where compiled."""
+    values = logits.float()
+    maximum = values.amax(-1)
+    return maximum, torch.exp(values - maximum[:, None]).sum(-1)
+
+
+def _to_gradient(
+    logits: torch.Tensor,
+    lse: torch.Tensor,
+    row_scale: torch.Tensor,
+    label_share: torch.Tensor,
+    labels: torch.Tensor,
+) -> None:
+    columns = torch.arange(logits.shape[-1], device=logits.device)
+    probabilities = torch.exp(logits.float() - lse[:, None]) * row_scale[:, None]
+    logits.copy_(torch.where(columns[None] == labels[:, None], probabilities - label_share[:, None], probabilities))
+
+
+@cache
+def _compiled(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    """One kernel on CUDA; as written on CPU, where compiling takes longer than it saves."""
+    return torch.compile(function, dynamic=False) if device_type == "cuda" else function

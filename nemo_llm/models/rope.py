@@ -1,0 +1,42 @@
+"""Rotary embedding (RoFormer, arXiv:2104.09864) as one compiled kernel."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings import rope_utils
+
+
+def rotate(t: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    """Rotate ``t`` [s, b, n, d] by the angles ``freqs`` [s, 1, 1, r]; channels beyond r pass unchanged.
+
+    Halves are rotated against each other, as Megatron and Hugging Face's Llama do it.
+    """
+    channels = freqs.shape[-1]
+    rotated, rest = t[..., :channels], t[..., channels:]
+    first, second = rotated.chunk(2, -1)
+    cos, sin = freqs.cos().to(t.dtype), freqs.sin().to(t.dtype)
+    turned = torch.cat((-second, first), -1)
+    result = rotated * cos + turned * sin
+    return torch.cat((result, rest), -1) if rest.shape[-1] else result
+
+
+@cache
+def _compiled_rotate() -> Any:
+    return torch.compile(rotate, dynamic=False)
+
+
+def _rotate_fused(t: torch.Tensor, freqs: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    if interleaved:
+        raise ValueError("performance.fused_rope: interleaved rotary embeddings are not among the fused ones")
+    return _compiled_rotate()(t, freqs)
+
+
+def offer_fused_rope() -> None:
+    """Let Megatron's ``apply_rope_fusion`` use our kernel where Transformer Engine's is not installed.
+
+    megatron-core 0.16.1 takes the function from this name of its module. tests/models/test_rope.py fails when it is
+    gone.
+    """
+    if rope_utils.fused_apply_rotary_pos_emb is None:
+        rope_utils.fused_apply_rotary_pos_emb = _rotate_fused

@@ -7,6 +7,7 @@ import codecs
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from nemo_llm.config.data import TokenizerConfig
 from nemo_llm.data.documents import (
@@ -24,6 +25,7 @@ from nemo_llm.errors import InputError
 
 _MIN_SHARD_BYTES = 1 << 20
 _MAX_SHARD_BYTES = 1 << 24
+_SCAN_BYTES = 1 << 18
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
@@ -120,10 +122,8 @@ def _shards_of(file: Path, size: int, shard_bytes: int, settings: IndexSettings)
 
 def _read_lines(path: Path, start: int, stop: int, settings: IndexSettings) -> Iterator[Document | BadRecord]:
     with path.open("rb") as stream:
-        if start:  # a line that began before belongs to the shard before
-            stream.seek(start - 1)
-            stream.readline()
-        first = stream.tell()
+        first = _first_line(stream, start, stop)
+        stream.seek(first)
         number, position = 0, first
         while position < stop and (line := stream.readline()):
             number += 1
@@ -137,6 +137,23 @@ def _read_lines(path: Path, start: int, stop: int, settings: IndexSettings) -> I
                 result = BadRecord(result.file, before + number, result.reason, result.detail)
             if result is not None:
                 yield result
+
+
+def _first_line(stream: IO[bytes], start: int, stop: int) -> int:
+    """Return where the first line begins in ``[start, stop)``, or ``stop``; one that began before is not ours.
+
+    It looks no further than ``stop``, so that a line as long as many shards is not read once for each of them.
+    """
+    if start == 0:
+        return 0
+    position = start - 1
+    stream.seek(position)
+    while position < stop and (block := stream.read(min(_SCAN_BYTES, stop - position))):
+        found = block.find(b"\n")
+        if found >= 0:
+            return position + found + 1
+        position += len(block)
+    return stop
 
 
 def _count_lines(path: Path, stop: int) -> int:

@@ -83,7 +83,7 @@ def _try_create(path: Path) -> bool:
     draft.write_text(_owner_text())
     try:
         os.link(draft, path)
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):  # locked, or the draft was swept away
         return False
     except OSError:  # no hard links on this file system
         return _try_create_exclusive(path)
@@ -113,6 +113,7 @@ def build_lock(path: Path) -> Iterator[None]:
             _break(path, dead)
         else:
             time.sleep(_POLL_SECONDS)
+    _sweep(path)
     stop = threading.Event()
     heart = threading.Thread(target=_beat, args=(path, stop), daemon=True)
     heart.start()
@@ -122,6 +123,19 @@ def build_lock(path: Path) -> Iterator[None]:
         stop.set()
         heart.join()
         path.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that died while trying for the lock left beside it."""
+    for left_over in path.parent.glob(f"{path.name}.*"):
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                owner = json.loads(left_over.read_text())
+                dead = owner["host"] == _host_name() and _process_start(owner["pid"]) != owner["start"]
+            except ValueError:  # half-written, by a process that has not gone on for a while
+                dead = False
+            if dead or time.time() - left_over.stat().st_mtime > 10 * SILENT_SECONDS:
+                left_over.unlink()
 
 
 def _beat(path: Path, stop: threading.Event) -> None:

@@ -351,3 +351,16 @@ def test_fast_path_that_gives_other_ids_is_not_used(texts: list[str], tmp_path: 
         assert manifest["encoded_by"].startswith("ordinary: different ids for")
     for name in ("fast", "d0", "d1"):
         assert (tmp_path / f"{name}.bin").read_bytes() == (tmp_path / "right.bin").read_bytes()
+
+
+def test_lines_longer_than_shards_are_read_once_each(tmp_path: Path, demo_tokenizer) -> None:
+    """Shards are of a megabyte here: documents of 3 MB, of a few bytes, and one line without its newline."""
+    documents = ["word " * 600_000, "a", "b" * 2_100_000, "", "c", "d e " * 500_000]
+    source = tmp_path / "in.txt"
+    source.write_text("\n".join(documents))
+    manifest = build_index(job([source], tmp_path / "d", {"plain_text": "line", "append_eod": False}))
+    expected = [text.strip("\n") for text in documents if text.strip()]
+    assert manifest["documents"] == len(expected)
+    data = IndexedDataset(tmp_path / "d")
+    for number, text in enumerate(expected):
+        assert demo_tokenizer.decode(data.document(number).tolist()) == text

@@ -14,3 +14,4 @@ class PerformanceConfig(Section):
     gradient_accumulation_fusion: bool
     fused_rope: bool
     compile_layers: bool
+    ddp_bucket_size: PositiveInt | None

@@ -29,7 +29,7 @@ def offer_gradient_accumulation() -> None:
     """Let Megatron's linear layers add weight gradients by `add_weight_gradient`; apex's kernel is kept where it is.
 
     megatron-core 0.16.1 looks for apex's extension ``fused_weight_gradient_mlp_cuda`` by these two names of its module
-    and takes no other. tests/models/test_gradients.py fails when they are gone.
+    and takes no other. tests/models/test_megatron_contract.py fails when they are gone.
     """
     if layers._grad_accum_fusion_available:
         return

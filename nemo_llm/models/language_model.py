@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
@@ -14,7 +15,22 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo_llm.config import ModelConfig
 from nemo_llm.config.arithmetic import padded_vocab_size
 from nemo_llm.models.cross_entropy import VocabParallelCrossEntropy
-from nemo_llm.models.linear_cross_entropy import LinearCrossEntropy, LossRule
+from nemo_llm.models.linear_cross_entropy import LinearCrossEntropy, LossInputs, LossRule
+
+
+class OutputLayer(ColumnParallelLinear):
+    """Megatron's output projection, which can also go straight to the losses.
+
+    The projection must run as a call of this module: Megatron waits for a parameter that is gathered late in a hook
+    before the forward pass of the module that owns it.
+    """
+
+    def forward(self, hidden: torch.Tensor, *inputs: Any, loss: LossInputs | None = None, **settings: Any) -> Any:
+        """As Megatron's; with ``loss`` the losses and hits, ``[T]`` each, of ``hidden`` ``[T, h]``."""
+        if loss is None:
+            return super().forward(hidden, *inputs, **settings)
+        weight = loss.tied_weight if loss.tied_weight is not None else self.weight
+        return LinearCrossEntropy.apply(hidden, weight, loss.labels, loss.loss_mask, loss.rule)
 
 
 class LanguageModel(GPTModel):
@@ -56,6 +72,9 @@ class LanguageModel(GPTModel):
         self.z_loss_coeff = z_loss_coeff
         self.final_logit_softcapping = model.final_logit_softcapping
         self.fused_chunk_tokens = fused_chunk_tokens
+        if self.post_process:
+            # GPTModel of megatron-core 0.16.1 builds the layer itself and lets nobody choose its class.
+            self.output_layer.__class__ = OutputLayer
 
     def _postprocess(
         self,
@@ -67,7 +86,7 @@ class LanguageModel(GPTModel):
     ) -> torch.Tensor:
         """Logits or losses of the last stage; losses come from the fused projection when a loss mask is given.
 
-        megatron-core 0.16.1 calls this private method with keywords. tests/models/test_language_model.py fails when
+        megatron-core 0.16.1 calls this private method with keywords. tests/models/test_megatron_contract.py fails when
         it is gone.
         """
         if not self.post_process or labels is None or loss_mask is None or self.fused_chunk_tokens is None:
@@ -86,18 +105,18 @@ class LanguageModel(GPTModel):
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        here = tied and self.pre_process
         rule = LossRule(
             known_here=self.known_tokens - group.rank() * weight.shape[0],
             z_coeff=self.z_loss_coeff if self.training else 0.0,
             softcapping=self.final_logit_softcapping,
             chunk_tokens=chunk_tokens,
-            tied=tied and self.pre_process,
+            tied=here,
             group=group,
         )
         s, b, _ = hidden.shape
-        losses, hits = LinearCrossEntropy.apply(
-            hidden.flatten(0, 1), weight, labels.t().reshape(-1), loss_mask.t().reshape(-1), rule
-        )
+        inputs = LossInputs(labels.t().reshape(-1), loss_mask.t().reshape(-1), rule, weight if here else None)
+        losses, hits = self.output_layer(hidden.flatten(0, 1), loss=inputs)
         if self.training:
             return losses.view(s, b).t()
         return torch.stack((losses, hits)).view(2, s, b).transpose(1, 2)

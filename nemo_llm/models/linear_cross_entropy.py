@@ -35,6 +35,16 @@ class LossRule:
     group: dist.ProcessGroup
 
 
+@dataclass(frozen=True)
+class LossInputs:
+    """Labels and mask ``[T]``, the rule, and the weight where it is not the output layer's own."""
+
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    rule: LossRule
+    tied_weight: torch.Tensor | None
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Losses of a chunked output projection; gradients are computed in the forward pass."""
 

@@ -38,7 +38,7 @@ from nemo_llm.models.norm import Norm
 
 if not hasattr(moe_utils, "te_general_gemm"):
     # megatron-core 0.16.1 imports this name from Transformer Engine alone, then reads it in the router on every
-    # machine. tests/models/test_specs.py fails when the name is defined without Transformer Engine.
+    # machine. tests/models/test_megatron_contract.py fails when the name is defined without Transformer Engine.
     moe_utils.te_general_gemm = None
 
 

@@ -214,6 +214,6 @@ def _replace_cuda_functions() -> None:
 
 def _replace_megatron_rng(megatron_random: Any) -> None:
     # Private helpers of megatron-core 0.16.1: the tracker keeps one generator state per parallel region through them,
-    # and has no hook of its own for another device. tests/parallel/test_cuda_on_cpu.py fails when they are renamed.
+    # and has no hook of its own for another device. tests/models/test_megatron_contract.py fails when they are renamed.
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)

@@ -124,7 +124,7 @@ class ParallelRuntime:
         """Set the timeout of every process group; called once the slow first step is over."""
         for group in [None, *list(dist.distributed_c10d._world.pg_map)]:
             # torch has no public call that changes the timeout of a living group (looked for in torch 2.13);
-            # tests/parallel/test_runtime.py fails when this private one is gone.
+            # tests/models/test_megatron_contract.py fails when this private one is gone.
             dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 

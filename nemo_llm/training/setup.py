@@ -56,6 +56,7 @@ def wrap_data_parallel(cfg: RunConfig, chunks: list[torch.nn.Module]) -> list[Di
         overlap_param_gather=layout.overlap_param_gather,
         use_distributed_optimizer=layout.use_distributed_optimizer,
         average_in_collective=False,
+        bucket_size=cfg.performance.ddp_bucket_size,
     )
     return [
         # With interleaving Megatron overlaps the reduction of the first chunk alone: the others would wait on the

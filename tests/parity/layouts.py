@@ -26,7 +26,8 @@ def _layout(name: str, processes: int, **sizes: object) -> Layout:
         "stages": "pipeline_model_parallel_layout",
         "zero1": "use_distributed_optimizer",
     }
-    keys = {f"parallelism.{long.get(key, key)}": value for key, value in sizes.items()}
+    elsewhere = {"bucket": "performance.ddp_bucket_size"}
+    keys = {elsewhere.get(key, f"parallelism.{long.get(key, key)}"): value for key, value in sizes.items()}
     return Layout(name, processes, tuple(f"{key}={_plain(value)}" for key, value in keys.items()))
 
 
@@ -38,7 +39,12 @@ DENSE = [
     _layout("DP2", 2),
     _layout("DP2 distributed optimizer", 2, zero1=True),
     _layout(
-        "DP4 distributed optimizer, overlapped", 4, zero1=True, overlap_grad_reduce=True, overlap_param_gather=True
+        "DP4 distributed optimizer, overlapped",
+        4,
+        zero1=True,
+        overlap_grad_reduce=True,
+        overlap_param_gather=True,
+        bucket=50000,
     ),
     _layout("TP2", 2, tp=2),
     _layout("TP2 SP", 2, tp=2, sp=True),

@@ -1,0 +1,114 @@
+"""The names of megatron-core that this project replaces or calls though they are private: a change there fails here."""
+
+import inspect
+
+import pytest
+
+from tests.ranks import RankPool
+
+
+def _names_are_there() -> None:
+    """Runs in a rank, where Megatron is imported already."""
+    import megatron.core.optimizer as megatron_optimizer
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.tensor_parallel import ColumnParallelLinear, layers
+    from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import moe_utils
+
+    assert callable(megatron_random._get_cuda_rng_state)
+    assert callable(megatron_random._set_cuda_rng_state)
+    assert hasattr(layers, "_grad_accum_fusion_available")
+    assert hasattr(rope_utils, "fused_apply_rotary_pos_emb")
+    assert hasattr(moe_utils, "te_general_gemm")
+    assert hasattr(clip_grads, "l2_norm_impl")
+    for name in ("Adam", "USING_PYTORCH_OPTIMIZER"):
+        assert hasattr(megatron_optimizer, name)
+    assert hasattr(distrib_optimizer, "Adam")
+    parameters = inspect.signature(GPTModel._postprocess).parameters
+    assert list(parameters)[1] == "hidden_states"
+    assert {"labels", "loss_mask"} <= set(parameters)
+    assert "weight" in inspect.signature(ColumnParallelLinear.forward).parameters
+
+
+def test_private_names_of_megatron_are_there(ranks: RankPool) -> None:
+    ranks.run(_names_are_there, 1)
+
+
+def _te_gemm_is_defined_by_megatron() -> bool:
+    from megatron.core.transformer.moe import moe_utils
+
+    source = inspect.getsource(moe_utils)
+    return "te_general_gemm = None" in source
+
+
+def test_megatron_still_leaves_a_name_undefined_without_transformer_engine(ranks: RankPool) -> None:
+    # When this fails, models/specs.py need not define moe_utils.te_general_gemm any more.
+    assert ranks.run(_te_gemm_is_defined_by_megatron, 1) == [False]
+
+
+def _timeouts(minutes: float) -> None:
+    from nemo_llm.config.load import compose
+    from nemo_llm.parallel.runtime import start_runtime
+
+    cfg = compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "parallelism.tensor_model_parallel_size=2"])
+    start_runtime(cfg).shorten_timeouts(minutes)
+
+
+def test_timeouts_of_living_groups_can_be_shortened(ranks: RankPool) -> None:
+    ranks.run(_timeouts, 2, 3.0)
+
+
+def _refuses_where_cuda_is_present() -> str:
+    import torch
+
+    from nemo_llm.parallel import cuda_on_cpu
+
+    seen, installed = torch.cuda.is_available, cuda_on_cpu.is_installed
+    torch.cuda.is_available, torch.cuda.get_device_name = (lambda: True), (lambda index: "a real GPU")
+    cuda_on_cpu.is_installed = lambda: False
+    try:
+        cuda_on_cpu.install()
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        torch.cuda.is_available, cuda_on_cpu.is_installed = seen, installed
+    return "installed"
+
+
+def test_cpu_mapping_refuses_to_hide_a_gpu(ranks: RankPool) -> None:
+    assert "a real GPU" in ranks.run(_refuses_where_cuda_is_present, 1)[0]
+
+
+def _mapped_calls() -> None:
+    import torch
+
+    x = torch.ones(3, device="cuda")
+    assert x.device.type == "cpu"
+    assert x.cuda() is x
+    assert x.type() == "torch.cuda.FloatTensor"
+    assert torch.empty(2, device=torch.device("cuda", 0), pin_memory=True).device.type == "cpu"
+    torch.cuda.Stream().wait_stream(torch.cuda.current_stream())
+
+
+def test_device_arguments_are_mapped(ranks: RankPool) -> None:
+    ranks.run(_mapped_calls, 1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_uneven_gather_and_reduce_scatter_over_gloo(ranks: RankPool, world_size: int) -> None:
+    assert ranks.run(_uneven_collectives, world_size) == [True] * world_size
+
+
+def _uneven_collectives() -> bool:
+    import torch
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parts = [torch.empty(r + 1) for r in range(world)]
+    dist.all_gather(parts, torch.full((rank + 1,), float(rank)))
+    gathered = all(torch.equal(part, torch.full((r + 1,), float(r))) for r, part in enumerate(parts))
+    output = torch.empty(rank + 1)
+    dist.reduce_scatter(output, [torch.full((r + 1,), 1.0 + rank) for r in range(world)])
+    return gathered and torch.equal(output, torch.full((rank + 1,), sum(1.0 + r for r in range(world))))

@@ -55,9 +55,8 @@ def main() -> None:
             for index in (0, SAMPLES // 2, SAMPLES - 1):
                 train.locate(index)
             seconds = time.perf_counter() - began
-            print(
-                f"order of {SAMPLES:,} samples, {sources} sources: {seconds * 1e3:.1f} ms, +{megabytes() - before:.1f} MB"
-            )
+            grown = megabytes() - before
+            print(f"order of {SAMPLES:,} samples, {sources} sources: {seconds * 1e3:.1f} ms, +{grown:.1f} MB")
             assert sum(counts) == SAMPLES
         for label, changes in (
             ("windows", {}),

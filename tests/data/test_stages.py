@@ -16,6 +16,7 @@ from nemo_llm.config.data import BlendChange, BlendSource, FimConfig, MockConfig
 from nemo_llm.config.load import compose, to_dict
 from nemo_llm.data.build import build_train_and_validation
 from nemo_llm.data.fim import FimRules
+from nemo_llm.data.history import check_blend_history
 from nemo_llm.data.ledger import ledger
 from nemo_llm.data.packing import best_fit
 from nemo_llm.data.tokenizer import load_tokenizer
@@ -219,3 +220,27 @@ def test_ledger_command(tmp_path: Path) -> None:
     assert {line["source"] for line in lines} <= {"shakespeare", "moby_dick"}
     result = subprocess.run([*command[:-1], "0:5"], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert result.returncode == 2
+
+
+def test_blend_history_tells_what_would_change_the_past(data_config) -> None:
+    change = BlendChange(from_sample=100, weights={"a": 1.0})
+    saved = data_config(blend=MOCKS, split=None, blend_changes=(change,))
+    new = BlendSource(name="d", weight=0.0, mock=MockConfig(num_documents=70, mean_document_length=40))
+    later = BlendChange(from_sample=200, weights={"d": 1.0, "b": 1.0})
+
+    def problems(consumed: int, **changes: object) -> list[str]:
+        config = data_config(**({"blend": MOCKS, "split": None, "blend_changes": (change,)} | changes))
+        return [str(problem) for problem in check_blend_history(saved, config, consumed)]
+
+    assert problems(200, blend=(new, *MOCKS), blend_changes=(change, later)) == []
+    (message,) = problems(201, blend=(new, *MOCKS), blend_changes=(change, later))
+    assert "from number 200 on" in message
+    assert "from_sample: 201" in message
+    assert problems(100, blend_changes=()) == []  # not begun yet
+    assert len(problems(101, blend_changes=())) == 1
+    assert len(problems(1, blend=MOCKS[::-1])) == 1
+    doubled = tuple(BlendSource(name=s.name, weight=2 * (s.weight or 0), mock=s.mock) for s in MOCKS)
+    assert problems(150, blend=doubled) == []  # the same shares
+    moved = (BlendSource(name="a", weight=0.5, mock=MockConfig(num_documents=5, mean_document_length=9)), *MOCKS[1:])
+    (message,) = problems(1, blend=moved)
+    assert "data.blend (a)" in message

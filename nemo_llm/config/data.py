@@ -239,7 +239,10 @@ def blend_entries(blend: Blend, key: str) -> tuple[BlendSource, ...]:
 
 
 def _flat_entries(items: list[object], key: str) -> tuple[BlendSource, ...]:
-    """Read ``[weight, prefix, ...]`` or ``[prefix, ...]``; the prefix serves as the name."""
+    """Read ``[weight, prefix, ...]`` or ``[prefix, ...]``.
+
+    The name seeds a source's order, so it is the prefix's last part where those differ: data may move elsewhere.
+    """
 
     def is_number(item: object) -> bool:
         try:
@@ -249,8 +252,18 @@ def _flat_entries(items: list[object], key: str) -> tuple[BlendSource, ...]:
         return True
 
     if not any(is_number(item) for item in items):
-        return tuple(BlendSource(name=str(item), prefix=str(item)) for item in items)
+        names = _short_names([str(item) for item in items])
+        return tuple(BlendSource(name=name, prefix=str(p)) for name, p in zip(names, items, strict=True))
     pairs = list(zip(items[::2], items[1::2], strict=False))
     if len(items) % 2 or any(not is_number(weight) or is_number(prefix) for weight, prefix in pairs):
         raise ValueError(f"{key}: a flat blend alternates weight and prefix, received {items}")
-    return tuple(BlendSource(name=str(p), weight=float(w), prefix=str(p)) for w, p in pairs)  # type: ignore[arg-type]
+    names = _short_names([str(prefix) for _, prefix in pairs])
+    return tuple(
+        BlendSource(name=name, weight=float(weight), prefix=str(prefix))  # type: ignore[arg-type]
+        for name, (weight, prefix) in zip(names, pairs, strict=True)
+    )
+
+
+def _short_names(prefixes: list[str]) -> list[str]:
+    last_parts = [prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in prefixes]
+    return last_parts if len(set(last_parts)) == len(prefixes) else prefixes

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nemo_llm.config.data import BlendSource, DataConfig, TokenizerConfig
+from nemo_llm.data.fast_bpe import build_fast_bpe
 from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -28,6 +29,15 @@ def tokenizer_config(**changes: object) -> TokenizerConfig:
 @pytest.fixture(scope="session")
 def demo_tokenizer() -> Tokenizer:
     return load_tokenizer(tokenizer_config())
+
+
+@pytest.fixture(scope="session")
+def proof_cache(demo_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the demo tokenizer's proof, which takes seconds."""
+    pytest.importorskip("tiktoken")
+    cache = tmp_path_factory.mktemp("proof")
+    build_fast_bpe(demo_tokenizer, cache)
+    return cache
 
 
 @pytest.fixture

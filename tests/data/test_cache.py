@@ -26,9 +26,9 @@ from tests.data.conftest import tokenizer_config
 def test_races_with_kills_build_once(tmp_path: Path) -> None:
     """A few of the trials that benchmarks/data_cache_trials.py runs by the hundred."""
     choose = random.Random(3)
-    results = [trial(tmp_path / str(number), 4, choose) for number in range(6) if not (tmp_path / str(number)).mkdir()]
+    results = [trial(tmp_path / str(number), 4, choose) for number in range(4) if not (tmp_path / str(number)).mkdir()]
     assert len({result["sha256"] for result in results}) == 1
-    assert sum(result["killed"] for result in results) >= 3
+    assert sum(result["killed"] for result in results) >= 2
 
 
 def build_counting(calls: list[int]):
@@ -144,7 +144,8 @@ def test_flat_blend_and_missing_files(tmp_path: Path, data_config, demo_tokenize
         write_dataset(tmp_path / name, [[1, 2, 3]] * 200)
     config = data_config(blend=(0.3, str(tmp_path / "a"), 0.7, str(tmp_path / "b")), split=None)
     train = build_train_and_validation(config, demo_tokenizer, 1).train
-    assert train.counts(100_000) == pytest.approx([30_000, 70_000], abs=2)
+    assert train.counts(64_000) == pytest.approx([19_200, 44_800], abs=1)
+    assert [source.name for source in train.sources] == ["a", "b"]
     config = data_config(blend=(str(tmp_path / "a"), str(tmp_path / "none")), split=None)
     with pytest.raises(InputError, match=r"none\.idx: no such file"):
         build_train_and_validation(config, demo_tokenizer, 1)

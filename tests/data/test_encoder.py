@@ -11,7 +11,7 @@ import pytest
 from nemo_llm.assets import resolve_path
 from nemo_llm.data.documents import read_documents
 from nemo_llm.data.encoder import DocumentEncoder, build_encoder
-from nemo_llm.data.fast_bpe import NotProvenError, _check_merges, _read_spec, build_fast_bpe
+from nemo_llm.data.fast_bpe import FastBpe, NotProvenError, _check_merges, _read_spec, build_fast_bpe
 from nemo_llm.data.tokenizer import load_tokenizer
 from tests.data.conftest import tokenizer_config
 from tests.data.test_tokenizer import config  # noqa: F401 - one tokenizer of each kind
@@ -42,23 +42,26 @@ def test_cut_documents_have_the_ids_of_whole_ones(config, long_text: str, tmp_pa
     assert [ids.tolist() for ids in encoder.encode(TEXTS)] == tokenizer.encode_batch(TEXTS)
 
 
-def test_fast_path_gives_the_same_ids(demo_tokenizer, long_text: str, tmp_path: Path) -> None:
-    pytest.importorskip("tiktoken")
-    encoder = build_encoder(demo_tokenizer, tmp_path)
+def test_fast_path_gives_the_same_ids(demo_tokenizer, long_text: str, proof_cache: Path) -> None:
+    encoder = build_encoder(demo_tokenizer, proof_cache)
     assert encoder.way == "tiktoken, proven to give the same ids"
     texts = [*TEXTS, long_text, *long_text.split("\n")]
     assert [ids.tolist() for ids in encoder.encode(texts)] == demo_tokenizer.encode_batch(texts)
     began = time.monotonic()
-    build_encoder(demo_tokenizer, tmp_path)
+    build_encoder(demo_tokenizer, proof_cache)
     assert time.monotonic() - began < 1  # the proof is kept
 
 
-def test_fast_path_steps_aside_for_added_tokens_in_the_text(tmp_path: Path) -> None:
+def test_fast_path_steps_aside_for_added_tokens_in_the_text() -> None:
     pytest.importorskip("tiktoken")
     parsing = load_tokenizer(tokenizer_config(parse_special_tokens=True))
-    fast = build_fast_bpe(parsing, tmp_path)
+    fast = FastBpe(_read_spec(parsing), different="")
     assert fast.encode("a<|endoftext|>b") is None
-    assert build_encoder(parsing, tmp_path).encode(["a<|endoftext|>b"])[0].tolist() == parsing.encode("a<|endoftext|>b")
+    encoder = DocumentEncoder(parsing, fast, "test")
+    assert [ids.tolist() for ids in encoder.encode(["a<|endoftext|>b", "ab"])] == [
+        parsing.encode("a<|endoftext|>b"),
+        parsing.encode("ab"),
+    ]
 
 
 def changed_tokenizer(folder: Path, change) -> Path:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,12 +69,14 @@ def documents_of(prefix: Path) -> list[list[int]]:
     return [data.document(number).tolist() for number in range(data.num_documents)]
 
 
-def test_tool_writes_what_megatrons_builder_would(texts: list[str], tmp_path: Path, demo_tokenizer) -> None:
+def test_tool_writes_what_megatrons_builder_would(
+    texts: list[str], tmp_path: Path, demo_tokenizer, proof_cache: Path
+) -> None:
     torch = pytest.importorskip("torch")
     megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
     source = write_jsonl(tmp_path / "in.jsonl", texts[:40] * 3)
     result = run_tool(
-        f"input={source}", f"output_prefix={tmp_path}/out/d", "tokenizer=demo", "workers=2", f"cache_dir={tmp_path}"
+        f"input={source}", f"output_prefix={tmp_path}/out/d", "tokenizer=demo", "workers=2", f"cache_dir={proof_cache}"
     )
     assert result.returncode == 0, result.stderr
     assert "120 documents" in result.stdout
@@ -336,9 +339,10 @@ def test_damaged_partial_tokens_are_found(texts: list[str], tmp_path: Path) -> N
         build_index(job([source], tmp_path / "d"))
 
 
-def test_fast_path_that_gives_other_ids_is_not_used(texts: list[str], tmp_path: Path) -> None:
+def test_fast_path_that_gives_other_ids_is_not_used(texts: list[str], tmp_path: Path, proof_cache: Path) -> None:
     """What the proof rests on was changed behind its back; the comparison on the corpus itself finds it."""
     source = write_jsonl(tmp_path / "in.jsonl", texts)
+    shutil.copytree(proof_cache, tmp_path / "cache")
     build_index(job([source], tmp_path / "right"))
     build_index(job([source], tmp_path / "fast", fast_path=True))
     (spec,) = (tmp_path / "cache").glob("proof-*/spec.json")

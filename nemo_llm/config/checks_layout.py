@@ -1,6 +1,7 @@
 """Checks of the parallel layout: what must divide what, and whether the processes are there."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from nemo_llm.config.arithmetic import common_divisors, divisors, either, neighbouring_multiples, padded_vocab_size
 from nemo_llm.config.pipeline_layout import parse_pipeline_layout
@@ -125,6 +126,14 @@ def check_context_parallel(cfg: RunConfig, _world_size: int) -> Iterator[Problem
     """All-to-all context parallelism spreads the heads that TP has left."""
     parallel, model = cfg.parallelism, cfg.model
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    has_ring = model.transformer_impl != "torch" and find_spec("transformer_engine") is not None
+    if cp > 1 and parallel.cp_comm_type == "p2p" and not has_ring:
+        yield Problem(
+            "parallelism.cp_comm_type",
+            "p2p",
+            "the ring of keys and values is Transformer Engine's, which is not installed or not chosen",
+            "set parallelism.cp_comm_type=all_gather or a2a, or install the extra te",
+        )
     if cp == 1 or parallel.cp_comm_type != "a2a":
         return
     # Our own attention repeats key-value heads where there are too few; Transformer Engine does not.

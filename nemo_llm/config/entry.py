@@ -4,6 +4,7 @@ Imports neither torch nor Hydra at module level, so that ``--help`` answers at o
 """
 
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -13,6 +14,7 @@ from nemo_llm.config.run import RunConfig
 from nemo_llm.errors import NO_VALUE, ConfigError, ExitCode, InputError, NemoLlmError, Problem
 from nemo_llm.log import is_first_rank, launched_world_size
 
+_FIRST_RANK_GRACE_SECONDS = 10.0
 _HELP_FLAGS = ("-h", "--help")
 _PRINT_FLAG = "--print-config"
 _FOLDER_FLAG = "--config-dir"
@@ -47,6 +49,9 @@ def run_entry_point(
         code = main(cfg)
     except NemoLlmError as error:
         _say(str(error), sys.stderr)
+        if not is_first_rank():
+            # A launcher ends all processes as soon as one has failed: the first rank must get to print before that.
+            time.sleep(_FIRST_RANK_GRACE_SECONDS)
         return error.exit_code
     return ExitCode.DONE if code is None else code
 

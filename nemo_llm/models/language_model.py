@@ -65,6 +65,9 @@ class LanguageModel(GPTModel):
             position_embedding_type=model.position_embedding_type,
             rotary_base=model.rotary_base,
             rotary_percent=model.rotary_percent,
+            # Megatron's scaling is Llama 3's with Meta's constants; config/checks_recipe.py refuses any other.
+            rope_scaling=model.rope_scaling is not None,
+            rope_scaling_factor=model.rope_scaling.factor if model.rope_scaling is not None else 1.0,
             share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
             **stage,
         )

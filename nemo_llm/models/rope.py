@@ -35,8 +35,8 @@ def _rotate_fused(t: torch.Tensor, freqs: torch.Tensor, interleaved: bool = Fals
 def offer_fused_rope() -> None:
     """Let Megatron's ``apply_rope_fusion`` use our kernel where Transformer Engine's is not installed.
 
-    megatron-core 0.16.1 takes the function from this name of its module. tests/models/test_megatron_contract.py fails when it is
-    gone.
+    megatron-core 0.16.1 takes the function from this name of its module. tests/models/test_megatron_contract.py fails
+    when it is gone.
     """
     if rope_utils.fused_apply_rotary_pos_emb is None:
         rope_utils.fused_apply_rotary_pos_emb = _rotate_fused

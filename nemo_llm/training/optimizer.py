@@ -53,7 +53,7 @@ def build_optimizer(cfg: RunConfig, model: list[DistributedDataParallel]) -> Meg
 
 
 def _l2_norm(_chunk: int, _overflow: Any, tensors: list[list[torch.Tensor]], *_: Any) -> tuple[torch.Tensor, None]:
-    """Norm over all tensors of all lists, float32 [1]; added up in float64 on CPU, where one accumulator takes it all."""
+    """Norm over all tensors of all lists, float32 [1]; on CPU, where one accumulator takes it all, in float64."""
     flat = [tensor for group in tensors for tensor in group]
     if flat[0].is_cuda:
         norms = torch._foreach_norm(flat)

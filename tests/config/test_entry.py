@@ -94,6 +94,8 @@ def test_several_ranks_print_once(
     launcher: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rank_name, size_name = launcher
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
     monkeypatch.setenv(size_name, "3")
     texts = []
     for rank in range(3):
@@ -102,6 +104,7 @@ def test_several_ranks_print_once(
         texts.append(capsys.readouterr().err)
     assert "3 processes" in texts[0]
     assert texts[1:] == ["", ""]
+    assert len(waited) == 2, "the other ranks leave the first one time to print"
 
 
 def test_no_model_and_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from tests.ranks import RankPool
 def _compare(
     tokens: int, vocabulary: int, known: int, chunk: int, z_coeff: float, softcap: float | None
 ) -> list[float]:
-    """Largest relative errors of losses, hidden gradient and weight gradient, with the vocabulary split over the ranks."""
+    """Relative errors of losses, hidden gradient and weight gradient; the vocabulary is split over the ranks."""
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F

@@ -26,7 +26,7 @@ class RankPool:
         self._processes = []
         for _ in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = context.Process(target=_serve, args=(theirs,))  # no daemon: a checkpoint starts a helper
             process.start()
             theirs.close()
             self._links.append(ours)

@@ -16,6 +16,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 
 from nemo_llm.errors import CheckpointError, InputError
+from nemo_llm.training.rundir import read_config
 from nemo_llm.training.state import TrainingRun, TrainState
 
 SCHEMA = 1
@@ -62,6 +63,7 @@ def load_checkpoint(run: TrainingRun, folder: Path) -> None:
     """
     if run.runtime.is_first_rank:
         verify(folder)
+    _check_expert_layout(run, folder)
     dist.barrier()
     loaded = dist_checkpointing.load(sharded_state(run, is_loading=True), str(folder / "state"))
     for number, chunk in enumerate(run.model):
@@ -69,6 +71,20 @@ def load_checkpoint(run: TrainingRun, folder: Path) -> None:
     run.optimizer.load_state_dict(loaded["optimizer"])
     progress = json.loads((folder / "training.json").read_text())
     run.state = TrainState(progress["step"], progress["consumed_samples"], progress["consumed_tokens"])
+
+
+def _check_expert_layout(run: TrainingRun, folder: Path) -> None:
+    """Refuse another split of the experts: loading it through megatron-core 0.16.1 ended the process on CPU."""
+    if run.cfg.model.moe is None:
+        return
+    saved = read_config(folder)["parallelism"]
+    for key in ("expert_model_parallel_size", "expert_tensor_parallel_size", "tensor_model_parallel_size"):
+        now = getattr(run.cfg.parallelism, key)
+        if saved[key] != now:
+            raise CheckpointError(
+                f"{folder}: experts were saved with parallelism.{key} = {saved[key]} and cannot be read with {now}; "
+                f"resume with parallelism.{key}={saved[key]} (pipeline, context and data parallelism may change)"
+            )
 
 
 def find_checkpoint(path: Path) -> Path | None:

@@ -48,6 +48,9 @@ def build_optimizer(cfg: RunConfig, model: list[DistributedDataParallel]) -> Meg
         # large tensors, by more or less as a layout cuts them; on CUDA it waits for the device once a tensor. It takes
         # no other function. tests/models/test_megatron_contract.py fails when these names are gone.
         clip_grads.l2_norm_impl = _l2_norm
+    # `FusedAdamW` keeps its step where apex's optimizer does: these flags, of the same version, make the distributed
+    # optimizer look for it there when it saves and loads.
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
     with _our_adamw_in_megatron():
         return get_megatron_optimizer(config, model, use_gloo_process_groups=False)
 

@@ -25,7 +25,8 @@ def _names_are_there() -> None:
     assert hasattr(clip_grads, "l2_norm_impl")
     for name in ("Adam", "USING_PYTORCH_OPTIMIZER"):
         assert hasattr(megatron_optimizer, name)
-    assert hasattr(distrib_optimizer, "Adam")
+    for name in ("Adam", "HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"):
+        assert hasattr(distrib_optimizer, name)
     parameters = inspect.signature(GPTModel._postprocess).parameters
     assert list(parameters)[1] == "hidden_states"
     assert {"labels", "loss_mask"} <= set(parameters)

@@ -1,0 +1,103 @@
+"""A run that was saved and loaded goes on as if nothing had happened: bit by bit in its layout, closely in another."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.parity.layouts import model_overrides
+from tests.ranks import RankPool
+
+BEFORE, AFTER = 2, 3
+
+
+def _train(model: str, overrides: tuple[str, ...], folder: str, save_at: int | None, load: bool) -> list[tuple]:
+    """Losses and norms of the steps from the start, or from the checkpoint in ``folder``, to step 5."""
+    import torch.distributed as dist
+
+    from nemo_llm.config.load import compose
+    from nemo_llm.parallel.runtime import start_runtime
+    from nemo_llm.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+    from nemo_llm.training.rundir import to_plain, write_config
+    from nemo_llm.training.setup import build_training_run
+    from nemo_llm.training.step import train_step
+
+    cfg = compose([*model_overrides(model), "trainer.accelerator=cpu", *overrides])
+    run = build_training_run(cfg, start_runtime(cfg))
+    run.run_dir = Path(folder)
+    if dist.get_rank() == 0 and not load:
+        write_config(run.run_dir, to_plain(cfg))
+    dist.barrier()
+    if load:
+        found = find_checkpoint(run.run_dir)
+        assert found is not None
+        load_checkpoint(run, found)
+        assert run.state.step == BEFORE
+    rows = []
+    while run.state.step < BEFORE + AFTER:
+        result = train_step(run)
+        rows.append((result.loss, result.grad_norm))
+        if run.state.step == save_at:
+            save_checkpoint(run)
+    return rows
+
+
+ZERO1 = "parallelism.use_distributed_optimizer=true"
+TP2 = ("parallelism.tensor_model_parallel_size=2", "parallelism.sequence_parallel=true", ZERO1)
+PP2 = ("parallelism.pipeline_model_parallel_size=2", ZERO1)
+VPP2 = ("parallelism.pipeline_model_parallel_size=2", "parallelism.virtual_pipeline_model_parallel_size=2", ZERO1)
+EP2 = ("parallelism.expert_model_parallel_size=2", ZERO1)
+
+
+@pytest.mark.parametrize(
+    ("model", "world", "overrides"),
+    [
+        ("gpt_tiny", 1, ()),
+        ("gpt_tiny", 2, (ZERO1,)),
+        ("gpt_tiny", 2, TP2),
+        ("gpt_tiny", 2, VPP2),
+        ("gpt_tiny", 1, ("precision=bf16", ZERO1)),
+        ("gpt_tiny", 1, ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")),
+        ("moe_tiny", 2, EP2),
+    ],
+    ids=["one process", "DP2 distributed optimizer", "TP2", "PP2 VPP2", "bf16", "dropout", "EP2"],
+)
+def test_same_layout_goes_on_bit_by_bit(
+    model: str, world: int, overrides: tuple[str, ...], ranks: RankPool, tmp_path: Path
+) -> None:
+    whole = ranks.run(_train, world, model, overrides, str(tmp_path), BEFORE, False)[0]
+    resumed = ranks.run(_train, world, model, overrides, str(tmp_path), None, True)[0]
+    assert resumed == whole[BEFORE:]
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "second"),
+    [
+        ("gpt_tiny", (2, TP2), (1, (ZERO1,))),
+        ("gpt_tiny", (1, (ZERO1,)), (2, PP2)),
+        ("moe_tiny", (2, EP2), (1, (ZERO1,))),
+    ],
+    ids=["TP2 to one process", "one process to PP2"],
+)
+def test_another_layout_goes_on_closely(
+    model: str, first: tuple, second: tuple, ranks: RankPool, tmp_path: Path
+) -> None:
+    whole = ranks.run(_train, first[0], model, first[1], str(tmp_path), BEFORE, False)[0]
+    resumed = ranks.run(_train, second[0], model, second[1], str(tmp_path), None, True)[0]
+    for wanted, found in zip(whole[BEFORE:], resumed, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_another_split_of_experts_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(_train, 2, "moe_tiny", EP2, str(tmp_path), BEFORE, False)
+    with pytest.raises(AssertionError, match="expert_model_parallel_size = 2 and cannot be read with 1"):
+        ranks.run(_train, 1, "moe_tiny", (ZERO1,), str(tmp_path), None, True)
+
+
+def test_a_damaged_file_is_named(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(_train, 1, "gpt_tiny", (), str(tmp_path), BEFORE, False)
+    victim = next((tmp_path / "checkpoints/step_00000002/state").glob("*.distcp"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(bytes(content))
+    with pytest.raises(AssertionError, match=f"{victim.name}: damaged"):
+        ranks.run(_train, 1, "gpt_tiny", (), str(tmp_path), None, True)

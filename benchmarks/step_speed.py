@@ -13,8 +13,8 @@ from collections import defaultdict
 import torch
 
 KINDS = {
-    "matrices": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "wgmma"),
     "attention": ("flash", "fmha", "attention", "cudnn_generated", "sdpa"),
+    "matrices": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "wgmma"),
     "communication": ("nccl",),
     "optimizer": ("adam", "multi_tensor"),
     "copies": ("memcpy", "copy_kernel", "catarray", "memset", "fill"),

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "nemo_llm"
 LAYERS = {
     0: {"config", "errors", "log", "assets"},
     1: {"parallel"},
-    2: {"models", "data", "planner"},
+    2: {"models", "data", "planner", "checkpoint"},
     3: {"tasks", "peft", "convert", "inference", "evaluation"},
     4: {"training"},
 }

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from nemo_llm.checkpoint.folder import find_checkpoint
 from nemo_llm.errors import ExitCode, NemoLlmError
 from nemo_llm.log import get_logger
-from nemo_llm.training.checkpoint import find_checkpoint
 from nemo_llm.training.loop import Ending
 from nemo_llm.training.rundir import RunDir, open_run_dir, write_exit
 from nemo_llm.training.sample import sample_text

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from nemo_llm.checkpoint.folder import find_checkpoint, resolve_checkpoint
 from nemo_llm.log import get_logger
-from nemo_llm.training.checkpoint import find_checkpoint, load_checkpoint, resolve_checkpoint
+from nemo_llm.training.checkpoint import load_checkpoint
 from nemo_llm.training.state import TrainingRun
 
 _log = get_logger(__name__)

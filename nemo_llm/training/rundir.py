@@ -30,13 +30,13 @@ from typing import Any, Self
 
 import yaml
 
+from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, read_config
 from nemo_llm.config import RunConfig
 from nemo_llm.errors import ExitCode, InputError
 from nemo_llm.training.agreement import Change, check_agreement
 from nemo_llm.training.files import write_atomic
 from nemo_llm.training.runlock import RunLock, holder_info
 
-CONFIG_FILE_NAME = "config.yaml"
 EXIT_FILE_NAME = "exit.json"
 
 _DEFAULT_PARENT = "runs"
@@ -101,24 +101,6 @@ def open_run_dir(
 def to_plain(cfg: RunConfig) -> dict[str, Any]:
     """`cfg` as `read_config` would give it back: plain mappings, lists and scalars."""
     return yaml.safe_load(_to_yaml(dataclasses.asdict(cfg)))
-
-
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """Configuration saved in a run or checkpoint folder, as nested plain mappings.
-
-    Raises:
-        InputError: there is none, or it is no YAML mapping.
-    """
-    path = run_dir / CONFIG_FILE_NAME
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; expected a folder made by nemo_llm.train") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as YAML: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: expected a mapping of sections, received {type(config).__name__}")
-    return config
 
 
 def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:

@@ -14,9 +14,10 @@ def _train(model: str, overrides: tuple[str, ...], folder: str, save_at: int | N
     """Losses and norms of the steps from the start, or from the checkpoint in ``folder``, to step 5."""
     import torch.distributed as dist
 
+    from nemo_llm.checkpoint.folder import find_checkpoint
     from nemo_llm.config.load import compose
     from nemo_llm.parallel.runtime import start_runtime
-    from nemo_llm.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+    from nemo_llm.training.checkpoint import load_checkpoint, save_checkpoint
     from nemo_llm.training.rundir import to_plain, write_config
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import train_step

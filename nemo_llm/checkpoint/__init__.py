@@ -1,0 +1,1 @@
+"""Checkpoint folders: complete or invisible, every file hashed, weights without a layout."""

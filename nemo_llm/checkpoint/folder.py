@@ -1,12 +1,10 @@
-"""A checkpoint folder as files: written aside, committed in one step, found, verified. No torch.
+"""A checkpoint folder as files: written aside, committed in one step, found, kept or removed. No torch.
 
 ``step_00000010/`` holds ``state/`` (Megatron's distributed checkpoint), ``training.json``, ``config.yaml``,
-``tokenizer/``, ``manifest.json`` (size and hash of every file) and, written last, ``COMPLETE``. What conversion makes
-has the same form, at step 0 and with weights alone.
+``tokenizer/``, ``manifest.json`` (size and hashes of every file) and, written last, ``COMPLETE`` (the manifest's hash).
+What conversion makes has the same form, at step 0 and with weights alone.
 """
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,10 +14,11 @@ from typing import Any
 
 import yaml
 
-from nemo_llm.errors import CheckpointError, InputError
+from nemo_llm.checkpoint.manifest import COMPLETE, manifest_digest, verify, write_manifest
+from nemo_llm.errors import CheckpointNotFoundError, InputError
 
-SCHEMA = 1
-COMPLETE = "COMPLETE"
+__all__ = ["verify"]  # defined beside the manifest; users of a folder look for it here
+
 CONFIG_FILE_NAME = "config.yaml"
 
 
@@ -36,20 +35,32 @@ def temporary_of(final: Path) -> Path:
     return final.with_name(f".{final.name}.tmp")
 
 
-def commit(temporary: Path, final: Path) -> None:
-    """Manifest, fsync, rename, marker: a reader sees the whole checkpoint or none."""
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    entries = {
-        str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
-    }
-    (temporary / "manifest.json").write_text(json.dumps({"schema": SCHEMA, "files": entries}, indent=1))
-    for path in [*files, temporary / "manifest.json", temporary]:
-        _fsync(path)
-    shutil.rmtree(final, ignore_errors=True)
+def commit(temporary: Path, final: Path, known: dict[str, dict[str, Any]] | None = None) -> None:
+    """Manifest, fsync, rename, marker: a reader sees the whole checkpoint or none.
+
+    Args:
+        known: manifest entries of files that were hashed, and brought to the disk, while they were written.
+    """
+    known = known or {}
+    files = write_manifest(temporary, known)
+    folders = [path for path in temporary.rglob("*") if path.is_dir()]
+    for path in [path for path in files if str(path.relative_to(temporary)) not in known]:
+        fsync(path)
+    for folder in [*folders, temporary]:
+        fsync(folder)
+    remove(final)
     temporary.rename(final)
-    (final / COMPLETE).touch()
-    for path in (final / COMPLETE, final, final.parent):
-        _fsync(path)
+    fsync(final.parent)
+    marker = final / COMPLETE
+    marker.write_text(manifest_digest(final) + "\n")
+    for path in (marker, final):
+        fsync(path)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint such that a half-deleted one is never taken for a whole one."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -69,28 +80,52 @@ def is_complete(folder: Path) -> bool:
     return (folder / COMPLETE).exists()
 
 
-def find_checkpoint(path: Path) -> Path | None:
-    """Newest complete checkpoint at ``path``: a run folder, its ``checkpoints/`` or one ``step_*``; None if none."""
+def find_checkpoints(path: Path) -> list[Path]:
+    """Complete checkpoints at ``path``, newest first: a run folder, its ``checkpoints/`` or one ``step_*``."""
     if is_complete(path):
-        return path
+        return [path]
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    complete = [step for step in folder.glob("step_*") if is_complete(step)]
-    return max(complete, key=lambda step: int(step.name.removeprefix("step_")), default=None)
+    complete = [step for step in folder.glob("step_*") if step_of(step) is not None and is_complete(step)]
+    return sorted(complete, key=lambda step: step_of(step) or 0, reverse=True)
+
+
+def step_of(folder: Path) -> int | None:
+    """The step that a checkpoint's name says; None for another name."""
+    digits = folder.name.removeprefix("step_")
+    return int(digits) if folder.name.startswith("step_") and digits.isdecimal() else None
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """Newest complete checkpoint at ``path``, see `find_checkpoints`; None if there is none."""
+    return next(iter(find_checkpoints(path)), None)
 
 
 def resolve_checkpoint(path: Path) -> Path:
     """As `find_checkpoint`, for a checkpoint that the user named.
 
     Raises:
-        InputError: nothing complete there.
+        CheckpointNotFoundError: nothing complete there; the message says what is.
     """
     found = find_checkpoint(path)
     if found is None:
-        raise InputError(
+        raise CheckpointNotFoundError(
             f"checkpoint={path}: no complete checkpoint there. Expected a run folder, its checkpoints/ folder or one "
-            "step_* folder that holds a COMPLETE file."
+            f"step_* folder that holds a COMPLETE file; found {_found_instead(path)}."
         )
     return found
+
+
+def _found_instead(path: Path) -> str:
+    if not path.exists():
+        return "no such folder"
+    if path.is_file():
+        return "a file"
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    unfinished = sorted(step.name for step in folder.glob("*step_*"))
+    if unfinished:
+        return f"{', '.join(unfinished[:5])}, none of them finished (no COMPLETE)"
+    names = sorted(entry.name for entry in path.iterdir())
+    return f"a folder with {', '.join(names[:5])}" if names else "an empty folder"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -111,31 +146,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def verify(folder: Path) -> None:
-    """Compare every file with the manifest.
-
-    Raises:
-        CheckpointError: names the first file that is missing or differs.
-    """
-    manifest = json.loads((folder / "manifest.json").read_text())
-    if manifest["schema"] != SCHEMA:
-        raise CheckpointError(f"{folder}: schema {manifest['schema']}, this version reads {SCHEMA}")
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.exists():
-            raise CheckpointError(f"{path}: missing; the manifest lists it with {expected['bytes']} bytes")
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"{path}: damaged; size or hash differ from the manifest")
-
-
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Bring a file or the entries of a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

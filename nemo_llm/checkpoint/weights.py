@@ -4,7 +4,16 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
 from megatron.core.utils import unwrap_model
+
+from nemo_llm.checkpoint.agree import raise_together
+from nemo_llm.checkpoint.unpickle import check_safe
+from nemo_llm.errors import CheckpointError
+
+_SHOWN = 6
 
 
 def model_state(chunks: list[torch.nn.Module]) -> dict:
@@ -28,5 +37,42 @@ def load_weights(chunks: list[torch.nn.Module], folder: Path) -> None:
     """Read the weights of ``folder``, whatever layout wrote it, into the chunks; a collective of all ranks.
 
     What else the checkpoint holds (optimizer state) is left alone.
+
+    Raises:
+        CheckpointError: another model: tensors that are missing there or have another shape; the same on every rank.
     """
+    with raise_together():
+        check_same_tensors(model_state(chunks), folder)
     apply_model_state(chunks, dist_checkpointing.load(model_state(chunks), str(folder / "state")))
+
+
+def check_same_tensors(wanted: dict, folder: Path) -> None:
+    """Refuse a checkpoint that does not hold every tensor of this sharded state dict in its global shape.
+
+    Raises:
+        CheckpointError: listing the first tensors that are missing or of another shape, with both shapes; or files
+            that hold more than tensors.
+    """
+    check_safe(folder / "state")
+    saved = dist_checkpointing.load_tensors_metadata(str(folder / "state"))
+    wanted = dict(wanted)
+    apply_factories(wanted)
+    problems = []
+    for tensor in nested_values(wanted):
+        if not isinstance(tensor, ShardedTensor):
+            continue
+        assert not isinstance(tensor, ShardedTensorFactory)
+        if tensor.key not in saved:
+            problems.append(f"{tensor.key}: expected {list(tensor.global_shape)}, found no such tensor")
+        elif tuple(saved[tensor.key].global_shape) != tuple(tensor.global_shape):
+            found = list(saved[tensor.key].global_shape)
+            problems.append(f"{tensor.key}: expected {list(tensor.global_shape)}, found {found}")
+    if problems:
+        problems = sorted(set(problems))
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise CheckpointError(
+            f"{folder} holds another model than this run's configuration makes:\n  "
+            + "\n  ".join([*problems[:_SHOWN], *more])
+            + f"\n      fix: {folder / 'config.yaml'} shows the model section that it was made with; the first size of "
+            "embedding and output is the padded vocabulary"
+        )

@@ -16,12 +16,14 @@ class TaskConfig(Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig(Section):
-    """When to save, what to keep, where to resume from (`auto`, `never` or a path)."""
+    """When to save, what to keep, where to resume from (`auto`, `never` or a path) or to take first weights from."""
 
     save_interval: PositiveInt | None
     save_final: bool
     keep_last: PositiveInt | None
     resume: NonEmptyStr
+    init_from: NonEmptyStr | None
+    verify: Literal["full", "sampled", "sizes"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from nemo_llm.checkpoint.folder import begin, commit, is_complete, read_config, temporary_of, verify
-from nemo_llm.checkpoint.weights import apply_model_state, model_state
+from nemo_llm.checkpoint.agree import raise_together
+from nemo_llm.checkpoint.folder import begin, commit, is_complete, read_config, temporary_of
+from nemo_llm.checkpoint.weights import apply_model_state, check_same_tensors, model_state
 from nemo_llm.errors import CheckpointError
 from nemo_llm.training.state import TrainingRun, TrainState
 
@@ -47,15 +48,14 @@ def sharded_state(run: TrainingRun, is_loading: bool) -> dict:
 
 
 def load_checkpoint(run: TrainingRun, folder: Path) -> None:
-    """Read ``folder`` into the run, whatever layout wrote it.
+    """Read ``folder``, which was verified before, into the run, whatever layout wrote it.
 
     Raises:
-        CheckpointError: a file that is missing or does not have the size and hash that the manifest says.
+        CheckpointError: it holds another model, or another split of the experts.
     """
-    if run.runtime.is_first_rank:
-        verify(folder)
-    _check_expert_layout(run, folder)
-    dist.barrier()
+    with raise_together():
+        check_same_tensors(model_state(run.model), folder)
+        _check_expert_layout(run, folder)
     loaded = dist_checkpointing.load(sharded_state(run, is_loading=True), str(folder / "state"))
     apply_model_state(run.model, loaded)
     run.optimizer.load_state_dict(loaded["optimizer"])

@@ -1,8 +1,14 @@
-"""Decide what a run starts from: nothing, its own last checkpoint, or one that the user named."""
+"""Decide what a run starts from: its own last good checkpoint, one that the user named, weights alone, or nothing."""
 
 from pathlib import Path
 
-from nemo_llm.checkpoint.folder import find_checkpoint, resolve_checkpoint
+import torch.distributed as dist
+
+from nemo_llm.checkpoint.agree import raise_together
+from nemo_llm.checkpoint.folder import find_checkpoints, is_complete, resolve_checkpoint
+from nemo_llm.checkpoint.manifest import verify
+from nemo_llm.checkpoint.weights import load_weights
+from nemo_llm.errors import CheckpointDamagedError
 from nemo_llm.log import get_logger
 from nemo_llm.training.checkpoint import load_checkpoint
 from nemo_llm.training.state import TrainingRun
@@ -11,21 +17,73 @@ _log = get_logger(__name__)
 
 
 def resume(run: TrainingRun) -> None:
-    """Load what ``checkpoint.resume`` asks for.
+    """Load what ``checkpoint.resume`` asks for; a run that starts anew takes weights from ``checkpoint.init_from``.
 
-    ``never`` starts anew. ``auto`` goes on from the newest complete checkpoint of an explicitly named ``run.dir``, and
+    ``never`` starts anew. ``auto`` goes on from the newest good checkpoint of an explicitly named ``run.dir``, and
     starts anew where there is none; it never looks at another run. Anything else is a path: a run folder, its
     ``checkpoints/`` or one ``step_*``.
 
     Raises:
-        InputError: a path with no complete checkpoint.
-        CheckpointError: a checkpoint that is damaged.
+        CheckpointNotFoundError: a path with no complete checkpoint.
+        CheckpointDamagedError: no checkpoint is whole, or the one ``step_*`` that was named is not.
     """
     wanted = run.cfg.checkpoint.resume
-    if wanted == "never" or (wanted == "auto" and run.cfg.run.dir is None):
+    candidates: list[Path] = []
+    if wanted == "auto" and run.cfg.run.dir is not None:
+        candidates = find_checkpoints(run.run_dir)
+    elif wanted not in ("auto", "never"):
+        newest = resolve_checkpoint(Path(wanted))
+        candidates = [newest] if is_complete(Path(wanted)) else find_checkpoints(Path(wanted))
+    if candidates:
+        found = newest_good(run, candidates)
+        load_checkpoint(run, found)
+        if run.runtime.is_first_rank:
+            _set_aside_later(run, found)
+        _log.info("resumed from %s at step %d", found, run.state.step)
+    elif run.cfg.checkpoint.init_from is not None:
+        _init_from(run, Path(run.cfg.checkpoint.init_from))
+
+
+def newest_good(run: TrainingRun, candidates: list[Path]) -> Path:
+    """The first of ``candidates`` whose files are as they were written; all ranks share the reading.
+
+    Raises:
+        CheckpointDamagedError: none is.
+    """
+    # What the first rank sees counts: other nodes may see a folder that has just been made a moment later.
+    agreed: list[list[Path]] = [candidates]
+    dist.broadcast_object_list(agreed, src=0)
+    damage: list[str] = []
+    for folder in agreed[0]:
+        try:
+            with raise_together():
+                verify(folder, run.cfg.checkpoint.verify, (run.runtime.rank, run.runtime.world_size))
+        except CheckpointDamagedError as error:
+            damage.append(str(error))
+            continue
+        for text in damage:
+            _log.warning("passed over: %s", text)
+        return folder
+    raise CheckpointDamagedError("no checkpoint to resume from is whole:\n  " + "\n  ".join(damage))
+
+
+def _set_aside_later(run: TrainingRun, found: Path) -> None:
+    """Rename this run's checkpoints beyond ``found``: damaged, or of a future that will now be written anew."""
+    if found.parent != run.run_dir / "checkpoints":
         return
-    found = find_checkpoint(run.run_dir) if wanted == "auto" else resolve_checkpoint(Path(wanted))
-    if found is None:
-        return
-    load_checkpoint(run, found)
-    _log.info("resumed from %s at step %d", found, run.state.step)
+    for later in find_checkpoints(run.run_dir):
+        if later == found:
+            break
+        number = 1
+        while (aside := later.with_name(f"set_aside_{number}_{later.name}")).exists():
+            number += 1
+        later.rename(aside)
+        _log.warning("%s is kept as %s, since the run goes on from %s", later, aside.name, found.name)
+
+
+def _init_from(run: TrainingRun, path: Path) -> None:
+    folder = newest_good(run, [resolve_checkpoint(path)])
+    load_weights(run.model, folder)
+    # The optimizer keeps copies (fp32, sharded) of the weights that it was built with.
+    run.optimizer.reload_model_params()
+    _log.info("weights from %s; optimizer and step start anew", folder)

@@ -15,6 +15,7 @@ def _train(model: str, overrides: tuple[str, ...], folder: str, save_at: int | N
     import torch.distributed as dist
 
     from nemo_llm.checkpoint.folder import find_checkpoint
+    from nemo_llm.checkpoint.manifest import verify
     from nemo_llm.config.load import compose
     from nemo_llm.parallel.runtime import start_runtime
     from nemo_llm.training.checkpoint import load_checkpoint, save_checkpoint
@@ -26,11 +27,13 @@ def _train(model: str, overrides: tuple[str, ...], folder: str, save_at: int | N
     run = build_training_run(cfg, start_runtime(cfg))
     run.run_dir = Path(folder)
     if dist.get_rank() == 0 and not load:
+        run.run_dir.mkdir(exist_ok=True)
         write_config(run.run_dir, to_plain(cfg))
     dist.barrier()
     if load:
         found = find_checkpoint(run.run_dir)
         assert found is not None
+        verify(found)
         load_checkpoint(run, found)
         assert run.state.step == BEFORE
     rows = []
@@ -93,8 +96,58 @@ def test_another_split_of_experts_is_refused(ranks: RankPool, tmp_path: Path) ->
 def test_a_damaged_file_is_named(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(_train, 1, "gpt_tiny", (), str(tmp_path), BEFORE, False)
     victim = next((tmp_path / "checkpoints/step_00000002/state").glob("*.distcp"))
-    content = bytearray(victim.read_bytes())
-    content[len(content) // 2] ^= 1
-    victim.write_bytes(bytes(content))
+    flip_a_byte(victim)
     with pytest.raises(AssertionError, match=f"{victim.name}: damaged"):
         ranks.run(_train, 1, "gpt_tiny", (), str(tmp_path), None, True)
+
+
+def _start_from(overrides: tuple[str, ...], folder: str) -> tuple[int, float, int]:
+    """Step after resume.resume, the loss of the next step, and the updates that the optimizer had counted before."""
+    from nemo_llm.config.load import compose
+    from nemo_llm.parallel.runtime import start_runtime
+    from nemo_llm.training.resume import resume
+    from nemo_llm.training.setup import build_training_run
+    from nemo_llm.training.step import train_step
+
+    cfg = compose([*model_overrides("gpt_tiny"), "trainer.accelerator=cpu", f"run.dir={folder}", *overrides])
+    run = build_training_run(cfg, start_runtime(cfg))
+    run.run_dir = Path(folder)
+    resume(run)
+    step = run.state.step
+    updates = max(group.get("step", 0) for group in run.optimizer.param_groups)
+    return step, train_step(run).loss, updates
+
+
+def test_weights_alone_start_a_new_run_on_another_layout(ranks: RankPool, tmp_path: Path) -> None:
+    whole = ranks.run(_train, 2, "gpt_tiny", TP2, str(tmp_path / "old"), BEFORE, False)[0]
+    overrides = (ZERO1, f"checkpoint.init_from={tmp_path}/old")
+    step, loss, updates = ranks.run(_start_from, 1, overrides, str(tmp_path / "new"))[0]
+    assert step == 0
+    assert updates == 0
+    assert loss < whole[0][0] - 1e-4  # the first batch again, with weights that have seen it
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_last_good_one(ranks: RankPool, tmp_path: Path) -> None:
+    import shutil
+
+    ranks.run(_train, 1, "gpt_tiny", (ZERO1,), str(tmp_path), BEFORE, False)
+    checkpoints = tmp_path / "checkpoints"
+    later = checkpoints / "step_00000009"
+    shutil.copytree(checkpoints / "step_00000002", later)
+    flip_a_byte(next((later / "state").glob("*.distcp")))
+    assert ranks.run(_start_from, 2, (ZERO1,), str(tmp_path))[0][0] == BEFORE
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["set_aside_1_step_00000009", "step_00000002"]
+
+
+def test_another_model_or_vocabulary_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(_train, 1, "gpt_tiny", (), str(tmp_path), BEFORE, False)
+    with pytest.raises(AssertionError, match=r"another model[\s\S]*: expected \[256.*found \[128"):
+        ranks.run(_start_from, 1, ("model.hidden_size=256",), str(tmp_path))
+    with pytest.raises(AssertionError, match=r"word_embeddings.weight: expected \[4096, 128\], found"):
+        ranks.run(_start_from, 1, ("model.vocab_size=4096",), str(tmp_path))
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))

@@ -1,0 +1,91 @@
+"""What a checkpoint may hold beside plain tensors: nothing that runs code when it is read.
+
+Megatron's format has two pickled files: ``.metadata`` (names, shapes and places of the tensors) and ``common.pt``.
+PyTorch and Megatron-Core read the first with plain pickle, which may call anything; here it is read before, by an
+unpickler that knows the few classes it is made of.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_llm.errors import CheckpointDamagedError, CheckpointError
+
+_ALLOWED = {
+    "collections": {"OrderedDict", "defaultdict"},
+    "builtins": {"set", "frozenset", "slice", "complex", "list", "dict", "tuple"},
+    "pathlib": {"PosixPath", "Path", "PurePosixPath"},
+    "pathlib._local": {"PosixPath"},
+    "torch": {"Size", "device"},
+    "torch.serialization": {"_get_layout"},
+    "torch._utils": {"_rebuild_device_tensor_from_numpy"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+        "BytesIOWriteData",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _ALLOWED.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_metadata(state: Path) -> Any:
+    """PyTorch's ``Metadata`` of a distributed checkpoint.
+
+    Raises:
+        CheckpointError: the file holds anything else.
+        CheckpointDamagedError: it cannot be read.
+    """
+    path = state / ".metadata"
+    try:
+        with path.open("rb") as file:
+            return _Unpickler(file).load()
+    except FileNotFoundError:
+        raise CheckpointDamagedError(f"{path}: missing") from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, since reading it could run code: {error}. It should hold names, shapes and places of "
+            "tensors alone"
+        ) from None
+    except Exception as error:  # pickle raises whatever a damaged stream leads it to
+        raise CheckpointDamagedError(f"{path}: damaged; {type(error).__name__}: {error}") from None
+
+
+def check_safe(state: Path) -> None:
+    """Refuse pickled files that could run code when Megatron reads them.
+
+    Raises:
+        CheckpointError, CheckpointDamagedError: names the file and what it asks for.
+    """
+    read_metadata(state)
+    path = state / "common.pt"
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointDamagedError(f"{path}: missing") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: refused, since reading it could run code: {reason}") from None
+    except RuntimeError as error:
+        raise CheckpointDamagedError(f"{path}: damaged; {error}") from None

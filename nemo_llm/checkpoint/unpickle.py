@@ -5,11 +5,13 @@ PyTorch and Megatron-Core read the first with plain pickle, which may call anyth
 unpickler that knows the few classes it is made of.
 """
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from nemo_llm.errors import CheckpointDamagedError, CheckpointError
 
@@ -78,7 +80,10 @@ def check_safe(state: Path) -> None:
     Raises:
         CheckpointError, CheckpointDamagedError: names the file and what it asks for.
     """
-    read_metadata(state)
+    metadata = read_metadata(state)
+    for index, place in metadata.storage_data.items():
+        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+            _check_bytes(state / place.relative_path, index.fqn, place)
     path = state / "common.pt"
     try:
         torch.load(path, map_location="cpu", weights_only=True)
@@ -89,3 +94,15 @@ def check_safe(state: Path) -> None:
         raise CheckpointError(f"{path}: refused, since reading it could run code: {reason}") from None
     except RuntimeError as error:
         raise CheckpointDamagedError(f"{path}: damaged; {error}") from None
+
+
+def _check_bytes(path: Path, name: str, place: Any) -> None:
+    """An object that Megatron saves beside the tensors, such as Transformer Engine's fp8 scales."""
+    with path.open("rb") as file:
+        file.seek(place.offset)
+        content = io.BytesIO(file.read(place.length))
+    try:
+        torch.load(content, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: {name} refused, since reading it could run code: {reason}") from None

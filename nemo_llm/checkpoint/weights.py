@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -11,6 +12,7 @@ from megatron.core.utils import unwrap_model
 
 from nemo_llm.checkpoint.agree import raise_together
 from nemo_llm.checkpoint.unpickle import check_safe
+from nemo_llm.checkpoint.writer import StateWriter
 from nemo_llm.errors import CheckpointError
 
 _SHOWN = 6
@@ -30,7 +32,11 @@ def apply_model_state(chunks: list[torch.nn.Module], loaded: dict) -> None:
 
 def save_weights(chunks: list[torch.nn.Module], temporary: Path) -> None:
     """Write the weights into ``temporary / "state"``; a collective of all ranks."""
-    dist_checkpointing.save(model_state(chunks), str(temporary / "state"))
+    plan = StateWriter(None, threads=2).begin(model_state(chunks), temporary / "state", copy=False)
+    plan.write()
+    with raise_together():
+        if dist.get_rank() == 0:
+            plan.collect()
 
 
 def load_weights(chunks: list[torch.nn.Module], folder: Path) -> None:
@@ -53,7 +59,8 @@ def check_same_tensors(wanted: dict, folder: Path) -> None:
         CheckpointError: listing the first tensors that are missing or of another shape, with both shapes; or files
             that hold more than tensors.
     """
-    check_safe(folder / "state")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        check_safe(folder / "state")
     saved = dist_checkpointing.load_tensors_metadata(str(folder / "state"))
     wanted = dict(wanted)
     apply_factories(wanted)

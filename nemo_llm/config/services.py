@@ -21,6 +21,10 @@ class CheckpointConfig(Section):
     save_interval: PositiveInt | None
     save_final: bool
     keep_last: PositiveInt | None
+    keep_every: PositiveInt | None
+    keep_best: PositiveInt | None
+    async_save: bool
+    writer_threads: PositiveInt
     resume: NonEmptyStr
     init_from: NonEmptyStr | None
     verify: Literal["full", "sampled", "sizes"]

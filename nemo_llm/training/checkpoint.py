@@ -1,99 +1,223 @@
-"""Save and load a run in Megatron's layout-free ``torch_dist`` format; `nemo_llm.checkpoint.folder` shows the files."""
+"""Save and load a run in Megatron's layout-free ``torch_dist`` format; `nemo_llm.checkpoint.folder` shows the files.
+
+A save has three parts. On the main threads of all ranks: agree on who writes what, and start copying to host memory.
+In a thread of each rank: write and hash. In the first rank's thread: manifest, rename, marker, retention. With
+``checkpoint.async_save`` training goes on after the first.
+"""
 
 import json
-import re
 import shutil
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from nemo_llm.checkpoint.agree import raise_together
-from nemo_llm.checkpoint.folder import begin, commit, is_complete, read_config, temporary_of
+from nemo_llm.checkpoint.folder import begin, commit, is_complete, temporary_of
+from nemo_llm.checkpoint.optimizer_state import apply_optimizer_scalars, optimizer_scalars, optimizer_tensors
+from nemo_llm.checkpoint.retention import remove_old
 from nemo_llm.checkpoint.weights import apply_model_state, check_same_tensors, model_state
+from nemo_llm.checkpoint.writer import StateWriter, WritePlan
 from nemo_llm.errors import CheckpointError
+from nemo_llm.log import get_logger
 from nemo_llm.training.state import TrainingRun, TrainState
 
-_OPTIMIZER_FORMAT = {
-    # The one format of Megatron's optimizer state that another TP or PP can read.
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-}
+_log = get_logger(__name__)
+
+TRAINING_FILE_NAME = "training.json"
 
 
-def save_checkpoint(run: TrainingRun) -> Path:
-    """Write the present state under ``run.run_dir``; returns the folder, which is complete on return."""
-    final = run.run_dir / "checkpoints" / f"step_{run.state.step:08d}"
-    if is_complete(final):
+class CheckpointSaver:
+    """Saves one run, one checkpoint at a time. Every method but `copied` is a collective of all ranks."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self.writer = StateWriter(run.runtime.groups.dp_cp, run.cfg.checkpoint.writer_threads)
+        self.stall_seconds = 0.0
+        """Time that the last save kept training waiting, without the copy that overlaps with the next step."""
+        self._plan: WritePlan | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, run: TrainingRun, in_background: bool) -> Path:
+        """Write the present state under ``run.run_dir``; returns the folder.
+
+        Raises:
+            CheckpointError: this save, or the one in the background before it, could not be written.
+        """
+        began = time.perf_counter()
+        self.wait()
+        final = run.run_dir / "checkpoints" / f"step_{run.state.step:08d}"
+        exists = [is_complete(final)]
+        dist.broadcast_object_list(exists, src=0)
+        if exists[0]:
+            return final
+        _finish_parameter_gathering(run)
+        state = sharded_state(run)
+        needed = _bytes_to_write(state, run.runtime.device)
+        temporary = temporary_of(final)
+        with raise_together():
+            if run.runtime.is_first_rank:
+                _prepare(run, final, needed)
+        self._plan = self.writer.begin(state, temporary / "state", copy=in_background)
+        arguments = (self._plan, temporary, final, run if run.runtime.is_first_rank else None)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+        if not in_background:
+            self.wait()
+        self.stall_seconds = time.perf_counter() - began
         return final
-    temporary = temporary_of(final)
-    if run.runtime.is_first_rank:
-        begin(final)
-    dist.barrier()
-    dist_checkpointing.save(sharded_state(run, is_loading=False), str(temporary / "state"))
-    if run.runtime.is_first_rank:
-        _write_companions(run, temporary)
-        commit(temporary, final)
-        _remove_old(run)
-    dist.barrier()
-    return final
+
+    def copied(self) -> None:
+        """Called before weights change: the device first finishes copying the old ones. Costs the host nothing."""
+        if self._plan is not None and self._plan.snapshot is not None:
+            self._plan.snapshot.wait_on_device()
+
+    def wait(self) -> None:
+        """Return when no save is under way.
+
+        Raises:
+            CheckpointError: it could not be written; what was written of it is removed.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread, self._plan = None, None
+        error, self._error = self._error, None
+        with raise_together():
+            if error is not None:
+                raise CheckpointError(f"a checkpoint could not be written: {error}") from error
+
+    def _write(self, plan: WritePlan, temporary: Path, final: Path, run: TrainingRun | None) -> None:
+        try:
+            plan.write()
+            if run is not None:
+                commit(temporary, final, plan.collect())
+                remove_old(final.parent, run.cfg.checkpoint)
+        except Exception as error:
+            self._error = error
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sharded_state(run: TrainingRun, is_loading: bool) -> dict:
+def save_checkpoint(run: TrainingRun, in_background: bool = False) -> Path:
+    """Write the present state under ``run.run_dir``; the folder is complete on return, unless ``in_background``."""
+    if run.saver is None:
+        run.saver = CheckpointSaver(run)
+    return run.saver.save(run, in_background)
+
+
+def finish_saving(run: TrainingRun) -> None:
+    """Wait for a save in the background."""
+    if run.saver is not None:
+        run.saver.wait()
+
+
+def sharded_state(run: TrainingRun) -> dict:
     """Model and optimizer as Megatron's sharded state dict: names and global offsets, no layout."""
     model = model_state(run.model)
-    in_one = model["model0"] if len(model) == 1 else model
-    optimizer = run.optimizer.sharded_state_dict(in_one, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
-    return {**model, "optimizer": optimizer}
+    tensors = optimizer_tensors(run.optimizer, model)
+    return {
+        **model,
+        "optimizer": {str(number): tensor for number, tensor in enumerate(tensors)},
+        "optimizer_scalars": optimizer_scalars(run.optimizer),
+    }
 
 
 def load_checkpoint(run: TrainingRun, folder: Path) -> None:
     """Read ``folder``, which was verified before, into the run, whatever layout wrote it.
 
     Raises:
-        CheckpointError: it holds another model, or another split of the experts.
+        CheckpointError: it holds another model, or weights alone.
     """
+    state = sharded_state(run)
+    del state["optimizer_scalars"]
     with raise_together():
         check_same_tensors(model_state(run.model), folder)
-        _check_expert_layout(run, folder)
-    loaded = dist_checkpointing.load(sharded_state(run, is_loading=True), str(folder / "state"))
+        progress = read_progress(folder)
+        _check_has_optimizer(state, folder)
+    loaded = dist_checkpointing.load(state, str(folder / "state"), validate_access_integrity=False)
     apply_model_state(run.model, loaded)
-    run.optimizer.load_state_dict(loaded["optimizer"])
-    progress = json.loads((folder / "training.json").read_text())
-    run.state = TrainState(progress["step"], progress["consumed_samples"], progress["consumed_tokens"])
+    apply_optimizer_scalars(run.optimizer, loaded["optimizer_scalars"])
+    run.state = TrainState(
+        progress["step"],
+        progress["consumed_samples"],
+        progress["consumed_tokens"],
+        [tuple(row) for row in progress.get("recent", [])],
+        progress.get("validation_loss"),
+    )
 
 
-def _check_expert_layout(run: TrainingRun, folder: Path) -> None:
-    """Refuse another split of the experts: loading it through megatron-core 0.16.1 ended the process on CPU."""
-    if run.cfg.model.moe is None:
-        return
-    saved = read_config(folder)["parallelism"]
-    for key in ("expert_model_parallel_size", "expert_tensor_parallel_size", "tensor_model_parallel_size"):
-        now = getattr(run.cfg.parallelism, key)
-        if saved[key] != now:
+def read_progress(folder: Path) -> dict[str, Any]:
+    """``training.json`` of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, as in a converted checkpoint.
+    """
+    path = folder / TRAINING_FILE_NAME
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} holds weights and no training state (no {TRAINING_FILE_NAME}), so that nothing can be resumed "
+            f"from it.\n      fix: start from its weights with checkpoint.init_from={folder}"
+        ) from None
+
+
+def _check_has_optimizer(state: dict, folder: Path) -> None:
+    optimizer = {"optimizer": dict(state["optimizer"])}
+    try:
+        check_same_tensors(optimizer, folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"the optimizer's state does not fit. {error}") from None
+
+
+def _prepare(run: TrainingRun, final: Path, needed: int) -> None:
+    """Make the folder and its small files, after a look at the room on the disk."""
+    try:
+        temporary = begin(final)
+        free = shutil.disk_usage(temporary).free
+        if free < needed:
+            temporary.rmdir() if not any(temporary.iterdir()) else shutil.rmtree(temporary)
             raise CheckpointError(
-                f"{folder}: experts were saved with parallelism.{key} = {saved[key]} and cannot be read with {now}; "
-                f"resume with parallelism.{key}={saved[key]} (pipeline, context and data parallelism may change)"
+                f"{final.parent}: a checkpoint takes {needed / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB "
+                "free.\n      fix: make room, or keep fewer checkpoints (checkpoint.keep_last)"
             )
+        _write_companions(run, temporary)
+    except OSError as error:
+        raise CheckpointError(f"{final}: cannot be written: {error.strerror or error}") from None
 
 
 def _write_companions(run: TrainingRun, folder: Path) -> None:
+    state = run.state
     progress = {
-        "step": run.state.step,
-        "consumed_samples": run.state.consumed_samples,
-        "consumed_tokens": run.state.consumed_tokens,
+        "step": state.step,
+        "consumed_samples": state.consumed_samples,
+        "consumed_tokens": state.consumed_tokens,
+        "validation_loss": state.validation_loss,
+        "recent": state.recent,
     }
-    (folder / "training.json").write_text(json.dumps(progress, indent=1))
+    (folder / TRAINING_FILE_NAME).write_text(json.dumps(progress))
     shutil.copyfile(run.run_dir / "config.yaml", folder / "config.yaml")
     run.tokenizer.save(folder / "tokenizer")
 
 
-def _remove_old(run: TrainingRun) -> None:
-    keep = run.cfg.checkpoint.keep_last
-    if keep is None:
-        return
-    folders = sorted((run.run_dir / "checkpoints").glob("step_*"), key=lambda path: int(re.sub(r"\D", "", path.name)))
-    complete = [folder for folder in folders if is_complete(folder)]
-    for folder in complete[:-keep]:
-        (folder / "COMPLETE").unlink()
-        shutil.rmtree(folder)
+def _bytes_to_write(state: dict, device: torch.device) -> int:
+    """Bytes of all tensors over all ranks, each counted once."""
+    tensors = [tensor for tensor in nested_values(state) if isinstance(tensor, ShardedTensor)]
+    own = sum(t.data.numel() * t.data.element_size() for t in tensors if is_main_replica(t.replica_id))
+    total = torch.tensor(own, dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return int(total.item())
+
+
+def _finish_parameter_gathering(run: TrainingRun) -> None:
+    """With late gathering, weights of other data-parallel ranks are still those before the update: fetch them now."""
+    if run.cfg.parallelism.overlap_param_gather:
+        for chunk in run.model:
+            chunk.start_param_sync(force_sync=True)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from nemo_llm.config.arithmetic import padded_vocab_size
 from nemo_llm.errors import ExitCode
 from nemo_llm.planner.flops import flops_per_token
-from nemo_llm.training.checkpoint import save_checkpoint
+from nemo_llm.training.checkpoint import finish_saving, save_checkpoint
 from nemo_llm.training.experiment import ExperimentLogger, ExperimentRun, start_experiment
 from nemo_llm.training.metrics import MetricsFile, StepRow, ValidationRow, progress_line
 from nemo_llm.training.rundir import to_plain
@@ -51,9 +51,10 @@ def train(run: TrainingRun) -> Ending:
                     report.validation(validate(run))
             if _due(run.cfg.checkpoint.save_interval, state.step) and reason is None:
                 with report.pause():
-                    save_checkpoint(run)
+                    save_checkpoint(run, in_background=run.cfg.checkpoint.async_save)
         if run.cfg.checkpoint.save_final or reason is not None:
             save_checkpoint(run)
+        finish_saving(run)
     if reason is not None and state.step < trainer.max_steps:
         return Ending(reason.exit_code, reason.detail, report.last_validation)
     return Ending(ExitCode.DONE, f"trainer.max_steps = {trainer.max_steps} reached", report.last_validation)
@@ -153,6 +154,7 @@ class _Report:
     def validation(self, results: dict[str, ValidationResult]) -> None:
         """Log the result of each validation set."""
         self.last_validation = results
+        self.run.state.validation_loss = next((result.loss for result in results.values()), None)
         if self._metrics is None:
             return
         for name, result in results.items():

@@ -1,7 +1,7 @@
 """What a training run is made of, and what moves while it goes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,10 @@ class TrainState:
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    recent: list[tuple[int, float, float]] = field(default_factory=list)
+    """(step, loss, gradient norm) of the last good steps: what a spike is told by, and a resumed run shows."""
+    validation_loss: float | None = None
+    """Of the last validation, on its first set."""
 
 
 @dataclass(frozen=True)
@@ -51,4 +55,5 @@ class TrainingRun:
     tokenizer: Tokenizer
     ramp: BatchRamp
     state: TrainState
+    saver: Any = None  # training.checkpoint makes it at the first save
     run_dir: Path = Path()  # closing.open_run names it, once everything else could be built

@@ -31,7 +31,10 @@ def train_step(run: TrainingRun) -> StepResult:
     #    finalize_model_grads has summed the gradients over micro-batches and data-parallel ranks and divided them by
     #    the number of tokens in the global batch: the gradient of the mean loss per token, whatever the layout.
 
-    # 4. Clip and update. Megatron refuses the update when fp16 gradients overflow.
+    # 4. Clip and update, once a checkpoint of the weights as they are is copied. Megatron refuses the update when fp16
+    #    gradients overflow.
+    if run.saver is not None:
+        run.saver.copied()
     updated, grad_norm, _ = run.optimizer.step()
 
     # 5. The same mean for the log.

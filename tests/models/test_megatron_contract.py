@@ -113,3 +113,18 @@ def _uneven_collectives() -> bool:
     output = torch.empty(rank + 1)
     dist.reduce_scatter(output, [torch.full((r + 1,), 1.0 + rank) for r in range(world)])
     return gathered and torch.equal(output, torch.full((rank + 1,), sum(1.0 + r for r in range(world))))
+
+
+def test_names_that_checkpoints_use() -> None:
+    """Private names of megatron-core 0.16.1 and torch that nemo_llm/checkpoint leans on."""
+    import torch.distributed as dist
+    from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from torch.distributed.checkpoint import filesystem
+
+    for name in ("_replace_state_dict_keys_with_sharded_keys", "mcore_to_pyt_state_dict", "MCoreSavePlanner"):
+        assert hasattr(torch_dist, name), name
+    for name in ("_write_item", "_StoragePrefix", "SerializationFormat"):
+        assert hasattr(filesystem, name), name
+    assert hasattr(dist.distributed_c10d, "_get_default_store")
+    assert hasattr(DistributedOptimizer, "_get_model_param_range_map")

@@ -50,6 +50,8 @@ TP2 = ("parallelism.tensor_model_parallel_size=2", "parallelism.sequence_paralle
 PP2 = ("parallelism.pipeline_model_parallel_size=2", ZERO1)
 VPP2 = ("parallelism.pipeline_model_parallel_size=2", "parallelism.virtual_pipeline_model_parallel_size=2", ZERO1)
 EP2 = ("parallelism.expert_model_parallel_size=2", ZERO1)
+TP2_ONLY = ("precision=bf16", "parallelism.tensor_model_parallel_size=2")
+TP2_EP2 = (*TP2, "parallelism.expert_model_parallel_size=2")
 
 
 @pytest.mark.parametrize(
@@ -75,8 +77,26 @@ def test_same_layout_goes_on_bit_by_bit(
 
 @pytest.mark.parametrize(
     ("model", "first", "second"),
-    [("gpt_tiny", (2, TP2), (1, (ZERO1,))), ("gpt_tiny", (1, (ZERO1,)), (2, PP2))],
-    ids=["TP2 to one process", "one process to PP2"],
+    [
+        ("gpt_tiny", (2, TP2), (1, (ZERO1,))),
+        ("gpt_tiny", (1, ()), (2, PP2)),
+        (
+            "gpt_tiny",
+            (2, ("precision=bf16", ZERO1)),
+            (2, ("precision=bf16", "parallelism.tensor_model_parallel_size=2")),
+        ),
+        ("moe_tiny", (2, EP2), (1, ())),
+        ("moe_tiny", (1, ()), (4, TP2_EP2)),
+        ("moe_tiny", (4, TP2_EP2), (2, (*PP2,))),
+    ],
+    ids=[
+        "TP2 to one process",
+        "not distributed optimizer to distributed, PP2",
+        "bf16 DP2 to TP2, optimizer not distributed",
+        "EP2 to one process, optimizer not distributed",
+        "one process to TP2 EP2",
+        "TP2 EP2 to PP2",
+    ],
 )
 def test_another_layout_goes_on_closely(
     model: str, first: tuple, second: tuple, ranks: RankPool, tmp_path: Path
@@ -84,13 +104,7 @@ def test_another_layout_goes_on_closely(
     whole = ranks.run(_train, first[0], model, first[1], str(tmp_path), BEFORE, False)[0]
     resumed = ranks.run(_train, second[0], model, second[1], str(tmp_path), None, True)[0]
     for wanted, found in zip(whole[BEFORE:], resumed, strict=True):
-        assert found == pytest.approx(wanted, rel=1e-5)
-
-
-def test_another_split_of_experts_is_refused(ranks: RankPool, tmp_path: Path) -> None:
-    ranks.run(_train, 2, "moe_tiny", EP2, str(tmp_path), BEFORE, False)
-    with pytest.raises(AssertionError, match="expert_model_parallel_size = 2 and cannot be read with 1"):
-        ranks.run(_train, 1, "moe_tiny", (ZERO1,), str(tmp_path), None, True)
+        assert found == pytest.approx(wanted, rel=2e-3 if "precision=bf16" in first[1] else 1e-5)
 
 
 def test_a_damaged_file_is_named(ranks: RankPool, tmp_path: Path) -> None:

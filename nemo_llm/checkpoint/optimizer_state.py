@@ -1,0 +1,153 @@
+"""The state of Megatron's optimizers as tensors that know no layout, without moving a byte between ranks.
+
+Megatron-Core 0.16.1 offers for its distributed optimizer either a form that gathers the whole state over data-parallel
+ranks (``fully_reshardable``) or one that stays tied to TP and PP (``dp_reshardable``). Here each rank describes what it
+owns, a range of each flattened parameter, as boxes of the parameter's global tensor (`boxes_of_range`): as cheap as the
+second, as free as the first, and the same on the disk as what an optimizer that is not distributed writes. Loading
+fills the optimizer's own memory.
+
+Names of Megatron that are private to it, of 0.16.1: ``gbuf_ranges``, ``_get_model_param_range_map`` and
+``_get_main_param_and_optimizer_states`` of `DistributedOptimizer`; ``float16_groups`` and its siblings of
+`Float16OptimizerWithFloat16Params`. tests/models/test_megatron_contract.py fails when they are gone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+from nemo_llm.checkpoint.boxes import boxes_of_range
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def optimizer_tensors(optimizer: MegatronOptimizer, model: dict) -> list[ShardedTensor]:
+    """This rank's part of the optimizer's state; each tensor's data is the optimizer's own memory.
+
+    Args:
+        model: sharded state dict of the model (`weights.model_state`), whose names and offsets the state takes over.
+    """
+    places = {id(place.data): place for place in nested_values(model) if hasattr(place, "key")}
+    found: list[ShardedTensor] = []
+    for part in _parts(optimizer):
+        distributed = isinstance(part, DistributedOptimizer)
+        for parameter, start, states in _owned(part):
+            place = places[id(parameter)]
+            for name, state in states.items():
+                found += _boxes(place, parameter, start, (name, state), distributed)
+    return found
+
+
+def optimizer_scalars(optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """What the state holds beside tensors: the update count and, for fp16, the loss scaler; equal on every rank."""
+    parts = _parts(optimizer)
+    scaler = next((part.grad_scaler for part in parts if getattr(part, "grad_scaler", None)), None)
+    step = max((int(group.get("step", 0)) for part in parts for group in part.optimizer.param_groups), default=0)
+    return {"step": step, "grad_scaler": scaler.state_dict() if scaler else None}
+
+
+def apply_optimizer_scalars(optimizer: MegatronOptimizer, scalars: dict[str, Any]) -> None:
+    """Set what `optimizer_scalars` gave; the tensors were loaded in place."""
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
+            group["step"] = scalars["step"]
+        if getattr(part, "grad_scaler", None) and scalars["grad_scaler"]:
+            part.grad_scaler.load_state_dict(scalars["grad_scaler"])
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [part for part in parts if not part.is_stub_optimizer]
+
+
+def _owned(part: Any) -> Iterator[tuple[torch.nn.Parameter, int, dict[str, torch.Tensor]]]:
+    """(parameter, where this rank's range of it begins, state tensors of that range)."""
+    if isinstance(part, DistributedOptimizer):
+        for maps in part.gbuf_ranges:
+            for buckets in maps.values():
+                for bucket in buckets:
+                    for parameter in bucket["param_map"]:
+                        yield parameter, *_distributed_state(part, parameter)
+        return
+    pairs: list[tuple[torch.nn.Parameter, torch.Tensor | None]]
+    if isinstance(part, Float16OptimizerWithFloat16Params):
+        halves, mains = chain(*part.float16_groups), chain(*part.fp32_from_float16_groups)
+        pairs = [*zip(halves, mains, strict=True), *((p, None) for p in chain(*part.fp32_from_fp32_groups))]
+    else:
+        pairs = [(parameter, None) for group in part.optimizer.param_groups for parameter in group["params"]]
+    for parameter, main in pairs:
+        states = _moments(part, parameter if main is None else main)
+        yield parameter, 0, states if main is None else {"fp32_param": main, **states}
+
+
+def _distributed_state(part: Any, parameter: torch.nn.Parameter) -> tuple[int, dict[str, torch.Tensor]]:
+    start = part._get_model_param_range_map(parameter)["param"].start
+    group, place = part.model_param_group_index_map[parameter]
+    main = part.optimizer.param_groups[group]["params"][place]
+    states = _moments(part, main)
+    # The main copy of an fp32 parameter is the parameter itself, which is saved with the model.
+    return start, states if parameter.dtype == torch.float32 else {"fp32_param": main, **states}
+
+
+def _moments(part: Any, main: torch.Tensor) -> dict[str, torch.Tensor]:
+    state = part.optimizer.state[main]
+    for name in _MOMENTS:  # before the first update there is none
+        if name not in state:
+            state[name] = torch.zeros_like(main)
+    return {name: state[name] for name in _MOMENTS}
+
+
+def _boxes(
+    place: ShardedTensor | ShardedTensorFactory,
+    parameter: torch.nn.Parameter,
+    start: int,
+    named: tuple[str, torch.Tensor],
+    distributed: bool,
+) -> Iterator[ShardedTensor]:
+    """``state``, elements ``[start, start + n)`` of the local parameter, as boxes of the global tensor."""
+    name, state = named
+    flat = state.detach().view(-1)
+    stop = start + flat.numel()
+    for piece in _pieces(place, parameter):
+        # Where this piece (the gate or the up half of a gated layer) lies in the flattened parameter.
+        begin = piece.data.storage_offset()
+        low, high = max(start, begin), min(stop, begin + piece.data.numel())
+        ahead = (0,) * piece.prepend_axis_num
+        at = low - start
+        for offset, size in boxes_of_range(tuple(piece.local_shape), low - begin, high - begin):
+            count = 1
+            for length in size:
+                count *= length
+            shape = (1,) * len(ahead) + size
+            moved = zip(piece.global_offset, (*ahead, *offset), strict=True)
+            # Each data-parallel rank owns another range: no replica in that, the last, direction.
+            replica = (*piece.replica_id[:2], 0) if distributed else piece.replica_id
+            yield ShardedTensor(
+                f"optimizer.state.{name}.{piece.key}",
+                flat[at : at + count].view(shape),
+                flat.dtype,
+                shape,
+                tuple(piece.global_shape),
+                tuple(a + b for a, b in moved),
+                None,
+                replica_id=replica,
+            )
+            at += count
+
+
+def _pieces(place: ShardedTensor | ShardedTensorFactory, parameter: torch.nn.Parameter) -> list[ShardedTensor]:
+    """The sharded tensors that a parameter is stored as, their data views of one flat memory that is never filled."""
+    template = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    if isinstance(place, ShardedTensorFactory):
+        pieces = list(nested_values({"built": replace(place, data=template).build()}))
+        assert all(piece.data.is_contiguous() for piece in pieces), f"{place.key}: pieces are no slices of rows"
+        return pieces
+    return [replace(place, data=template)]

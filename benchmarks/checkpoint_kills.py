@@ -125,19 +125,20 @@ def losses(run_dir: Path) -> list[tuple]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
 
 
-def run(run_dir: Path, ranks: int, moment: float | int | None) -> int:
+def run(run_dir: Path, ranks: int, moment: float | int | None, log: Path | None = None) -> int:
     """Train in forked processes; kill one at ``moment`` (seconds, or the number of a file operation), all others with it.
 
     Returns the exit code, -9 when killed.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    log = log or run_dir / "log"
     port = free_port()
     victim = random.Random(repr(moment)).randrange(ranks)
     children = []
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
-            train(run_dir, rank, ranks, port, moment if isinstance(moment, int) and rank == victim else None)
+            train(run_dir, log, (rank, ranks, port), moment if isinstance(moment, int) and rank == victim else None)
         children.append(pid)
     if isinstance(moment, float):
         until = time.monotonic() + moment
@@ -156,11 +157,12 @@ def run(run_dir: Path, ranks: int, moment: float | int | None) -> int:
     return codes[0] or max(codes, key=abs)
 
 
-def train(run_dir: Path, rank: int, ranks: int, port: int, kill_at: int | None) -> None:
+def train(run_dir: Path, log: Path, place: tuple[int, int, int], kill_at: int | None) -> None:
     """The forked process; never returns."""
-    log = os.open(run_dir / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    rank, ranks, port = place
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
     if ranks > 1:
         os.environ.update(
             RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
@@ -181,7 +183,7 @@ def train(run_dir: Path, rank: int, ranks: int, port: int, kill_at: int | None) 
         sys.addaudithook(count)
     code = 1
     try:
-        code = run_entry_point(train_main, [*OPTIONS, f"run.dir={run_dir}", f"data.cache_dir={run_dir}/cache"])
+        code = run_entry_point(train_main, [*OPTIONS, f"run.dir={run_dir}", f"data.cache_dir={log.parent}/cache"])
     finally:
         sys.stdout.flush()
         os._exit(code)

@@ -183,9 +183,9 @@ def _prepare(run: TrainingRun, final: Path, needed: int) -> None:
         temporary = begin(final)
         free = shutil.disk_usage(temporary).free
         if free < needed:
-            temporary.rmdir() if not any(temporary.iterdir()) else shutil.rmtree(temporary)
+            shutil.rmtree(temporary)
             raise CheckpointError(
-                f"{final.parent}: a checkpoint takes {needed / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB "
+                f"{final.parent}: a checkpoint takes {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB "
                 "free.\n      fix: make room, or keep fewer checkpoints (checkpoint.keep_last)"
             )
         _write_companions(run, temporary)

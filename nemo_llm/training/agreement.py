@@ -27,6 +27,10 @@ CHANGEABLE_KEYS = (
     "trainer.check_only",
     "trainer.first_step_timeout_minutes",
     "trainer.step_timeout_minutes",
+    # What happens to a bad step; good ones do not see it.
+    "trainer.bad_step_policy",
+    "trainer.max_bad_steps",
+    "trainer.spike_*",
     # Where and how the same computation is done: checkpoints hold no layout, the data order knows samples and not
     # micro-batches. Sums are taken in another order, so results agree within rounding and not bit by bit; with MoE the
     # auxiliary loss, which is one per micro-batch, changes its composition.

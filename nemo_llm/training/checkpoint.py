@@ -144,13 +144,14 @@ def load_checkpoint(run: TrainingRun, folder: Path) -> None:
     loaded = dist_checkpointing.load(state, str(folder / "state"), validate_access_integrity=False)
     apply_model_state(run.model, loaded)
     apply_optimizer_scalars(run.optimizer, loaded["optimizer_scalars"])
-    run.state = TrainState(
+    saved = TrainState(
         progress["step"],
         progress["consumed_samples"],
         progress["consumed_tokens"],
         [tuple(row) for row in progress.get("recent", [])],
         progress.get("validation_loss"),
     )
+    vars(run.state).update(vars(saved))  # in place: the loop holds the object
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
@@ -185,8 +186,8 @@ def _prepare(run: TrainingRun, final: Path, needed: int) -> None:
         if free < needed:
             shutil.rmtree(temporary)
             raise CheckpointError(
-                f"{final.parent}: a checkpoint takes {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB "
-                "free.\n      fix: make room, or keep fewer checkpoints (checkpoint.keep_last)"
+                f"{final.parent}: a checkpoint takes {needed / 2**20:,.1f} MiB and the disk has "
+                f"{free / 2**20:,.1f} MiB free.\n      fix: make room, or keep fewer checkpoints (checkpoint.keep_last)"
             )
         _write_companions(run, temporary)
     except OSError as error:

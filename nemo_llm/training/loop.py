@@ -15,6 +15,7 @@ from nemo_llm.planner.flops import flops_per_token
 from nemo_llm.training.checkpoint import finish_saving, save_checkpoint
 from nemo_llm.training.experiment import ExperimentLogger, ExperimentRun, start_experiment
 from nemo_llm.training.metrics import MetricsFile, StepRow, ValidationRow, progress_line
+from nemo_llm.training.rollback import BadSteps
 from nemo_llm.training.rundir import to_plain
 from nemo_llm.training.signals import StopReason, StopSignals
 from nemo_llm.training.state import StepResult, TrainingRun
@@ -39,9 +40,11 @@ def train(run: TrainingRun) -> Ending:
     with StopSignals(stop_file_folder, trainer.max_time_minutes) as signals, _Report(run) as report:
         reason: StopReason | None = None
         first_step = state.step
+        bad_steps = BadSteps(run)
         while state.step < trainer.max_steps and reason is None:
             began, waited = time.perf_counter(), run.loader.wait_seconds
             result = train_step(run)
+            bad_steps.after(result)
             reason = _agree_to_stop(signals, run)  # every rank stops after the same step
             report.step(result, time.perf_counter() - began, run.loader.wait_seconds - waited)
             if state.step == first_step + 1:

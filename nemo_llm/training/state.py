@@ -37,6 +37,8 @@ class StepResult:
     learning_rate: float
     num_tokens: int
     skipped: bool
+    bad: Any = None
+    """`badstep.BadStep` when the update was not made for what the step computed."""
 
 
 @dataclass

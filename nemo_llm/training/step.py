@@ -7,6 +7,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 
 from nemo_llm.parallel.runtime import ParallelRuntime
+from nemo_llm.training.badstep import BadStep, diagnose, find_reason, record, remember, update_weights
 from nemo_llm.training.schedule import learning_rate
 from nemo_llm.training.state import StepResult, TrainingRun
 
@@ -16,33 +17,55 @@ def train_step(run: TrainingRun) -> StepResult:
     cfg, state = run.cfg, run.state
     samples = run.ramp.global_batch_size(state.step + 1)
     set_hyperparameters(run, lr := learning_rate(state.step + 1, cfg.optim.lr, cfg.optim.sched))
-    seed_dropout(run)
 
+    # 1. and 2. Gradients of the global batch, and its loss for the log.
+    batches = run.loader.micro_batches(state.consumed_samples, samples)
+    loss, num_tokens = forward_backward(run, batches)
+
+    # 3. Clip and update, unless loss or gradient norm say that it would do harm; once a checkpoint of the weights as
+    #    they are is copied. Megatron refuses the update when fp16 gradients overflow.
+    if run.saver is not None:
+        run.saver.copied()
+    updated, grad_norm = update_weights(run.optimizer, lambda norm: find_reason(run, loss, norm) is None)
+    bad = None
+    if reason := find_reason(run, loss, grad_norm):
+        before = (loss, grad_norm)
+        updated, (loss, grad_norm), diagnosis = _run_again(run, batches, before)
+        bad = BadStep(reason, diagnosis)
+        record(run, bad, before, (state.consumed_samples, state.consumed_samples + samples))
+
+    state.step += 1
+    state.consumed_samples += samples
+    state.consumed_tokens += samples * cfg.data.seq_length
+    if updated:
+        remember(run, loss, grad_norm)
+    return StepResult(loss, float(grad_norm or 0.0), lr, num_tokens, not updated, None if updated else bad)
+
+
+def forward_backward(run: TrainingRun, batches: list[dict[str, torch.Tensor]]) -> tuple[float, int]:
+    """Fill the gradient buffers from these micro-batches; returns the loss per token and the number of tokens."""
+    seed_dropout(run)
     # 1. Forget the gradients of the step before.
     for chunk in run.model:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
 
-    # 2. Forward and backward over the micro-batches, by Megatron's schedule for this pipeline.
-    batches = run.loader.micro_batches(state.consumed_samples, samples)
+    # 2. Forward and backward over the micro-batches, by Megatron's schedule for this pipeline. Each micro-batch gave
+    #    the *sum* of its token losses. At the end of the schedule Megatron's finalize_model_grads has summed the
+    #    gradients over micro-batches and data-parallel ranks and divided them by the number of tokens in the global
+    #    batch: the gradient of the mean loss per token, whatever the layout.
     outputs = run_schedule(run, batches, forward_only=False)
-
-    # 3. Each micro-batch gave the *sum* of its token losses. At the end of the schedule Megatron's
-    #    finalize_model_grads has summed the gradients over micro-batches and data-parallel ranks and divided them by
-    #    the number of tokens in the global batch: the gradient of the mean loss per token, whatever the layout.
-
-    # 4. Clip and update, once a checkpoint of the weights as they are is copied. Megatron refuses the update when fp16
-    #    gradients overflow.
-    if run.saver is not None:
-        run.saver.copied()
-    updated, grad_norm, _ = run.optimizer.step()
-
-    # 5. The same mean for the log.
     loss_sum, num_tokens, _ = reduce_sums(outputs, run.runtime)
-    state.step += 1
-    state.consumed_samples += samples
-    state.consumed_tokens += samples * cfg.data.seq_length
-    return StepResult(loss_sum / max(num_tokens, 1), float(grad_norm or 0.0), lr, int(num_tokens), not updated)
+    return loss_sum / max(num_tokens, 1), int(num_tokens)
+
+
+def _run_again(
+    run: TrainingRun, batches: list[dict[str, torch.Tensor]], before: tuple[float, float | None]
+) -> tuple[bool, tuple[float, float | None], str]:
+    """The same step once more: (whether it was good and updated the weights, its loss and norm, what that says)."""
+    loss, _ = forward_backward(run, batches)
+    updated, norm = update_weights(run.optimizer, lambda norm: find_reason(run, loss, norm) is None)
+    return updated, (loss, norm), diagnose(before, (loss, norm), find_reason(run, loss, norm))
 
 
 def run_schedule(run: TrainingRun, batches: list[dict[str, torch.Tensor]], forward_only: bool) -> list:

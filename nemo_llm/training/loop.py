@@ -22,6 +22,7 @@ from nemo_llm.training.state import StepResult, TrainingRun
 from nemo_llm.training.step import train_step
 from nemo_llm.training.throughput import Throughput, ThroughputMeter, find_peak
 from nemo_llm.training.validation import ValidationResult, validate
+from nemo_llm.training.watchdog import Watchdog, straggler_report
 
 
 @dataclass(frozen=True)
@@ -37,24 +38,36 @@ def train(run: TrainingRun) -> Ending:
     """Take steps until ``trainer.max_steps`` or until told to stop; saves at the end either way."""
     trainer, state = run.cfg.trainer, run.state
     stop_file_folder = run.run_dir if run.runtime.is_first_rank else None
-    with StopSignals(stop_file_folder, trainer.max_time_minutes) as signals, _Report(run) as report:
+    limits = (trainer.first_step_timeout_minutes, trainer.step_timeout_minutes)
+    run.progress.enter("start", state.step)
+    with (
+        StopSignals(stop_file_folder, trainer.max_time_minutes) as signals,
+        _Report(run) as report,
+        Watchdog(run.progress, run.run_dir, *limits),
+    ):
         reason: StopReason | None = None
         first_step = state.step
         bad_steps = BadSteps(run)
         while state.step < trainer.max_steps and reason is None:
             began, waited = time.perf_counter(), run.loader.wait_seconds
             result = train_step(run)
-            bad_steps.after(result)
+            run.progress.enter("agree", state.step)
             reason = _agree_to_stop(signals, run)  # every rank stops after the same step
+            run.progress.enter("report")
             report.step(result, time.perf_counter() - began, run.loader.wait_seconds - waited)
+            bad_steps.after(result)
             if state.step == first_step + 1:
                 run.runtime.shorten_timeouts(trainer.step_timeout_minutes)
+            report.stragglers()
             if _due(trainer.val_interval, state.step) or (reason is None and state.step == trainer.max_steps):
+                run.progress.enter("validation")
                 with report.pause():
                     report.validation(validate(run))
             if _due(run.cfg.checkpoint.save_interval, state.step) and reason is None:
+                run.progress.enter("save")
                 with report.pause():
                     save_checkpoint(run, in_background=run.cfg.checkpoint.async_save)
+        run.progress.enter("end")
         if run.cfg.checkpoint.save_final or reason is not None:
             save_checkpoint(run)
         finish_saving(run)
@@ -147,6 +160,14 @@ class _Report:
         # NeMo takes seconds to import: after the first step, so that a run that cannot start fails fast.
         self._experiment = self._experiment or self._start_experiment()
         self._experiment.log_metrics(row.step, _figures(row, speed))
+
+    def stragglers(self) -> None:
+        """On its interval, a line on the slowest ranks; a collective."""
+        interval, step = self.run.cfg.trainer.straggler_interval, self.run.state.step
+        if interval is not None and step % interval == 0:
+            line = straggler_report(self.run.progress.take_seconds(), interval)
+            if self._metrics is not None:
+                print(line, flush=True)
 
     def _show(self, row: StepRow, speed: Throughput) -> None:
         val_loss = next((result.loss for result in self.last_validation.values()), None)

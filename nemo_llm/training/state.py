@@ -13,6 +13,7 @@ from nemo_llm.data.tokenizer import Tokenizer
 from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.training.batch_ramp import BatchRamp
 from nemo_llm.training.batches import DeviceBatches
+from nemo_llm.training.progress import Progress
 
 
 @dataclass
@@ -57,5 +58,6 @@ class TrainingRun:
     tokenizer: Tokenizer
     ramp: BatchRamp
     state: TrainState
+    progress: Progress = field(default_factory=Progress)
     saver: Any = None  # training.checkpoint makes it at the first save
     run_dir: Path = Path()  # closing.open_run names it, once everything else could be built

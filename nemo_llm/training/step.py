@@ -19,11 +19,14 @@ def train_step(run: TrainingRun) -> StepResult:
     set_hyperparameters(run, lr := learning_rate(state.step + 1, cfg.optim.lr, cfg.optim.sched))
 
     # 1. and 2. Gradients of the global batch, and its loss for the log.
+    run.progress.enter("data", state.step)
     batches = run.loader.micro_batches(state.consumed_samples, samples)
+    run.progress.enter("forward and backward")
     loss, num_tokens = forward_backward(run, batches)
 
     # 3. Clip and update, unless loss or gradient norm say that it would do harm; once a checkpoint of the weights as
     #    they are is copied. Megatron refuses the update when fp16 gradients overflow.
+    run.progress.enter("update")
     if run.saver is not None:
         run.saver.copied()
     updated, grad_norm = update_weights(run.optimizer, lambda norm: find_reason(run, loss, norm) is None)

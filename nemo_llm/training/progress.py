@@ -1,0 +1,36 @@
+"""Where a rank is in its step: read by the watchdog, summed up for the straggler report."""
+
+import time
+from dataclasses import dataclass, field
+
+PHASES = ("start", "data", "forward and backward", "update", "agree", "report", "validation", "save", "end")
+
+
+@dataclass
+class Progress:
+    """Where this rank is. The main thread calls `enter`; anybody may read.
+
+    Attributes:
+        step: updates made.
+        phase: one of `PHASES`.
+        since: when the phase began, `time.monotonic` seconds.
+        seconds: time spent in each phase since `take_seconds`.
+    """
+
+    step: int = 0
+    phase: str = "start"
+    since: float = field(default_factory=time.monotonic)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Go on to the next phase, or begin the same anew."""
+        now = time.monotonic()
+        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self.since
+        self.phase, self.since = phase, now
+        if step is not None:
+            self.step = step
+
+    def take_seconds(self) -> dict[str, float]:
+        """Time in each phase since the last call."""
+        taken, self.seconds = self.seconds, {}
+        return taken

@@ -138,7 +138,13 @@ def run(run_dir: Path, ranks: int, moment: float | int | None, log: Path | None 
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
-            train(run_dir, log, (rank, ranks, port), moment if isinstance(moment, int) and rank == victim else None)
+            train(
+                run_dir,
+                log,
+                (rank, ranks, port),
+                moment if isinstance(moment, int) and rank == victim else None,
+                OPTIONS,
+            )
         children.append(pid)
     if isinstance(moment, float):
         until = time.monotonic() + moment
@@ -157,7 +163,7 @@ def run(run_dir: Path, ranks: int, moment: float | int | None, log: Path | None 
     return codes[0] or max(codes, key=abs)
 
 
-def train(run_dir: Path, log: Path, place: tuple[int, int, int], kill_at: int | None) -> None:
+def train(run_dir: Path, log: Path, place: tuple[int, int, int], kill_at: int | None, options: list[str]) -> None:
     """The forked process; never returns."""
     rank, ranks, port = place
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -183,7 +189,7 @@ def train(run_dir: Path, log: Path, place: tuple[int, int, int], kill_at: int | 
         sys.addaudithook(count)
     code = 1
     try:
-        code = run_entry_point(train_main, [*OPTIONS, f"run.dir={run_dir}", f"data.cache_dir={log.parent}/cache"])
+        code = run_entry_point(train_main, [*options, f"run.dir={run_dir}", f"data.cache_dir={log.parent}/cache"])
     finally:
         sys.stdout.flush()
         os._exit(code)

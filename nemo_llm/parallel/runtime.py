@@ -171,6 +171,9 @@ def start_runtime(cfg: RunConfig, place: ProcessPlace | None = None) -> Parallel
     if cfg.parallelism.tensor_model_parallel_size * cfg.parallelism.context_parallel_size > 1:
         # Kernels then start in the order they were launched, which Megatron's overlap of TP and CP relies on.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # NCCL's flight recorder keeps the last collectives, which the watchdog writes out when the run hangs.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # its name before torch 2.10
     if place.launcher == "slurm":
         _set_slurm_rendezvous()
     timeout = timedelta(minutes=cfg.trainer.first_step_timeout_minutes)

@@ -46,9 +46,10 @@ def test_a_late_rank_is_named_and_all_ranks_end(late: str, said: str, tmp_path: 
     script = tmp_path / "late.py"
     script.write_text(SCRIPT.format(late=late))
     options = [
-        "+model=gpt_tiny", "model.hidden_size=64", "model.num_attention_heads=4", "model.num_layers=2", "data.seq_length=64",
-        "trainer.global_batch_size=2", "trainer.micro_batch_size=1", "trainer.accelerator=cpu", "exp_manager.enabled=false",
-        "trainer.step_timeout_minutes=0.06", f"run.dir={tmp_path}/run", "trainer.log_interval=1", "checkpoint.save_interval=null",
+        "+model=gpt_tiny", "model.hidden_size=64", "model.num_attention_heads=4", "model.num_layers=2",
+        "data.seq_length=64", "trainer.global_batch_size=2", "trainer.micro_batch_size=1", "trainer.accelerator=cpu",
+        "trainer.step_timeout_minutes=0.06", f"run.dir={tmp_path}/run", "trainer.log_interval=1",
+        "checkpoint.save_interval=null", "exp_manager.enabled=false",
     ]  # fmt: skip
     root = str(Path(__file__).resolve().parent.parent.parent)
     processes = []
@@ -72,7 +73,8 @@ def test_a_late_rank_is_named_and_all_ranks_end(late: str, said: str, tmp_path: 
     assert codes == [76, -9 if frozen else 76], output
     assert said in output
     if not frozen:
-        assert "late.py" in output and "late_batches" in output
+        assert "late.py" in output
+        assert "late_batches" in output
     assert json.loads((tmp_path / "run/exit.json").read_text())["meaning"] == "hang"
 
 

@@ -96,7 +96,7 @@ def same_layout(folder: Path, ranks: int, overrides: list[str]) -> str:
 
 def moved(folder: Path) -> str:
     """One run through three layouts, against one process all the way."""
-    exact = ["precision=fp32", "model.hidden_dropout=0.0"]
+    exact = ["precision=fp32", "model.hidden_dropout=0.0", "optim.lr=3e-4"]
     places = {**LAYOUTS, "DP4": (4, [])}
     for name in ("whole", "moved"):
         shutil.rmtree(folder / name, ignore_errors=True)

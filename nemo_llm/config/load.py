@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from nemo_llm.config.catalog import conf_dir, group_choices
+from nemo_llm.config.data import DataConfig
 from nemo_llm.config.messages import problems_of_validation
 from nemo_llm.config.overrides import missing_model, normalise
 from nemo_llm.config.run import RunConfig
@@ -62,6 +63,18 @@ def decode(mapping: Mapping[str, Any]) -> RunConfig:
     try:
         # JSON mode is the strict mode that takes mappings for dataclasses, and whole numbers for floats alone.
         return TypeAdapter(RunConfig).validate_json(json.dumps(mapping), strict=True)
+    except ValidationError as error:
+        raise ConfigError(problems_of_validation(error.errors(), mapping)) from None
+
+
+def decode_data(mapping: Mapping[str, Any]) -> DataConfig:
+    """The ``data`` section of a configuration that was saved by this or an earlier version.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    try:
+        return TypeAdapter(DataConfig).validate_json(json.dumps(mapping), strict=True)
     except ValidationError as error:
         raise ConfigError(problems_of_validation(error.errors(), mapping)) from None
 

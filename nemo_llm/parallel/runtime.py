@@ -183,6 +183,12 @@ def start_runtime(cfg: RunConfig, place: ProcessPlace | None = None) -> Parallel
     if place.launcher == "single":
         store = dist.FileStore(tempfile.mktemp(prefix="nemo_llm_store_"), 1)
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    elif "TORCHELASTIC_RESTART_COUNT" in os.environ and place.num_nodes == 1:
+        # torchrun's default rendezvous keeps its store from attempt to attempt, and gloo then finds the addresses of
+        # ranks that are gone. (Over several nodes its c10d rendezvous makes a new store each time.)
+        store, rank, size = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))
+        store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timeout)
     return set_layout(cfg, place, device)

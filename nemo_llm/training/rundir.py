@@ -30,9 +30,11 @@ from typing import Any, Self
 
 import yaml
 
-from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, read_config
+from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, find_checkpoint, read_config
 from nemo_llm.config import RunConfig
-from nemo_llm.errors import ExitCode, InputError
+from nemo_llm.config.load import decode_data
+from nemo_llm.data.history import check_blend_history
+from nemo_llm.errors import ConfigError, ExitCode, InputError
 from nemo_llm.training.agreement import Change, check_agreement
 from nemo_llm.training.files import write_atomic
 from nemo_llm.training.runlock import RunLock, holder_info
@@ -43,6 +45,7 @@ _DEFAULT_PARENT = "runs"
 # A process that was just killed on this machine, or one that is writing its last lines, is gone by then.
 _LOCK_WAIT_SECONDS = 5.0
 _GIT_TIMEOUT_SECONDS = 5
+_BLEND_KEYS = ("blend", "blend_changes")
 _PACKAGES = ("nemo_llm", "torch", "megatron-core", "nemo_toolkit", "transformer-engine", "numpy")
 
 
@@ -141,7 +144,27 @@ def _check_present_run(
             f"run.dir = {cfg.run.dir!r} holds the checkpoints of an earlier run, and checkpoint.resume=never would mix "
             "two runs in one folder.\n      fix: choose another run.dir, or checkpoint.resume=auto to go on"
         )
-    return check_agreement(read_config(path), config, path / CONFIG_FILE_NAME, also_allowed)
+    saved = read_config(path)
+    return check_agreement(saved, config, path / CONFIG_FILE_NAME, [*also_allowed, *_blend_keys(path, saved, cfg)])
+
+
+def _blend_keys(path: Path, saved: Mapping[str, Any], cfg: RunConfig) -> Sequence[str]:
+    """Keys of the blend that may change, since what the run has read so far stays as it was.
+
+    Raises:
+        ConfigError: the new blend would have given other samples.
+    """
+    found = find_checkpoint(path)
+    if found is None or all(saved["data"].get(key) == to_plain(cfg)["data"][key] for key in _BLEND_KEYS):
+        return ()
+    try:
+        before = decode_data(saved["data"])
+        consumed = json.loads((found / "training.json").read_text(encoding="utf-8"))["consumed_samples"]
+    except (ConfigError, OSError, ValueError, KeyError):  # of another version: then nothing may change
+        return ()
+    if problems := list(check_blend_history(before, cfg.data, consumed)):
+        raise ConfigError(problems)
+    return [f"data.{key}" for key in _BLEND_KEYS]
 
 
 def _make_new_folder(name: str) -> Path:

@@ -31,7 +31,8 @@ CHANGEABLE_KEYS = (
     # What happens to a bad step; good ones do not see it.
     "trainer.bad_step_policy",
     "trainer.max_bad_steps",
-    "trainer.spike_*",
+    "trainer.spike_sigmas",
+    "trainer.spike_window",
     # Where and how the same computation is done: checkpoints hold no layout, the data order knows samples and not
     # micro-batches. Sums are taken in another order, so results agree within rounding and not bit by bit; with MoE the
     # auxiliary loss, which is one per micro-batch, changes its composition.

@@ -176,8 +176,8 @@ class WritePlan:
             stream = _HashedStream(raw)
             for item, data in items:
                 content = data.detach().cpu() if isinstance(data, torch.Tensor) else data
-                if isinstance(content, torch.Tensor) and content.untyped_storage().nbytes() != _num_bytes(content):
-                    content = content.clone()  # a view: torch.save would write all that it is a view of
+                if isinstance(content, torch.Tensor):
+                    content = _alone(content)
                 results.append(
                     _write_item(self._writer.transforms, stream, content, item, name, SerializationFormat.TORCH_SAVE)
                 )
@@ -208,6 +208,14 @@ class _HashedStream:
 
     def close(self) -> None:
         pass
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor of its own: of a view, torch.save would write all that it is a view of."""
+    if tensor.numel() == 0 or tensor.untyped_storage().nbytes() == _num_bytes(tensor):
+        return tensor.clone() if tensor.numel() == 0 else tensor
+    content = tensor.contiguous().view(-1)
+    return torch.frombuffer(content.view(torch.uint8).numpy(), dtype=tensor.dtype).view(tensor.shape)
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:

@@ -59,7 +59,7 @@ def _train(overrides: tuple[str, ...], folder: str, bad_step: int | None, times:
     return {"rows": rows, "step": run.state.step, "samples": run.state.consumed_samples}
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_bad_batch_is_skipped_and_its_documents_recorded(world: int, ranks: RankPool, tmp_path: Path) -> None:
     result = ranks.run(_train, world, (ZERO1,), str(tmp_path), 2, 99)[0]
     assert [skipped for _, skipped in result["rows"]] == [False, True, False, False, False]
@@ -87,6 +87,7 @@ def test_rollback_goes_on_behind_the_bad_batch(ranks: RankPool, tmp_path: Path) 
     assert result["samples"] == 5 * 8
 
 
+@pytest.mark.slow
 def test_policy_stop_and_too_many_bad_steps_end_the_run(ranks: RankPool, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="bad_step_policy=stop"):
         ranks.run(_train, 1, ("trainer.bad_step_policy=stop",), str(tmp_path), 2, 99)

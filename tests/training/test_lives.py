@@ -57,6 +57,7 @@ def test_a_second_signal_while_saving_spoils_nothing(tmp_path: Path) -> None:
     assert verify(found) > 0
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank_in_the_job(tmp_path: Path) -> None:
     """``--max-restarts``: one rank is killed, all begin anew from the last checkpoint, and the run comes to its end."""
     launcher = ("torchrun", "--nproc-per-node", "2", "--max-restarts", "2", "--no-python", sys.executable)
@@ -99,7 +100,7 @@ def test_a_write_that_fails_half_way_leaves_no_checkpoint_and_says_why(tmp_path:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("trainer.seed=7", "trainer.seed = 7: "),
+        pytest.param("trainer.seed=7", "trainer.seed = 7: ", marks=pytest.mark.slow),
         ("data.blend=[{name: other, text: 'asset:moby_dick'}]", "data.blend"),
     ],
 )
@@ -110,6 +111,7 @@ def test_changes_that_a_resume_may_not_make_are_refused_by_name(change: str, sai
     assert said in output
 
 
+@pytest.mark.slow
 def test_a_later_blend_may_change(saved_run: Path) -> None:
     change = "data.blend_changes=[{from_sample: 12, weights: {shakespeare: 0.1, moby_dick: 0.9}}]"
     process = start(f"run.dir={saved_run}", "trainer.max_steps=4", change, "optim.lr=2e-3")

@@ -57,15 +57,15 @@ TP2_EP2 = (*TP2, "parallelism.expert_model_parallel_size=2")
 @pytest.mark.parametrize(
     ("model", "world", "overrides"),
     [
-        ("gpt_tiny", 1, ()),
+        pytest.param("gpt_tiny", 1, (), marks=pytest.mark.slow),
         ("gpt_tiny", 2, (ZERO1,)),
-        ("gpt_tiny", 2, TP2),
+        pytest.param("gpt_tiny", 2, TP2, marks=pytest.mark.slow),
         ("gpt_tiny", 2, VPP2),
-        ("gpt_tiny", 1, ("precision=bf16", ZERO1)),
-        ("gpt_tiny", 1, ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")),
+        pytest.param("gpt_tiny", 1, ("precision=bf16", ZERO1), marks=pytest.mark.slow),
+        ("gpt_tiny", 1, ("model.hidden_dropout=0.1", "model.attention_dropout=0.1", "precision=bf16", ZERO1)),
         ("moe_tiny", 2, EP2),
     ],
-    ids=["one process", "DP2 distributed optimizer", "TP2", "PP2 VPP2", "bf16", "dropout", "EP2"],
+    ids=["one process", "DP2 distributed optimizer", "TP2", "PP2 VPP2", "bf16", "dropout and bf16", "EP2"],
 )
 def test_same_layout_goes_on_bit_by_bit(
     model: str, world: int, overrides: tuple[str, ...], ranks: RankPool, tmp_path: Path
@@ -87,7 +87,7 @@ def test_same_layout_goes_on_bit_by_bit(
         ),
         ("moe_tiny", (2, EP2), (1, ())),
         ("moe_tiny", (1, ()), (4, TP2_EP2)),
-        ("moe_tiny", (4, TP2_EP2), (2, (*PP2,))),
+        pytest.param("moe_tiny", (4, TP2_EP2), (2, PP2), marks=pytest.mark.slow),
     ],
     ids=[
         "TP2 to one process",

@@ -38,7 +38,8 @@ sys.exit(run_entry_point(main, sys.argv[1:]))
     ("late", "said"),
     [
         ("time.sleep(1000)", "rank 1 is late: after step 2 it is in phase 'data' for"),
-        ("os.kill(os.getpid(), 19)", "rank 1 gives no sign of life"),  # SIGSTOP: not even its threads run
+        # SIGSTOP: not even its threads run
+        pytest.param("os.kill(os.getpid(), 19)", "rank 1 gives no sign of life", marks=pytest.mark.slow),
     ],
     ids=["sleeps", "frozen"],
 )

@@ -40,6 +40,7 @@ from nemo_llm.checkpoint.snapshot import HostBuffer, Snapshot
 from nemo_llm.errors import CheckpointError
 
 _POLL_SECONDS = 0.02
+_ANNOUNCE_BYTES = 64 << 20
 
 
 class _PlanOnlyWriter(FileSystemWriter):
@@ -191,6 +192,7 @@ class _HashedStream:
     def __init__(self, raw: Any) -> None:
         self.hasher = BlockHasher()
         self._raw = raw
+        self._announced = 0
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -198,6 +200,11 @@ class _HashedStream:
         written = 0
         while written < len(view):  # an unbuffered file may take less than it is given
             written += self._raw.write(view[written:])
+        ready = self.hasher.num_bytes - self._announced
+        if ready >= _ANNOUNCE_BYTES:
+            # Linux then begins to bring these pages to the disk, while the next are made, and not only at the fsync.
+            os.posix_fadvise(self._raw.fileno(), self._announced, ready, os.POSIX_FADV_DONTNEED)
+            self._announced = self.hasher.num_bytes
         return written
 
     def tell(self) -> int:

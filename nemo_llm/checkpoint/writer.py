@@ -118,7 +118,7 @@ class StateWriter:
         assert writer is not None
         tensors = [data for item, data in writer.items if item.type is not WriteItemType.BYTE_IO]
         snapshot = Snapshot(self.buffer, [tensor.detach() for tensor in tensors]) if copy else None
-        return WritePlan(writer, strategy.metadata, snapshot, self._threads, f"nemo_llm/save/{self._count}")
+        return WritePlan(writer, strategy.metadata, snapshot, self._threads, f"nemo_llm/save/{folder}")
 
 
 class WritePlan:
@@ -149,6 +149,7 @@ class WritePlan:
             while not self._store.check([key]):
                 time.sleep(_POLL_SECONDS)
             kind, content = pickle.loads(self._store.get(key))  # from our own ranks, through the job's own store
+            self._store.delete_key(key)  # or a later save into the same folder would read it
             if kind == "failed":
                 raise CheckpointError(f"rank {rank} could not write its part of {self._writer.path}: {content}")
             results.append(content[0])

@@ -44,6 +44,7 @@ class TrainerConfig(Section):
     max_time_minutes: PositiveFloat | None
     first_step_timeout_minutes: PositiveFloat
     step_timeout_minutes: PositiveFloat
+    stop_deadline_minutes: PositiveFloat | None
     straggler_interval: PositiveInt | None
     bad_step_policy: Literal["skip", "rollback", "stop"]
     max_bad_steps: PositiveInt

@@ -27,6 +27,7 @@ CHANGEABLE_KEYS = (
     "trainer.check_only",
     "trainer.first_step_timeout_minutes",
     "trainer.step_timeout_minutes",
+    "trainer.stop_deadline_minutes",
     "trainer.straggler_interval",
     # What happens to a bad step; good ones do not see it.
     "trainer.bad_step_policy",

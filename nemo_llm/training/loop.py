@@ -38,12 +38,11 @@ def train(run: TrainingRun) -> Ending:
     """Take steps until ``trainer.max_steps`` or until told to stop; saves at the end either way."""
     trainer, state = run.cfg.trainer, run.state
     stop_file_folder = run.run_dir if run.runtime.is_first_rank else None
-    limits = (trainer.first_step_timeout_minutes, trainer.step_timeout_minutes)
     run.progress.enter("start", state.step)
     with (
         StopSignals(stop_file_folder, trainer.max_time_minutes) as signals,
         _Report(run) as report,
-        Watchdog(run.progress, run.run_dir, *limits),
+        Watchdog(run.progress, run.run_dir, trainer, signals),
     ):
         reason: StopReason | None = None
         first_step = state.step

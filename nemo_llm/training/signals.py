@@ -91,6 +91,11 @@ class StopSignals:
             # None stands for a handler that was not set from Python, which Python cannot put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    @property
+    def reason(self) -> StopReason | None:
+        """The first reason that was noticed, by a signal or by `poll`; looks for nothing. For other threads."""
+        return self._reason
+
     def poll(self) -> StopReason | None:
         """The first reason to stop, or None. Cheap enough for every step."""
         if self._reason is None and self._deadline is not None and self._clock() >= self._deadline:

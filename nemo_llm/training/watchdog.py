@@ -20,9 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemo_llm.config.trainer import TrainerConfig
 from nemo_llm.errors import ExitCode
 from nemo_llm.training.progress import PHASES, Progress
 from nemo_llm.training.rundir import write_exit
+from nemo_llm.training.signals import StopSignals
 
 # These may take long without a sign of life.
 _SLOW_PHASES = {"start", "validation", "save", "end"}
@@ -66,12 +68,15 @@ class Watchdog:
     Args:
         progress: of this rank.
         run_dir: where the first words are left, with the flight recorder's dump on CUDA.
-        slow_minutes, minutes: time limits of the start, of validation and of saves, and of any other phase.
+        trainer: the time limits of the start, of validation and of saves, of any other phase, and of stopping.
+        signals: what tells this rank to stop; it must have done so within ``trainer.stop_deadline_minutes``.
     """
 
-    def __init__(self, progress: Progress, run_dir: Path, slow_minutes: float, minutes: float) -> None:
-        self._progress, self._run_dir = progress, run_dir
-        self._slow, self._limit = 60 * slow_minutes * _SHARE_OF_LIMIT, 60 * minutes * _SHARE_OF_LIMIT
+    def __init__(self, progress: Progress, run_dir: Path, trainer: TrainerConfig, signals: StopSignals) -> None:
+        self._progress, self._run_dir, self._signals = progress, run_dir, signals
+        self._slow = 60 * trainer.first_step_timeout_minutes * _SHARE_OF_LIMIT
+        self._limit = 60 * trainer.step_timeout_minutes * _SHARE_OF_LIMIT
+        self._stop_minutes = trainer.stop_deadline_minutes
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._store: Any = dist.distributed_c10d._get_default_store()
         self._first_step = progress.step
@@ -91,6 +96,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval):
+            self._check_stop_deadline()
             slow = self._progress.phase in _SLOW_PHASES or self._progress.step <= self._first_step
             late = time.monotonic() - self._progress.since > (self._slow if slow else self._limit)
             try:
@@ -99,6 +105,20 @@ class Watchdog:
             except (RuntimeError, OSError):  # the store is gone: the rank that held it has ended
                 if late:
                     self._end(slow)
+
+    def _check_stop_deadline(self) -> None:
+        """End where the step in hand and the save take longer than the notice allows; the checkpoint before stays."""
+        reason = self._signals.reason
+        if reason is None or self._stop_minutes is None or time.time() - reason.unix_time < 60 * self._stop_minutes:
+            return
+        sentence = (
+            f"{reason.detail}: rank {self._rank} could not stop and save within trainer.stop_deadline_minutes = "
+            f"{self._stop_minutes:g}; it is in phase {self._progress.phase!r} after step {self._progress.step}. The "
+            "last complete checkpoint stays"
+        )
+        print(sentence, file=sys.stderr, flush=True)
+        write_exit(self._run_dir, ExitCode.PREEMPTED, sentence, self._progress.step)
+        os._exit(ExitCode.PREEMPTED)
 
     def _end(self, slow: bool) -> None:
         """Say where this rank is, let the lowest live rank speak, and end."""

@@ -79,6 +79,31 @@ def test_a_late_rank_is_named_and_all_ranks_end(late: str, said: str, tmp_path: 
     assert json.loads((tmp_path / "run/exit.json").read_text())["meaning"] == "hang"
 
 
+def test_a_step_that_outlasts_the_notice_ends_at_the_deadline(tmp_path: Path) -> None:
+    script = tmp_path / "late.py"
+    late = "print('late', flush=True); time.sleep(1000)"
+    script.write_text(SCRIPT.format(late=late).replace("rank == 1", "rank == 0"))
+    options = [
+        "+model=gpt_tiny", "model.hidden_size=64", "model.num_attention_heads=4", "model.num_layers=2",
+        "data.seq_length=64", "trainer.global_batch_size=2", "trainer.micro_batch_size=1", "trainer.accelerator=cpu",
+        f"run.dir={tmp_path}/run", "trainer.stop_deadline_minutes=0.02", "exp_manager.enabled=false",
+        "checkpoint.save_interval=1", "trainer.log_interval=1",
+    ]  # fmt: skip
+    root = str(Path(__file__).resolve().parent.parent.parent)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(script), *options],
+        env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    while "late" not in (line := process.stdout.readline()):
+        assert line, "ended early"
+    process.terminate()
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 75, output
+    assert "could not stop and save within trainer.stop_deadline_minutes = 0.02" in output
+    assert (tmp_path / "run/checkpoints/step_00000002/COMPLETE").exists()
+
+
 def test_the_rank_that_waits_for_nobody_is_late() -> None:
     waits = "torch/distributed/distributed_c10d.py:1 in all_reduce"
     states = [

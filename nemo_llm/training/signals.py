@@ -5,6 +5,7 @@ ends in order. One rank's note is enough, so that ranks may be told at different
 """
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -72,6 +73,8 @@ class StopSignals:
         self._next_look = 0.0
         self._reason: StopReason | None = None
         self._sigint_times: list[float] = []
+        self._pipe: tuple[int, int] | None = None
+        self._wakeup_before = -1
         self._handlers_before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -79,6 +82,10 @@ class StopSignals:
         self._next_look = self._clock()
         if self._max_time_minutes is not None:
             self._deadline = self._next_look + 60 * self._max_time_minutes
+        self._pipe = os.pipe()
+        for end in self._pipe:
+            os.set_blocking(end, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         for number in _SIGNALS:
             self._handlers_before[number] = signal.signal(number, self._on_signal)
         return self
@@ -87,13 +94,24 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Restore the handlers that stood before."""
+        signal.set_wakeup_fd(self._wakeup_before)
+        if self._pipe is not None:
+            ends, self._pipe = self._pipe, None
+            for end in ends:
+                os.close(end)
         for number, handler in self._handlers_before.items():
             # None stands for a handler that was not set from Python, which Python cannot put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     @property
     def reason(self) -> StopReason | None:
-        """The first reason that was noticed, by a signal or by `poll`; looks for nothing. For other threads."""
+        """The first reason that was noticed. For other threads: Python runs a handler only when the main thread comes
+        back from what it waits in, but writes the signal's number into a pipe at once."""
+        if self._reason is None and self._pipe is not None:
+            with contextlib.suppress(BlockingIOError):
+                for number in os.read(self._pipe[0], 64):
+                    if number in _SIGNALS:
+                        self._note("signal", signal.Signals(number).name)
         return self._reason
 
     def poll(self) -> StopReason | None:

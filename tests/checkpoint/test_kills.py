@@ -18,6 +18,7 @@ def test_nothing_is_lost_at_random_kills(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kills                                    4" in done.stdout

@@ -60,7 +60,9 @@ def trials(folder: Path, kills: int, seed: int, ranks: int) -> Counter[str]:
 
     import nemo_llm.training.setup  # noqa: F401  once for all runs, which are forked from here
 
-    torch.set_num_threads(1)  # OpenMP's threads, that an import may have started, don't survive a fork: a run would hang
+    torch.set_num_threads(
+        1
+    )  # OpenMP's threads, that an import may have started, don't survive a fork: a run would hang
     choose = random.Random(seed)
     counts: Counter[str] = Counter()
     began = time.monotonic()

@@ -333,13 +333,6 @@ def check_model_is_buildable(cfg: RunConfig, _world_size: int) -> Iterator[Probl
             "scaled embeddings are not built",
             "set model.embedding_multiplier=null",
         )
-    if model.hf_path is not None:
-        yield Problem(
-            "model.hf_path",
-            model.hf_path,
-            "shapes are not read from Hugging Face folders",
-            "set model.hf_path=null and give the shape in the model's keys",
-        )
 
 
 RECIPE_CHECKS = (

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nemo_llm.config.catalog import conf_dir, group_choices
 from nemo_llm.config.data import DataConfig
+from nemo_llm.config.derived import derived_overrides
 from nemo_llm.config.messages import problems_of_validation
 from nemo_llm.config.overrides import missing_model, normalise
 from nemo_llm.config.run import RunConfig
@@ -34,6 +35,9 @@ def compose(overrides: Sequence[str], extra_folder: Path | None = None) -> RunCo
     folders = [shipped] if extra_folder is None else [shipped, extra_folder.resolve()]
     groups = group_choices(folders)
     arguments, problems = normalise(overrides, shipped, groups)
+    arguments, unread = derived_overrides(arguments)
+    if unread:  # the keys that the folder would have given are missing now: no use in reporting each of them
+        raise ConfigError([*problems, *unread])
     if extra_folder is not None:
         arguments.append(f"hydra.searchpath=['file://{extra_folder.resolve()}']")
     try:

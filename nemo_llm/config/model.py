@@ -94,6 +94,8 @@ class ModelConfig(Section):
     layer_spec: str | None
     layer_spec_settings: dict[str, Scalar]
     hf_path: str | None
+    checkpoint_path: str | None
+    family: str | None
     mcore_overrides: dict[str, Scalar]
 
     @property

@@ -17,6 +17,8 @@ from nemo_llm.config.data import TokenizerConfig
 from nemo_llm.errors import ConfigError, InputError, Problem
 
 SAVED_CONFIG = "nemo_llm_tokenizer.json"
+# Files beside a tokenizer.json that change no ids and that an export, a chat or a generation wants: kept with it.
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "<eod>", "[SEP]")
 
 # How GPT-2 and OpenAI's later models split text before merging (github.com/openai/tiktoken, tiktoken_ext, MIT).
@@ -111,6 +113,14 @@ class _FileTokenizer:
         # A single file is named; of several, the folder is. Both are relative, so that the folder can be moved.
         saved["path"] = None if not self.files else self.files[0].name if len(self.files) == 1 else "."
         (folder / SAVED_CONFIG).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+        for companion in self._companions():
+            shutil.copyfile(companion, folder / companion.name)
+
+    def _companions(self) -> list[Path]:
+        if self.config.type != "huggingface":
+            return []
+        beside = (self.files[0].parent / name for name in COMPANIONS)
+        return [path for path in beside if path.is_file()]
 
     def _special_id(self, name: str | None, names: tuple[str, ...], ids: dict[str, int], key: str) -> int | None:
         """Return the id of the named token, or of the first known name when none is given."""

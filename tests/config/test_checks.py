@@ -51,7 +51,6 @@ CASES: list[tuple[str, int, str, list[str], str | None]] = [
      "model.rope_scaling.high_freq_factor=4.0"),
     ("model=gpt_tiny model.embedding_multiplier=8.0", 1, "model.embedding_multiplier", ["8.0"],
      "model.embedding_multiplier=null"),
-    ("model=gpt_tiny model.hf_path=/some/folder", 1, "model.hf_path", ["/some/folder"], "model.hf_path=null"),
     ("model=gpt_tiny parallelism=pp2 model.num_layers=5", 2, "model.num_layers", ["5", "= 2", "4 or 6", "1 or 5"],
      "model.num_layers=6"),
     ("model=gpt_tiny parallelism=pp2_vp2 model.num_layers=6", 2, "model.num_layers", ["6", "2 x 2", "4 or 8"],

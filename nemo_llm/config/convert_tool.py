@@ -1,0 +1,26 @@
+"""Configuration of ``tools/convert_checkpoint.py``; its keys and defaults stand in ``conf/convert_checkpoint.yaml``."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nemo_llm.config.section import NonEmptyStr, PositiveFloat, PositiveInt, Section
+
+Format = Literal["hf", "nemo_llm"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertConfig(Section):
+    """One conversion."""
+
+    source_format: Format
+    target_format: Format
+    input: NonEmptyStr
+    output: NonEmptyStr
+    overwrite: bool
+    dtype: Literal["fp32", "bf16", "fp16"] | None
+    verify: bool
+    verify_tokens: PositiveInt
+    tolerance: PositiveFloat
+    layer_by_layer: bool
+    max_shard_mib: PositiveInt
+    family: str | None

@@ -1,0 +1,148 @@
+"""Keys that are read from a folder: ``+model=from_hf``, ``+model=from_checkpoint`` and their tokenizers.
+
+They become overrides that stand before the user's own, so that the command line has the last word.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from nemo_llm.errors import NO_VALUE, InputError, Problem
+from nemo_llm.families.registry import model_section, read_hf_config
+
+_SOURCES = {"from_hf": "model.hf_path", "from_checkpoint": "model.checkpoint_path"}
+_SAVED_TOKENIZER = "nemo_llm_tokenizer.json"
+
+
+def derived_overrides(arguments: Sequence[str]) -> tuple[list[str], list[Problem]]:
+    """`arguments`, as `overrides.normalise` returns them, with what the folders in them say put in.
+
+    Returns:
+        the arguments, and the problems of folders that cannot be read.
+    """
+    model = _value(arguments, "model", "+")
+    tokenizer = _value(arguments, "tokenizer", "") or model
+    problems = [
+        Problem(key, _value(arguments, key, "++"), f"is read by +model={name} alone", f"choose +model={name}")
+        for name, key in _SOURCES.items()
+        if model not in _SOURCES and tokenizer not in _SOURCES and _value(arguments, key, "++") is not None
+    ]
+    first = [argument for argument in arguments if argument.startswith("+model=")]
+    rest = [argument for argument in arguments if not argument.startswith("+model=")]
+    found: dict[str, Any] = {}
+    for name, readers in _READERS.items():
+        wanted = [reader for part, reader in readers.items() if {"model": model, "tokenizer": tokenizer}[part] == name]
+        key = _SOURCES[name]
+        path = _value(arguments, key, "++")
+        if wanted and path is None:
+            problems.append(Problem(key, NO_VALUE, f"+model={name} needs a folder", f"add {key}=DIR"))
+            found.setdefault(key, "?")
+        elif wanted:
+            try:
+                for reader in wanted:
+                    found.update(reader(Path(str(path)).expanduser()))
+            except InputError as error:
+                problems.append(Problem(key, path, str(error), "name another folder"))
+    return [*first, *(f"++{key}={as_hydra(value)}" for key, value in found.items()), *rest], problems
+
+
+def _hf_model(folder: Path) -> dict[str, Any]:
+    section = model_section(read_hf_config(folder), str(folder))
+    return {"model.name": folder.resolve().name, **{f"model.{key}": value for key, value in section.items()}}
+
+
+def _hf_tokenizer(folder: Path) -> dict[str, Any]:
+    """The token that ends a text, as ``tokenizer_config.json`` names it."""
+    path = folder / "tokenizer_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from None
+    token = config.get("eos_token")
+    return {"data.tokenizer.eod_token": token["content"] if isinstance(token, Mapping) else token}
+
+
+def _checkpoint_model(folder: Path) -> dict[str, Any]:
+    path = newest_step(folder) / "config.yaml"
+    try:
+        section = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged; no model section in it ({error})") from None
+    left = ("checkpoint_path",)
+    return {f"model.{key}": value for key, value in section.items() if key not in left}
+
+
+def _checkpoint_tokenizer(folder: Path) -> dict[str, Any]:
+    saved = newest_step(folder) / "tokenizer"
+    path = saved / _SAVED_TOKENIZER
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{saved.parent}: no tokenizer was saved with this checkpoint; choose one with tokenizer=NAME"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{path}: damaged tokenizer description ({error})") from None
+    if config["path"] is not None:
+        config["path"] = str((saved / config["path"]).resolve())
+    arguments = config["nemo_args"].items()
+    config["nemo_args"] = {
+        key: str((saved / value).resolve()) if isinstance(value, str) and (saved / value).exists() else value
+        for key, value in arguments
+    }
+    return {f"data.tokenizer.{key}": value for key, value in config.items()}
+
+
+_READERS = {
+    "from_hf": {"model": _hf_model, "tokenizer": _hf_tokenizer},
+    "from_checkpoint": {"model": _checkpoint_model, "tokenizer": _checkpoint_tokenizer},
+}
+
+
+def newest_step(folder: Path) -> Path:
+    """The newest complete checkpoint at ``folder``: a run folder, its ``checkpoints/`` or one ``step_*``.
+
+    `nemo_llm.checkpoint.folder` decides which of them is whole when it is read; here its small files are wanted.
+
+    Raises:
+        InputError: there is none.
+    """
+    if (folder / "COMPLETE").exists():
+        return folder
+    within = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    steps = sorted(path.parent for path in within.glob("step_*/COMPLETE"))
+    if not steps:
+        raise InputError(f"{folder}: no complete checkpoint there (a folder with a file COMPLETE in it)")
+    return steps[-1]
+
+
+def _value(arguments: Sequence[str], key: str, prefix: str) -> str | None:
+    """The value that the last argument for `key` gives; None where there is none."""
+    start = f"{prefix}{key}="
+    matching = [argument for argument in arguments if argument.startswith(start)]
+    if not matching:
+        return None
+    value = OverridesParser.create().parse_override(matching[-1]).value()
+    return None if value is None else str(value)
+
+
+def as_hydra(value: Any) -> str:
+    """A value in the grammar of Hydra's command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{as_hydra(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(as_hydra(part) for part in value) + "]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${")
+        return f"'{escaped}'"
+    return repr(value)

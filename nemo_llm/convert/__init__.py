@@ -1,0 +1,1 @@
+"""Conversion of weights between formats, each ending in a comparison of logits."""

@@ -1,0 +1,231 @@
+"""The gate of every conversion: the same tokens through Hugging Face's model and ours, logits compared in float32."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_llm.checkpoint.folder import read_config
+from nemo_llm.config.load import compose, decode, to_dict
+from nemo_llm.data.tokenizer import load_tokenizer_from_folder
+from nemo_llm.errors import CheckpointError
+from nemo_llm.families.registry import read_hf_config
+from nemo_llm.parallel.runtime import clear_layout, start_runtime, stop_runtime
+
+# Real text where a tokenizer is there, since trained models behave on it as they do in use.
+_TEXT = (
+    "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, and "
+    "nothing particular to interest me on shore, I thought I would sail about a little and see the watery part of the "
+    "world. In 1815 the armies met at Waterloo; 3.14159 is the ratio of a circumference to its diameter. def f(x): "
+    "return x ** 2 + 1\n"
+)
+_SEED = 1234
+
+
+@dataclass(frozen=True, slots=True)
+class GateSettings:
+    """What is compared, and how close it must be."""
+
+    tokens: int
+    tolerance: float
+    layer_by_layer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GateReport:
+    """The comparison of one conversion.
+
+    Attributes:
+        tokens: places at which logits were compared, each over the whole vocabulary.
+        text: whether they were real text.
+        max_difference, mean_difference: of the logits, absolute.
+        largest_logit: largest absolute value among theirs.
+        top1_agreement: share of places where both name the same next token.
+        kl_divergence: of our distribution from theirs, mean over the places, in nats.
+        tolerance: in parts of the largest logit, or of 1.
+        passed: the largest difference is within it.
+        layers: largest difference of the residual stream, relative to its largest value, after the embedding (0) and
+            each layer; where it was asked for, or the comparison failed.
+        first_diverging: the first of them that is beyond the tolerance.
+    """
+
+    tokens: int
+    text: bool
+    max_difference: float
+    mean_difference: float
+    largest_logit: float
+    top1_agreement: float
+    kl_divergence: float
+    tolerance: float
+    passed: bool
+    layers: list[float] = field(default_factory=list)
+    first_diverging: str | None = None
+
+    def __str__(self) -> str:
+        text = (
+            f"gate: {'passed' if self.passed else 'FAILED'}: {self.tokens} tokens{' of text' if self.text else ''}, "
+            f"logits differ by at most {self.max_difference:.2e} (mean {self.mean_difference:.1e}, largest logit "
+            f"{self.largest_logit:.1f}), top-1 agreement {self.top1_agreement:.4f}, KL {self.kl_divergence:.1e}"
+        )
+        if self.layers:
+            rows = (f"  after {_place(number)}: {value:.1e}" for number, value in enumerate(self.layers))
+            text += "\n" + "\n".join(rows)
+        return text
+
+    def raise_if_different(self, consequence: str) -> None:
+        """Fail the conversion.
+
+        Raises:
+            CheckpointError: says by how much, and where it begins.
+        """
+        if not self.passed:
+            where = f"; the first difference is after {self.first_diverging}" if self.first_diverging else ""
+            raise CheckpointError(f"the two models compute different logits{where}.\n{self}\n{consequence}")
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What one model makes of the tokens: logits [b, s, v] and the residual stream after every layer [b, s, h]."""
+
+    logits: torch.Tensor
+    hidden: list[torch.Tensor]
+
+
+def compare(hf_folder: Path, our_folder: Path, settings: GateSettings) -> GateReport:
+    """Run both models, one after the other, on CPU in float32."""
+    tokens, is_text = _tokens(our_folder, hf_folder, settings.tokens)
+    theirs = run_theirs(hf_folder, tokens)
+    ours = run_ours(our_folder, tokens)
+    return judge(theirs, ours, settings, is_text)
+
+
+def judge(theirs: Outputs, ours: Outputs, settings: GateSettings, is_text: bool) -> GateReport:
+    """The figures of the comparison."""
+    vocabulary = theirs.logits.shape[-1]
+    mine = ours.logits[..., :vocabulary]
+    difference = (theirs.logits - mine).abs()
+    largest = float(theirs.logits.abs().max())
+    worst = float(difference.max())
+    passed = math.isfinite(worst) and worst <= settings.tolerance * max(1.0, largest)
+    expected, actual = theirs.logits.log_softmax(-1), mine.log_softmax(-1)
+    layers = []
+    if settings.layer_by_layer or not passed:
+        for a, b in zip(theirs.hidden, ours.hidden, strict=True):
+            layers.append(float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)))
+    first = next((n for n, value in enumerate(layers) if not value <= 10 * settings.tolerance), None)
+    return GateReport(
+        tokens=difference.shape[0] * difference.shape[1],
+        text=is_text,
+        max_difference=worst,
+        mean_difference=float(difference.mean()),
+        largest_logit=largest,
+        top1_agreement=float((theirs.logits.argmax(-1) == mine.argmax(-1)).float().mean()),
+        kl_divergence=float((expected.exp() * (expected - actual)).sum(-1).mean()),
+        tolerance=settings.tolerance,
+        passed=passed,
+        layers=layers,
+        first_diverging=None if passed else _place(first) if first is not None else "the last layer (norm or output)",
+    )
+
+
+def _place(number: int) -> str:
+    return "the embedding" if number == 0 else f"layer {number - 1}"
+
+
+def _tokens(our_folder: Path, hf_folder: Path, length: int) -> tuple[torch.Tensor, bool]:
+    """Two rows of token ids [2, length], and whether they are text."""
+    config = read_hf_config(hf_folder)
+    length = min(length, config.get("max_position_embeddings") or config.get("n_positions") or length)
+    if (our_folder / "tokenizer").is_dir():
+        ids = load_tokenizer_from_folder(our_folder / "tokenizer").encode(_TEXT * (1 + length // 20))
+        if max(ids) < config["vocab_size"]:
+            return torch.tensor([ids[:length], ids[7 : 7 + length]]), True
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randint(config["vocab_size"], (2, length), generator=generator), False
+
+
+def run_theirs(folder: Path, tokens: torch.Tensor) -> Outputs:
+    """Plain transformers."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    hidden: list[torch.Tensor] = []
+
+    def keep(_module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if not hidden:
+            hidden.append(inputs[0].clone())
+        hidden.append((output[0] if isinstance(output, tuple) else output).clone())
+
+    layers = find_layers(model)
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits.float()
+    for handle in handles:
+        handle.remove()
+    return Outputs(logits, hidden)
+
+
+def find_layers(model: Any) -> Any:
+    """The list of decoder layers of a transformers model: the longest list of modules in it."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=lambda modules: (len(modules) == model.config.num_hidden_layers, len(modules)))
+
+
+def run_ours(folder: Path, tokens: torch.Tensor) -> Outputs:
+    """Our model as training builds it, on one process."""
+    with our_model(folder) as chunk:
+        from nemo_llm.checkpoint.weights import load_weights
+
+        load_weights([chunk], folder)
+        return forward_ours(chunk, tokens)
+
+
+def forward_ours(chunk: Any, tokens: torch.Tensor) -> Outputs:
+    """Logits and the residual stream of one chunk that is the whole model."""
+    hidden: list[torch.Tensor] = []
+
+    def keep(_module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        if not hidden:
+            given = keywords["hidden_states"] if "hidden_states" in keywords else inputs[0]
+            hidden.append(given.transpose(0, 1).clone())
+        hidden.append((output[0] if isinstance(output, tuple) else output).transpose(0, 1).clone())
+
+    handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in chunk.decoder.layers]
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    chunk.eval()
+    with torch.no_grad():
+        logits = chunk(tokens, positions, attention_mask=None)
+        logits = chunk.finish_logits(logits).float()
+    for handle in handles:
+        handle.remove()
+    return Outputs(logits, hidden)
+
+
+@contextmanager
+def our_model(folder: Path) -> Iterator[Any]:
+    """The model of a checkpoint's configuration in float32 on this process alone, weights not loaded."""
+    base = compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "precision=fp32"])
+    model = read_config(folder)["model"]
+    if model["vocab_size"] is None:
+        model = {**model, "vocab_size": load_tokenizer_from_folder(folder / "tokenizer").vocab_size}
+    cfg = decode({**to_dict(base), "model": model})
+    own_world = not dist.is_initialized()
+    runtime = start_runtime(cfg)
+    # Megatron is imported after the runtime has put the CPU in the place of CUDA, where there is none.
+    from nemo_llm.models.build import build_model_chunks
+
+    try:
+        (chunk,) = build_model_chunks(cfg, runtime, cfg.model.vocab_size or 0)
+        yield chunk
+    finally:
+        if own_world:
+            stop_runtime()
+        else:
+            clear_layout()

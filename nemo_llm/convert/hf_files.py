@@ -1,0 +1,159 @@
+"""Hugging Face folders as files: tensors read one at a time, and written in shards whose headers are known before."""
+
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from nemo_llm.errors import InputError
+
+INDEX_NAME = "model.safetensors.index.json"
+WHOLE_NAME = "model.safetensors"
+
+# Names of safetensors for the types that weights come in.
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Shape and type of a tensor that has not been read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on the disk."""
+        return self.meta().numel() * self.dtype.itemsize
+
+    def meta(self) -> torch.Tensor:
+        """A tensor of this shape without memory."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+class HfReader:
+    """The tensors of a folder, sharded or not. Use as a context manager.
+
+    Raises:
+        InputError: no safetensors there, a shard that is missing or damaged, a type that is no plain float.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.infos: dict[str, TensorInfo] = {}
+        self._files: dict[str, Any] = {}
+        self._stack = ExitStack()
+        for path in _shards(folder):
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = self._stack.enter_context(safe_open(path, "pt"))
+        except FileNotFoundError:
+            raise InputError(f"{path}: missing, but the index of the folder names it") from None
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: damaged or truncated safetensors file: {error}") from None
+        types = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+        for name in file.keys():  # noqa: SIM118  (no mapping)
+            part = file.get_slice(name)
+            if part.get_dtype() not in types:
+                raise InputError(
+                    f"{path}: {name} has type {part.get_dtype()}; only {', '.join(types)} can be converted. A "
+                    "quantised model must be dequantised first"
+                )
+            self.infos[name] = TensorInfo(tuple(part.get_shape()), types[part.get_dtype()])
+            self._files[name] = file
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor."""
+        return self._files[name].get_tensor(name)
+
+    def __enter__(self) -> "HfReader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX_NAME
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{index}: not readable as an index of shards: {error}") from None
+        return [folder / name for name in names]
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f"; it has {', '.join(pickled[:3])}, pickled files that could run code when read" if pickled else ""
+        raise InputError(f"{folder}: holds no safetensors file{hint}")
+    return [folder / WHOLE_NAME] if folder / WHOLE_NAME in found else found
+
+
+def plan_shards(infos: dict[str, TensorInfo], max_bytes: int) -> list[list[str]]:
+    """Names in shards of at most ``max_bytes`` (a single larger tensor has its own), in their order."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, info in infos.items():
+        if shards[-1] and filled + info.num_bytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += info.num_bytes
+    return shards
+
+
+def write_safetensors(
+    folder: Path, infos: dict[str, TensorInfo], tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
+) -> None:
+    """Write a folder's shards and their index, holding one tensor at a time.
+
+    Args:
+        infos: every tensor, in the order in which ``tensors`` brings them.
+    """
+    shards = plan_shards(infos, max_shard_bytes)
+    count = len(shards)
+    names = [WHOLE_NAME] if count == 1 else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+    stream = iter(tensors)
+    for file_name, members in zip(names, shards, strict=True):
+        _write_shard(folder / file_name, {name: infos[name] for name in members}, stream)
+    if count > 1:
+        weight_map = {name: file for file, members in zip(names, shards, strict=True) for name in members}
+        total = sum(info.num_bytes for info in infos.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(path: Path, infos: dict[str, TensorInfo], stream: Iterator[tuple[str, torch.Tensor]]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, info in infos.items():
+        end = position + info.num_bytes
+        header[name] = {
+            "dtype": DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight
+    with path.open("wb", buffering=0) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, info in infos.items():
+            given, tensor = next(stream)
+            assert given == name, f"expected {name}, received {given}"
+            assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)} is not {info.shape}"
+            _write_all(file, tensor.to(info.dtype).contiguous())
+
+
+def _write_all(file: Any, tensor: torch.Tensor) -> None:
+    view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    while len(view):
+        view = view[file.write(view) :]

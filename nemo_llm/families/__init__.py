@@ -1,0 +1,1 @@
+"""Families of models as tables: names of tensors, transforms, configuration fields. No torch."""

@@ -1,0 +1,49 @@
+"""Shapes of our tensors as a model section decides them, without the leading axes of layers and experts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_llm.config.arithmetic import padded_vocab_size
+
+
+def our_shape(key: str, model: Mapping[str, Any]) -> tuple[int, ...]:
+    """Shape of one slice of ``key``."""
+    return _shapes(model)[key.removeprefix("decoder.layers.")]
+
+
+def _shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, heads, groups = model["hidden_size"], model["num_attention_heads"], model["num_query_groups"]
+    channels = model["kv_channels"] or hidden // heads
+    vocabulary = padded_vocab_size(model["vocab_size"], model["make_vocab_size_divisible_by"])
+    halves = 2 if model["gated_linear_unit"] else 1
+    qkv_rows = (heads + 2 * groups) * channels
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding.word_embeddings.weight": (vocabulary, hidden),
+        "embedding.position_embeddings.weight": (model["max_position_embeddings"], hidden),
+        "output_layer.weight": (vocabulary, hidden),
+        "decoder.final_layernorm.weight": (hidden,),
+        "decoder.final_layernorm.bias": (hidden,),
+        "self_attention.linear_qkv.weight": (qkv_rows, hidden),
+        "self_attention.linear_qkv.bias": (qkv_rows,),
+        "self_attention.linear_proj.weight": (hidden, heads * channels),
+        "self_attention.linear_proj.bias": (hidden,),
+        "self_attention.q_layernorm.weight": (channels,),
+        "self_attention.k_layernorm.weight": (channels,),
+        **_mlp("mlp.", hidden, model["ffn_hidden_size"], halves),
+    }
+    for name in ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."):
+        shapes |= {f"{name}weight": (hidden,), f"{name}bias": (hidden,)}
+    if model["moe"] is not None:
+        moe = model["moe"]
+        shapes["mlp.router.weight"] = (moe["num_moe_experts"], hidden)
+        shapes |= _mlp("mlp.experts.experts.", hidden, moe["moe_ffn_hidden_size"], halves)
+    return shapes
+
+
+def _mlp(prefix: str, hidden: int, inner: int, halves: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{prefix}linear_fc1.weight": (halves * inner, hidden),
+        f"{prefix}linear_fc1.bias": (halves * inner,),
+        f"{prefix}linear_fc2.weight": (hidden, inner),
+        f"{prefix}linear_fc2.bias": (hidden,),
+    }

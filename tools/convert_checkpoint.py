@@ -1,0 +1,41 @@
+"""Weights from one format to another, proven by comparing logits before the result appears.
+
+    python tools/convert_checkpoint.py source_format=hf target_format=nemo_llm input=HF_FOLDER output=CHECKPOINT
+    python tools/convert_checkpoint.py source_format=nemo_llm target_format=hf input=RUN output=HF_FOLDER
+
+All keys with their defaults: conf/convert_checkpoint.yaml. What is in the input is never changed, and the output folder
+appears whole or not at all.
+"""
+
+import sys
+import warnings
+
+from nemo_llm.config.convert_tool import ConvertConfig
+from nemo_llm.config.data_tools import compose_tool
+from nemo_llm.errors import ExitCode, NemoLlmError
+from nemo_llm.log import configure_logging
+
+
+def main(arguments: list[str]) -> int:
+    """Run the tool; returns the exit code."""
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(__doc__)
+        return ExitCode.DONE
+    configure_logging()
+    warnings.filterwarnings("ignore")  # Megatron says at every start what is not installed
+    try:
+        cfg = compose_tool("convert_checkpoint", ConvertConfig, arguments)
+        from nemo_llm.convert.convert import convert  # torch takes seconds to import, which --help need not pay
+
+        outcome = convert(cfg)
+    except NemoLlmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    rate = outcome.num_bytes / 2**20 / max(outcome.seconds, 1e-9)
+    print(f"{outcome.output}: {outcome.num_bytes / 2**20:,.1f} MiB in {outcome.seconds:.1f} s ({rate:,.0f} MiB/s)")
+    print(outcome.gate if outcome.gate is not None else "gate: not run (verify=false)")
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -53,6 +53,9 @@ class CoreAttention(MegatronModule):
         self.logit_softcapping = logit_softcapping
         self.cp_comm_type = cp_comm_type
         self.cp_group = pg_collection.cp
+        self.layer_number = layer_number
+        self.cache: Any = None
+        """Keys and values of earlier tokens while text is generated (models/kv_cache.py)."""
 
     def forward(
         self,
@@ -74,6 +77,11 @@ class CoreAttention(MegatronModule):
         Returns:
             ``[s/cp, b, n * d]``
         """
+        if self.cache is not None:
+            if self.cache.positions is not None:
+                keys, values = self.cache.extend(self.layer_number, key, value)
+                return self._attend_cached(query, keys, values, self.cache.mask(self.window)).flatten(2)
+            self.cache.fill(self.layer_number, key, value)
         cp = self.cp_group.size()
         if cp == 1:
             context = self._attend(query, key, value, attention_mask)
@@ -124,6 +132,21 @@ class CoreAttention(MegatronModule):
                     enable_gqa=q.shape[1] != k.shape[1],
                 )
         return context.permute(2, 0, 1, 3)
+
+    def _attend_cached(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allowed: torch.Tensor
+    ) -> torch.Tensor:
+        """One token of each row, [1, b, n, d], over cached [b, g, slots, d] -> [1, b, n, d].
+
+        The query heads that share a key-value head stand as its queries: keys are read once and never copied.
+        """
+        _, rows, heads, channels = query.shape
+        q = query[0].view(rows, keys.shape[1], heads // keys.shape[1], channels)
+        if self.logit_softcapping is not None:
+            context = self._attend_softcapped(q, keys, values, allowed)
+        else:
+            context = F.scaled_dot_product_attention(q, keys, values, attn_mask=allowed, scale=self.softmax_scale)
+        return context.reshape(1, rows, heads, channels)
 
     def _attend_softcapped(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None

@@ -75,9 +75,24 @@ class LanguageModel(GPTModel):
         self.z_loss_coeff = z_loss_coeff
         self.final_logit_softcapping = model.final_logit_softcapping
         self.fused_chunk_tokens = fused_chunk_tokens
+        self.output_positions: torch.Tensor | None = None
+        """Where logits or losses are wanted, as numbers ``position * b + row``; None: everywhere. For inference."""
+        self.rotary_table: torch.Tensor | None = None
+        """Angles ``[longest, 1, r]`` by position, while tokens are decoded at positions of their own; else None."""
         if self.post_process:
             # GPTModel of megatron-core 0.16.1 builds the layer itself and lets nobody choose its class.
             self.output_layer.__class__ = OutputLayer
+
+    def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **settings: Any) -> tuple:
+        """Embedding and rotary angles; the angles of ``position_ids`` while tokens are decoded.
+
+        megatron-core 0.16.1 calls this private method with keywords, and its second result is the angles.
+        tests/models/test_megatron_contract.py fails when it is gone.
+        """
+        parts = super()._preprocess(input_ids, position_ids, **settings)
+        if self.rotary_table is None or parts[1] is None:
+            return parts
+        return parts[0], self.rotary_table[position_ids.t()], *parts[2:]
 
     def _postprocess(
         self,
@@ -92,6 +107,8 @@ class LanguageModel(GPTModel):
         megatron-core 0.16.1 calls this private method with keywords. tests/models/test_megatron_contract.py fails when
         it is gone.
         """
+        if self.output_positions is not None and self.post_process:
+            hidden_states = hidden_states.flatten(0, 1)[self.output_positions][:, None]
         if not self.post_process or labels is None or loss_mask is None or self.fused_chunk_tokens is None:
             settings["loss_mask"] = loss_mask
             return super()._postprocess(hidden_states, *inputs, labels=labels, **settings)

@@ -30,6 +30,8 @@ def _names_are_there() -> None:
     parameters = inspect.signature(GPTModel._postprocess).parameters
     assert list(parameters)[1] == "hidden_states"
     assert {"labels", "loss_mask"} <= set(parameters)
+    parameters = list(inspect.signature(GPTModel._preprocess).parameters)
+    assert parameters[1:3] == ["input_ids", "position_ids"]
     assert "weight" in inspect.signature(ColumnParallelLinear.forward).parameters
 
 

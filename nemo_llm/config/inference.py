@@ -1,0 +1,60 @@
+"""Configuration of the entry points that use a trained model: generate, chat and evaluate."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+
+from nemo_llm.config.parallelism import ParallelismConfig
+from nemo_llm.config.section import NonEmptyStr, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from nemo_llm.errors import ConfigError, Problem
+
+Share = Annotated[float, Interval(gt=0, le=1)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig(Section):
+    """How the next token is chosen and when a text ends."""
+
+    max_new_tokens: PositiveInt
+    temperature: NonNegativeFloat
+    top_k: PositiveInt | None
+    top_p: Share | None
+    min_p: Share | None
+    repetition_penalty: PositiveFloat
+    stop: tuple[NonEmptyStr, ...]
+    stop_tokens: tuple[NonEmptyStr, ...] | None
+    ignore_eod: bool
+    seed: NonNegativeInt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSource(Section):
+    """A trained model and where it runs."""
+
+    checkpoint: NonEmptyStr
+    parallelism: ParallelismConfig
+    dtype: Literal["fp32", "bf16", "fp16"] | None
+    accelerator: Literal["auto", "cpu", "cuda"]
+    verify: Literal["full", "sampled", "sizes"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateConfig(ModelSource):
+    """``python -m nemo_llm.generate``."""
+
+    text: str | list[str] | None
+    text_file: NonEmptyStr | None
+    output: NonEmptyStr | None
+    chat: bool
+    chat_template: NonEmptyStr | None
+    stream: bool
+    batch_size: PositiveInt
+    sampling: SamplingConfig
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.text_file is None):
+            received = "neither" if self.text is None else "both"
+            raise ConfigError(
+                [Problem("text", self.text, f"give either text or text_file, received {received}", 'add text="..."')]
+            )

@@ -1,0 +1,243 @@
+"""A trained model ready to be asked: loaded from a checkpoint onto any layout of TP, PP and EP."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.utils import unwrap_model
+
+from nemo_llm.checkpoint.folder import read_config, resolve_checkpoint
+from nemo_llm.checkpoint.manifest import verify
+from nemo_llm.checkpoint.weights import load_weights
+from nemo_llm.config import RunConfig
+from nemo_llm.config.checks import find_problems
+from nemo_llm.config.inference import ModelSource
+from nemo_llm.config.load import compose, decode, to_dict
+from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer_from_folder
+from nemo_llm.errors import ConfigError, InputError, Problem
+from nemo_llm.models.build import build_model_chunks
+from nemo_llm.models.kv_cache import KVCache, connect_cache, has_cacheable_attention
+from nemo_llm.parallel.runtime import ParallelRuntime
+
+# On a GPU decoding looks at multiples of this many slots, so that few shapes (and CUDA graphs) occur.
+_GPU_SLOT_STEP = 256
+
+
+def inference_config(source: ModelSource, folder: Path, world_size: int) -> RunConfig:
+    """The configuration that builds the model of ``folder`` for ``source.parallelism``.
+
+    Only the model's section and its number format come from the checkpoint: what concerned its training does not matter.
+
+    Raises:
+        ConfigError: a layout that this model or these processes do not allow.
+        InputError: a checkpoint without a model section.
+    """
+    saved = read_config(folder)
+    if not isinstance(saved.get("model"), dict):
+        raise InputError(f"{folder / 'config.yaml'}: has no model section; expected a folder made by nemo_llm")
+    trained_in = saved.get("precision", {}).get("params_dtype", "fp32")
+    dtype = source.dtype or trained_in
+    mapping = to_dict(compose(["+model=gpt_tiny", f"precision={dtype}"]))
+    mapping["model"] = {**mapping["model"], **saved["model"], "transformer_impl": "torch"}
+    layout = source.parallelism
+    mapping["parallelism"] = dataclasses.asdict(
+        dataclasses.replace(
+            layout,
+            # A token at a time cannot be split over the sequence, and there are no micro-batches to interleave.
+            sequence_parallel=False,
+            virtual_pipeline_model_parallel_size=None,
+            recompute_granularity=None,
+            use_distributed_optimizer=False,
+            overlap_grad_reduce=False,
+            overlap_param_gather=False,
+        )
+    )
+    mapping["trainer"]["accelerator"] = source.accelerator
+    mapping["trainer"]["micro_batch_size"] = 1
+    mapping["trainer"]["global_batch_size"] = max(1, world_size // layout.model_parallel_size)
+    # Losses are wanted at few places and without gradients: whole logits of those places are the shorter way.
+    mapping["performance"] |= {"fused_linear_cross_entropy": False, "gradient_accumulation_fusion": False}
+    mapping["performance"] |= {"fused_rope": False}
+    cfg = decode(mapping)
+    problems = [problem for problem in find_problems(cfg, world_size) if problem.key.startswith(("parallel", "model"))]
+    # Experts under TP need sequence parallelism in training alone.
+    problems = [problem for problem in problems if problem.key != "parallelism.sequence_parallel"]
+    if layout.context_parallel_size > 1:
+        rule = "generation and evaluation do not split a sequence"
+        problems.append(
+            Problem("parallelism.context_parallel_size", layout.context_parallel_size, rule, "set it to 1, or use TP")
+        )
+    if problems:
+        raise ConfigError(problems)
+    return cfg
+
+
+@dataclass(frozen=True)
+class LoadedFolder:
+    """A checkpoint that was found, and the configuration to build its model with."""
+
+    folder: Path
+    cfg: RunConfig
+    tokenizer: Tokenizer
+
+
+def open_checkpoint(source: ModelSource, world_size: int) -> LoadedFolder:
+    """Find the checkpoint and read what is not weights.
+
+    Raises:
+        InputError, ConfigError, CheckpointNotFoundError: each names what is missing and the fix.
+    """
+    folder = resolve_checkpoint(Path(source.checkpoint).expanduser())
+    if not (folder / "tokenizer").is_dir():
+        raise InputError(
+            f"{folder}: holds no tokenizer/ folder, so that text cannot be encoded.\n      fix: copy tokenizer/ from a "
+            "checkpoint of the same run, or convert the model again with its tokenizer"
+        )
+    return LoadedFolder(
+        folder, inference_config(source, folder, world_size), load_tokenizer_from_folder(folder / "tokenizer")
+    )
+
+
+class InferenceModel:
+    """One rank's part of a model, with which all ranks compute together; every method is a collective of all ranks.
+
+    Every data-parallel rank computes the same: ranks beyond TP x PP bring nothing but the experts that they hold.
+    """
+
+    def __init__(self, cfg: RunConfig, runtime: ParallelRuntime, tokenizer: Tokenizer, chunk: torch.nn.Module) -> None:
+        self.cfg, self.runtime, self.tokenizer = cfg, runtime, tokenizer
+        self.chunk: Any = unwrap_model(chunk).eval()
+        self.vocab_size = min(tokenizer.vocab_size, self.chunk.known_tokens)
+        self.max_length = cfg.model.max_position_embeddings
+        self.num_stages = dist.get_world_size(runtime.groups.pp)
+        self._stage_ranks = dist.get_process_group_ranks(runtime.groups.pp)
+        if not has_cacheable_attention(self.chunk):
+            problem = Problem(
+                "model.layer_spec",
+                cfg.model.layer_spec,
+                "has an attention without a cache",
+                "set model.layer_spec=null",
+            )
+            raise ConfigError([problem])
+
+    @property
+    def device(self) -> torch.device:
+        return self.runtime.device
+
+    def new_cache(self, num_slots: int) -> KVCache:
+        """A cache for one batch whose sequences do not exceed ``num_slots``."""
+        return KVCache(num_slots, 1 if self.device.type == "cpu" else _GPU_SLOT_STEP)
+
+    @torch.no_grad()
+    def read_prompts(self, cache: KVCache, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor | None:
+        """Fill the cache from ``tokens`` ``[b, s]``, padded at the right; logits ``[b, vocabulary]`` after each row's end.
+
+        None on all but the last pipeline stage.
+        """
+        rows, length = tokens.shape
+        cache.read_prompts()
+        positions = torch.arange(length, device=tokens.device).expand(rows, length)
+        wanted = (lengths - 1) * rows + torch.arange(rows, device=tokens.device)
+        self.chunk.output_positions, self.chunk.rotary_table = wanted, None
+        connect_cache(self.chunk, cache)
+        try:
+            return self._logits(self._through_stages(tokens, positions))
+        finally:
+            self.chunk.output_positions = None
+            connect_cache(self.chunk, None)
+
+    @torch.no_grad()
+    def decode(
+        self, cache: KVCache, tokens: torch.Tensor, positions: torch.Tensor, longest: int
+    ) -> torch.Tensor | None:
+        """One more token of each row, ``[b]`` at ``positions`` ``[b]``; logits ``[b, vocabulary]`` as `read_prompts`."""
+        cache.decode_at(positions, longest)
+        connect_cache(self.chunk, cache)
+        self.chunk.rotary_table = self._rotary_table(cache.num_slots)
+        try:
+            return self._logits(self._through_stages(tokens[:, None], positions[:, None]))
+        finally:
+            self.chunk.rotary_table = None
+            connect_cache(self.chunk, None)
+
+    @torch.no_grad()
+    def losses(self, tokens: torch.Tensor, labels: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Negative log-likelihood of labels, and 1 where a label is the likeliest token: ``[2, n]`` on every rank.
+
+        Args:
+            tokens: ``[b, s]``, padded at the right.
+            labels: ``[n]``, of the places ``wanted``.
+            wanted: ``[n]``, numbers ``position * b + row``.
+        """
+        rows, length = tokens.shape
+        positions = torch.arange(length, device=tokens.device).expand(rows, length)
+        self.chunk.output_positions = wanted
+        try:
+            # The output is [2, 1, n]: Megatron's first dimension is the position, which here numbers the places.
+            result = self._through_stages(tokens, positions, labels[None])
+        finally:
+            self.chunk.output_positions = None
+        if self.num_stages > 1:
+            if result is None:
+                result = torch.empty(2, 1, len(labels), dtype=torch.float32, device=self.device)
+            dist.broadcast(result, self.runtime.last_stage_rank, group=self.runtime.groups.pp)
+        assert result is not None
+        return result[:, 0]
+
+    def agree(self, tokens: torch.Tensor | None, rows: int) -> torch.Tensor:
+        """The tokens ``[rows]`` that the last stage's first rank chose, on every rank."""
+        if tokens is None:
+            tokens = torch.empty(rows, dtype=torch.int64, device=self.device)
+        if self.runtime.world_size > 1:
+            # The last rank of the world is on a last stage: pipeline stages vary slowest.
+            dist.broadcast(tokens, self.runtime.world_size - 1)
+        return tokens
+
+    def _through_stages(
+        self, tokens: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Run all pipeline stages; the output of the last one, None on the others."""
+        stage, group = self.runtime.pp_rank, self.runtime.groups.pp
+        rows, length = tokens.shape
+        if stage > 0:
+            hidden = torch.empty(
+                length, rows, self.cfg.model.hidden_size, dtype=self.chunk.config.params_dtype, device=self.device
+            )
+            dist.recv(hidden, self._stage_ranks[stage - 1], group=group)
+            self.chunk.set_input_tensor(hidden)
+        output = self.chunk(tokens, positions, attention_mask=None, labels=labels)
+        if self.runtime.is_last_pipeline_stage:
+            return output
+        dist.send(output.contiguous(), self._stage_ranks[stage + 1], group=group)
+        return None
+
+    def _logits(self, output: torch.Tensor | None) -> torch.Tensor | None:
+        """[1, b, v/tp] or [b, 1, v/tp] -> [b, vocabulary] in float32."""
+        if output is None:
+            return None
+        local = self.chunk.finish_logits(output.flatten(0, 1))
+        return gather_from_tensor_model_parallel_region(local)[:, : self.vocab_size].float()
+
+    def _rotary_table(self, longest: int) -> torch.Tensor | None:
+        if self.cfg.model.position_embedding_type != "rope":
+            return None
+        return self.chunk.rotary_pos_emb(longest)[:, 0]
+
+
+def load_model(opened: LoadedFolder, runtime: ParallelRuntime, how: str) -> InferenceModel:
+    """Build the model on these ranks and read its weights.
+
+    Args:
+        how: which part of the files to compare with their hashes first (``full``, ``sampled``, ``sizes``).
+
+    Raises:
+        CheckpointError: damaged files, or weights of another model.
+    """
+    verify(opened.folder, how, (runtime.rank, runtime.world_size))  # type: ignore[arg-type]
+    chunks = build_model_chunks(opened.cfg, runtime, opened.cfg.model.vocab_size or opened.tokenizer.vocab_size)
+    load_weights(chunks, opened.folder)
+    return InferenceModel(opened.cfg, runtime, opened.tokenizer, chunks[0])

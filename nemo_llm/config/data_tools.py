@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
+import yaml
 from annotated_types import Interval
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -93,6 +94,13 @@ class TrainTokenizerConfig(Section):
     """Encoding of JSON lines and plain text."""
 
 
+def _as_keys(name: str, overrides: Sequence[str]) -> list[str]:
+    """`overrides`, those marked that set a key named as a group is (``checkpoint``): Hydra would choose from the group."""
+    root = yaml.safe_load((conf_dir() / f"{name}.yaml").read_text(encoding="utf-8"))
+    keys = set(root) - {"defaults", "hydra"}
+    return [f"++{text}" if text.partition("=")[0].partition(".")[0] in keys else text for text in overrides]
+
+
 def compose_tool(name: str, schema: type[T], overrides: Sequence[str]) -> T:
     """Return the configuration of a tool: ``conf/NAME.yaml`` with overrides, decoded strictly into ``schema``.
 
@@ -100,7 +108,7 @@ def compose_tool(name: str, schema: type[T], overrides: Sequence[str]) -> T:
     """
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-            composed = compose(config_name=name, overrides=list(overrides))
+            composed = compose(config_name=name, overrides=_as_keys(name, overrides))
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise ConfigError([Problem(key, NO_VALUE, "is required", f"add {key}=...") for key in missing])

@@ -30,7 +30,7 @@ _GPU_SLOT_STEP = 256
 def inference_config(source: ModelSource, folder: Path, world_size: int) -> RunConfig:
     """The configuration that builds the model of ``folder`` for ``source.parallelism``.
 
-    Only the model's section and its number format come from the checkpoint: what concerned its training does not matter.
+    Only the model's section and its number format come from the checkpoint, not what concerned its training.
 
     Raises:
         ConfigError: a layout that this model or these processes do not allow.
@@ -134,7 +134,7 @@ class InferenceModel:
 
     @torch.no_grad()
     def read_prompts(self, cache: KVCache, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor | None:
-        """Fill the cache from ``tokens`` ``[b, s]``, padded at the right; logits ``[b, vocabulary]`` after each row's end.
+        """Fill the cache from ``tokens`` ``[b, s]``, padded at the right; logits ``[b, vocabulary]`` after each row.
 
         None on all but the last pipeline stage.
         """
@@ -154,7 +154,7 @@ class InferenceModel:
     def decode(
         self, cache: KVCache, tokens: torch.Tensor, positions: torch.Tensor, longest: int
     ) -> torch.Tensor | None:
-        """One more token of each row, ``[b]`` at ``positions`` ``[b]``; logits ``[b, vocabulary]`` as `read_prompts`."""
+        """One more token of each row, ``[b]`` at ``positions`` ``[b]``; logits as from `read_prompts`."""
         cache.decode_at(positions, longest)
         connect_cache(self.chunk, cache)
         self.chunk.rotary_table = self._rotary_table(cache.num_slots)

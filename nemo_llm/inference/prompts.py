@@ -105,8 +105,8 @@ def load_chat_template(tokenizer_folder: Path, given: str | None) -> ChatTemplat
     if isinstance(inside, str):
         return ChatTemplate(inside, str(tokenizer_folder / _HF_SETTINGS_FILE_NAME), special)
     raise InputError(
-        f"{tokenizer_folder}: the model brought no chat template ({CHAT_TEMPLATE_FILE_NAME}).\n      fix: name one with "
-        "chat_template=FILE, or continue plain text with python -m nemo_llm.generate"
+        f"{tokenizer_folder}: the model brought no chat template ({CHAT_TEMPLATE_FILE_NAME}).\n      fix: name one "
+        "with chat_template=FILE, or continue plain text with python -m nemo_llm.generate"
     )
 
 
@@ -120,7 +120,7 @@ def encode_chat(tokenizer: Tokenizer, template: ChatTemplate, messages: list[Mes
 
 def encode_with_special(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a text in which names of special tokens stand for these tokens."""
-    backend = getattr(tokenizer, "backend", None)
+    backend: Any = getattr(tokenizer, "backend", None)
     if not hasattr(backend, "encode_special_tokens"):
         return tokenizer.encode(text)
     before = backend.encode_special_tokens

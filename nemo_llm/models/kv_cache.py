@@ -1,8 +1,8 @@
 """Keys and values of the tokens so far, kept between the steps of generation.
 
-The prompts of a batch stand at the left of their rows and each row grows at its own place: the token at position ``p`` of
-a row is in slot ``p``. So positions are exact, nothing is padded at the left, and a prompt is computed with plain causal
-attention. What padding left in slots to the right is overwritten before anything looks at it.
+The prompts of a batch stand at the left of their rows and each row grows at its own place: the token at position ``p``
+of a row is in slot ``p``. So positions are exact, nothing is padded at the left, and a prompt is computed with plain
+causal attention. What padding left in slots to the right is overwritten before anything looks at it.
 
 Shapes: ``b`` rows, ``g`` key-value heads of this tensor-parallel rank, ``d`` head size.
 """

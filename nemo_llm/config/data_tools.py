@@ -95,7 +95,7 @@ class TrainTokenizerConfig(Section):
 
 
 def _as_keys(name: str, overrides: Sequence[str]) -> list[str]:
-    """`overrides`, those marked that set a key named as a group is (``checkpoint``): Hydra would choose from the group."""
+    """`overrides`; those marked that set a key named as a group is, such as ``checkpoint``, as Hydra needs it."""
     root = yaml.safe_load((conf_dir() / f"{name}.yaml").read_text(encoding="utf-8"))
     keys = set(root) - {"defaults", "hydra"}
     return [f"++{text}" if text.partition("=")[0].partition(".")[0] in keys else text for text in overrides]

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from annotated_types import Interval
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -94,11 +95,12 @@ class TrainTokenizerConfig(Section):
     """Encoding of JSON lines and plain text."""
 
 
-def _as_keys(name: str, overrides: Sequence[str]) -> list[str]:
-    """`overrides`; those marked that set a key named as a group is, such as ``checkpoint``, as Hydra needs it."""
+def _split_overrides(name: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides for Hydra, and those that set a key named as a group is (``checkpoint``), where Hydra would choose."""
     root = yaml.safe_load((conf_dir() / f"{name}.yaml").read_text(encoding="utf-8"))
     keys = set(root) - {"defaults", "hydra"}
-    return [f"++{text}" if text.partition("=")[0].partition(".")[0] in keys else text for text in overrides]
+    ours = [text for text in overrides if (key := text.partition("=")[0]) in keys and (conf_dir() / key).is_dir()]
+    return [text for text in overrides if text not in ours], ours
 
 
 def compose_tool(name: str, schema: type[T], overrides: Sequence[str]) -> T:
@@ -108,7 +110,10 @@ def compose_tool(name: str, schema: type[T], overrides: Sequence[str]) -> T:
     """
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-            composed = compose(config_name=name, overrides=_as_keys(name, overrides))
+            for_hydra, ours = _split_overrides(name, overrides)
+            composed = compose(config_name=name, overrides=for_hydra)
+        for override in OverridesParser.create().parse_overrides(ours):
+            OmegaConf.update(composed, override.key_or_group, override.value())
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise ConfigError([Problem(key, NO_VALUE, "is required", f"add {key}=...") for key in missing])

@@ -59,9 +59,10 @@ def inference_config(source: ModelSource, folder: Path, world_size: int) -> RunC
     mapping["trainer"]["accelerator"] = source.accelerator
     mapping["trainer"]["micro_batch_size"] = 1
     mapping["trainer"]["global_batch_size"] = max(1, world_size // layout.model_parallel_size)
-    # Losses are wanted at few places and without gradients: whole logits of those places are the shorter way.
-    mapping["performance"] |= {"fused_linear_cross_entropy": False, "gradient_accumulation_fusion": False}
-    mapping["performance"] |= {"fused_rope": False}
+    # Chunks of logits stay in a CPU's cache. On a GPU the fused loss would be compiled for every number of tokens.
+    on_cpu = source.accelerator == "cpu" or not torch.cuda.is_available()
+    mapping["performance"] |= {"fused_linear_cross_entropy": on_cpu, "cross_entropy_chunk_tokens": 256}
+    mapping["performance"] |= {"gradient_accumulation_fusion": False, "fused_rope": False, "compile_layers": False}
     cfg = decode(mapping)
     problems = [problem for problem in find_problems(cfg, world_size) if problem.key.startswith(("parallel", "model"))]
     # Experts under TP need sequence parallelism in training alone.
@@ -209,7 +210,8 @@ class InferenceModel:
             )
             dist.recv(hidden, self._stage_ranks[stage - 1], group=group)
             self.chunk.set_input_tensor(hidden)
-        output = self.chunk(tokens, positions, attention_mask=None, labels=labels)
+        mask = None if labels is None else torch.ones_like(labels)
+        output = self.chunk(tokens, positions, attention_mask=None, labels=labels, loss_mask=mask)
         if self.runtime.is_last_pipeline_stage:
             return output
         dist.send(output.contiguous(), self._stage_ranks[stage + 1], group=group)

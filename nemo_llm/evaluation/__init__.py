@@ -1,0 +1,1 @@
+"""Measuring a model: perplexity, benchmark tasks, classification, prompts against each other, reports."""

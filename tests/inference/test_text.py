@@ -1,0 +1,112 @@
+"""Text that comes token by token is the text decoded at once; stop strings end it; prompts and chat templates."""
+
+from pathlib import Path
+
+import pytest
+
+from nemo_llm.config.data import TokenizerConfig
+from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer
+from nemo_llm.errors import InputError
+from nemo_llm.inference.decoder import check_prompts
+from nemo_llm.inference.prompts import ChatTemplate, encode_with_special, load_chat_template, read_prompts
+from nemo_llm.inference.text import TextStream
+
+TEXT = "The whale — 🐋 — breached; naïve café, 日本語 text. Stop here, stop there."
+
+
+def tokenizer(kind: str) -> Tokenizer:
+    common = {"eod_token": None, "bos_token": None, "parse_special_tokens": False, "tiktoken_pattern": None}
+    path = {"byte": None, "huggingface": "asset:demo", "gpt2_bpe": "asset:gpt2"}[kind]
+    return load_tokenizer(
+        TokenizerConfig(name=kind, type=kind, path=path, nemo_class=None, nemo_args={}, **common)  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("kind", ["byte", "huggingface", "gpt2_bpe"])
+def test_pieces_make_the_whole_text(kind: str) -> None:
+    tok = tokenizer(kind)
+    stream = TextStream(tok, tok.encode("Before it."), [])
+    pieces = []
+    for token in tok.encode(TEXT):
+        stream.add(token)
+        pieces.append(stream.news())
+    stream.finish()
+    pieces.append(stream.news(final=True))
+    assert stream.text == "".join(pieces) == TEXT
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("kind", ["byte", "gpt2_bpe"])
+def test_a_stop_string_ends_the_text_and_is_never_shown(kind: str) -> None:
+    tok = tokenizer(kind)
+    stream = TextStream(tok, [], ["nowhere", "Stop here"])
+    shown = ""
+    for token in tok.encode(TEXT):
+        stream.add(token)
+        shown += stream.news()
+        if stream.stopped:
+            break
+    stream.finish()
+    assert shown + stream.news(final=True) == stream.text == TEXT[: TEXT.index("Stop here")]
+
+
+def test_what_only_began_like_a_stop_string_is_shown_at_the_end() -> None:
+    tok = tokenizer("byte")
+    stream = TextStream(tok, [], ["Stopped"])
+    for token in tok.encode("It will Stop"):
+        stream.add(token)
+    assert stream.news() == "It will "
+    stream.finish()
+    assert stream.news(final=True) == "Stop"
+
+
+def test_an_incomplete_character_at_the_end_is_text() -> None:
+    tok = tokenizer("byte")
+    stream = TextStream(tok, [], [])
+    for token in list("é".encode())[:1]:
+        stream.add(token)
+    assert stream.news() == ""
+    stream.finish()
+    assert stream.text == "\ufffd"
+
+
+def test_too_long_and_empty_prompts_are_refused() -> None:
+    with pytest.raises(InputError, match="prompt 2 has 90 tokens.*window of 100.*max_new_tokens=10 or less"):
+        check_prompts([[1], [1] * 90], 20, 100)
+    with pytest.raises(InputError, match="shorten the prompt"):
+        check_prompts([[1] * 200], 20, 100)
+    with pytest.raises(InputError, match="prompt 1 is empty"):
+        check_prompts([[]], 20, 100)
+
+
+def test_files_of_prompts(tmp_path: Path) -> None:
+    lines = tmp_path / "a.txt"
+    lines.write_text("One\n\nTwo words\n")
+    assert read_prompts(lines) == ["One", "Two words"]
+    records = tmp_path / "a.jsonl"
+    records.write_text('{"text": "One\\nline"}\n')
+    assert read_prompts(records) == ["One\nline"]
+    records.write_text('{"text": "One"}\n{"txt": "Two"}\n')
+    with pytest.raises(InputError, match="line 2"):
+        read_prompts(records)
+    with pytest.raises(InputError, match="no such file"):
+        read_prompts(tmp_path / "missing")
+
+
+def test_chat_template_errors_name_file_and_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="line 2: no Jinja template"):
+        ChatTemplate("a\n{% for %}", "mine.jinja", {})
+    template = ChatTemplate("a\n\n{{ nothing.here }}", "mine.jinja", {})
+    with pytest.raises(InputError, match=r"mine\.jinja, line 3.*nothing"):
+        template.render([])
+    with pytest.raises(InputError, match="brought no chat template"):
+        load_chat_template(tmp_path, None)
+    refusing = ChatTemplate("{{ raise_exception('roles must alternate') }}", "mine.jinja", {})
+    with pytest.raises(InputError, match="roles must alternate"):
+        refusing.render([])
+
+
+def test_special_tokens_are_read_only_where_asked() -> None:
+    tok = tokenizer("gpt2_bpe")
+    assert encode_with_special(tok, "a<|endoftext|>") == [*tok.encode("a"), tok.eod_id]
+    assert tok.eod_id not in tok.encode("a<|endoftext|>")

@@ -5,6 +5,7 @@ All keys with their defaults: conf/generate.yaml.
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from nemo_llm.log import configure_logging, is_first_rank, launched_world_size
 def main(cfg: GenerateConfig) -> None:
     """Load the model, continue every prompt, print or write what came."""
     configure_logging()
+    # Megatron says at every start what is not installed.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     from nemo_llm.inference.model import load_model, open_checkpoint
     from nemo_llm.inference.prompts import read_prompts
 

@@ -62,8 +62,8 @@ def read_examples(path: Path, text_key: str, label_key: str, words: Mapping[str,
         missing = [key for key in (text_key, label_key) if key not in record]
         if missing:
             raise InputError(
-                f"{path}, line {line}: no field {missing[0]!r}; it has {', '.join(map(str, record))}.\n      fix: name the "
-                "fields with classification.text_key and classification.label_key"
+                f"{path}, line {line}: no field {missing[0]!r}; it has {', '.join(map(str, record))}.\n"
+                "      fix: name the fields with classification.text_key and classification.label_key"
             )
         label = str(record[label_key])
         if words is not None and label not in words:

@@ -1,7 +1,8 @@
 """Named prompt templates: Jinja files that turn an example, and others that were solved before it, into a prompt.
 
-A template knows ``text``, all other fields of the record, ``labels`` (the words to choose from) and ``examples`` (solved
-ones, each with ``text`` and ``label``). What it renders loses the white space at its end; the answer follows after a space.
+A template knows ``text``, all other fields of the record, ``labels`` (the words to choose from) and ``examples``
+(solved ones, each with ``text`` and ``label``). What it renders loses the white space at its end; the answer follows
+after a space.
 """
 
 import random

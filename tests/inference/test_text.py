@@ -71,7 +71,7 @@ def test_an_incomplete_character_at_the_end_is_text() -> None:
 
 
 def test_too_long_and_empty_prompts_are_refused() -> None:
-    with pytest.raises(InputError, match="prompt 2 has 90 tokens.*window of 100.*max_new_tokens=10 or less"):
+    with pytest.raises(InputError, match=r"(?s)prompt 2 has 90 tokens.*window of 100.*max_new_tokens=10 or less"):
         check_prompts([[1], [1] * 90], 20, 100)
     with pytest.raises(InputError, match="shorten the prompt"):
         check_prompts([[1] * 200], 20, 100)

@@ -13,5 +13,6 @@ class PerformanceConfig(Section):
     cross_entropy_chunk_tokens: PositiveInt
     gradient_accumulation_fusion: bool
     fused_rope: bool
+    fused_kernels: bool
     compile_layers: bool
     ddp_bucket_size: PositiveInt | None

@@ -46,7 +46,7 @@ def _build_chunk(cfg, runtime, config, backend, vp_stage, vocab_size) -> Languag
     stage = vp_stage or 0
     chunk = LanguageModel(
         config,
-        build_block_spec(cfg.model, config, backend, vp_stage, runtime.pp_rank),
+        build_block_spec(cfg.model, config, backend, (vp_stage, runtime.pp_rank), cfg.performance.fused_kernels),
         cfg.model,
         vocab_size,
         cfg.task.z_loss_coeff,

@@ -1,10 +1,11 @@
-"""Rotary embedding (RoFormer, arXiv:2104.09864) as one compiled kernel."""
+"""Rotary embedding (RoFormer, arXiv:2104.09864) as one kernel, alone or with the split of the joint projection."""
 
 from functools import cache
 from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.transformer import attention
 
 
 def rotate(t: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
@@ -40,3 +41,24 @@ def offer_fused_rope() -> None:
     """
     if rope_utils.fused_apply_rotary_pos_emb is None:
         rope_utils.fused_apply_rotary_pos_emb = _rotate_fused
+
+
+def _split_and_rotate(
+    mixed: torch.Tensor, query_freqs: torch.Tensor, _key_freqs: torch.Tensor, sizes: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``mixed`` [s, b, G, (R + 2) D], ``query_freqs`` [s, 1, 1, r], ``sizes`` [R D, D, D]; keys turn as queries do."""
+    from nemo_llm.models.kernels import FusedQKV
+
+    angles = query_freqs.flatten(1).float()
+    return FusedQKV.apply(mixed, angles.cos(), angles.sin(), (sizes[0] // sizes[1], sizes[1]))
+
+
+def offer_fused_qkv() -> None:
+    """Let Megatron's ``fused_single_qkv_rope`` use our kernel where Transformer Engine's is not installed.
+
+    megatron-core 0.16.1 takes the function from these names of its module. tests/models/test_megatron_contract.py fails
+    when they are gone.
+    """
+    if not attention.HAVE_FUSED_QKV_ROPE:
+        attention.HAVE_FUSED_QKV_ROPE = True
+        attention.apply_fused_qkv_rotary_pos_emb = _split_and_rotate

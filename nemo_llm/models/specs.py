@@ -26,7 +26,6 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
@@ -34,6 +33,7 @@ from megatron.core.transformer.transformer_layer import (
 from nemo_llm.config import ModelConfig
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.attention import CoreAttention
+from nemo_llm.models.fused_layer import FusedLayer
 from nemo_llm.models.norm import Norm
 
 if not hasattr(moe_utils, "te_general_gemm"):
@@ -45,11 +45,12 @@ if not hasattr(moe_utils, "te_general_gemm"):
 class TorchBackend(LocalSpecProvider):
     """The parts of a layer on machines without Transformer Engine."""
 
-    def __init__(self, model: ModelConfig) -> None:
-        self.model = model
+    def __init__(self, model: ModelConfig, fused: bool) -> None:
+        self.model, self.fused = model, fused
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        return Norm
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> Any:
+        # A head is too short for a row of its own in the kernel.
+        return Norm if for_qk else ModuleSpec(module=Norm, params={"fused": self.fused})
 
     def core_attention(self) -> Any:
         return partial(CoreAttention, logit_softcapping=self.model.attn_logit_softcapping)
@@ -84,18 +85,24 @@ def choose_backend(model: ModelConfig, device_type: str) -> str:
 
 
 def build_block_spec(
-    model: ModelConfig, config: TransformerConfig, backend: str, vp_stage: int | None, pp_rank: int
+    model: ModelConfig, config: TransformerConfig, backend: str, stage: tuple[int | None, int], fused: bool
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the final norm, as a Megatron block spec."""
+    """The layers of this pipeline stage and the final norm, as a Megatron block spec.
+
+    Args:
+        stage: virtual stage (None without interleaving) and pipeline rank.
+        fused: ``performance.fused_kernels``.
+    """
+    vp_stage, pp_rank = stage
     if model.layer_spec is not None:
         return _users_block_spec(model, config, vp_stage)
     if backend == "transformer_engine":
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-    parts = TorchBackend(model)
+    parts = TorchBackend(model, fused)
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     layers = [_torch_layer_spec(parts, config, _is_moe_layer(model, offset + i)) for i in range(count)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=parts.layer_norm())
 
 
 def _is_moe_layer(model: ModelConfig, layer: int) -> bool:
@@ -105,7 +112,7 @@ def _is_moe_layer(model: ModelConfig, layer: int) -> bool:
 def _torch_layer_spec(parts: TorchBackend, config: TransformerConfig, moe: bool) -> ModuleSpec:
     qk_norm = parts.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
     return ModuleSpec(
-        module=TransformerLayer,
+        module=FusedLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.layer_norm(),
             self_attention=ModuleSpec(

@@ -11,8 +11,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_llm.config import ModelConfig, ParallelismConfig, PrecisionConfig, RunConfig
 from nemo_llm.errors import ConfigError, Problem
+from nemo_llm.models.activation import offer_fused_swiglu
 from nemo_llm.models.gradients import offer_gradient_accumulation
-from nemo_llm.models.rope import offer_fused_rope
+from nemo_llm.models.rope import offer_fused_qkv, offer_fused_rope
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -45,6 +46,12 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
         offer_gradient_accumulation()
     if fuse_rope:
         offer_fused_rope()
+    fuse_kernels = cfg.performance.fused_kernels and device.type == "cuda"
+    if fuse_kernels:
+        offer_fused_swiglu()
+    fuse_qkv = fuse_kernels and fuse_rope and _qkv_in_one(cfg.model, cfg.parallelism)
+    if fuse_qkv:
+        offer_fused_qkv()
     fields = {
         **_model_fields(cfg.model),
         **_moe_fields(cfg.model, cfg.parallelism),
@@ -53,6 +60,7 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
         "deterministic_mode": cfg.trainer.deterministic,
         "gradient_accumulation_fusion": cfg.performance.gradient_accumulation_fusion,
         "apply_rope_fusion": fuse_rope,
+        "fused_single_qkv_rope": fuse_qkv,
         # mcore's fused SwiGLU keeps one tensor less for the backward pass; its other fused activations are the tanh
         # approximation whatever was asked for, so they stay off. It is compiled, which does not pay on CPU.
         "bias_activation_fusion": device.type == "cuda"
@@ -82,6 +90,12 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
                 )
             ]
         ) from error
+
+
+def _qkv_in_one(model: ModelConfig, layout: ParallelismConfig) -> bool:
+    """Whether nothing stands between the joint projection and the rotation, and each rank holds whole groups."""
+    groups = model.num_query_groups or model.num_attention_heads
+    return not model.qk_layernorm and layout.tensor_model_parallel_size <= groups
 
 
 def _model_fields(model: ModelConfig) -> dict[str, Any]:

@@ -15,12 +15,16 @@ def _names_are_there() -> None:
     from megatron.core.optimizer import clip_grads, distrib_optimizer
     from megatron.core.tensor_parallel import ColumnParallelLinear, layers
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer import attention, mlp
     from megatron.core.transformer.moe import moe_utils
 
     assert callable(megatron_random._get_cuda_rng_state)
     assert callable(megatron_random._set_cuda_rng_state)
     assert hasattr(layers, "_grad_accum_fusion_available")
     assert hasattr(rope_utils, "fused_apply_rotary_pos_emb")
+    assert hasattr(attention, "HAVE_FUSED_QKV_ROPE")
+    assert "apply_fused_qkv_rotary_pos_emb(" in inspect.getsource(attention.Attention.forward)
+    assert list(inspect.signature(mlp.bias_swiglu_impl).parameters)[:2] == ["input", "bias"]
     assert hasattr(moe_utils, "te_general_gemm")
     assert hasattr(clip_grads, "l2_norm_impl")
     for name in ("Adam", "USING_PYTORCH_OPTIMIZER"):

@@ -1,0 +1,396 @@
+"""Triton kernels of the torch backend: norms with their residual, SwiGLU, and the split of QKV with its rotation.
+
+Each does in one pass over memory what PyTorch does in several; arithmetic in float32, one rounding at the end. Imported
+where a GPU is used alone. Checked against float64 in Triton's interpreter (tests/models/test_kernels.py) and on a GPU
+(benchmarks/gpu_kernels.py).
+
+Shapes: ``T`` tokens, ``h`` columns, ``f`` hidden units of the MLP, ``G`` key-value groups of ``R`` query heads, ``D``
+head size.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+# Programs of the norm's backward pass. Each sums the weight gradients of its rows: more programs, more partial sums.
+_PROGRAMS_PER_MULTIPROCESSOR = 4
+
+
+@triton.jit
+def _norm_forward(
+    x,
+    residual,
+    weight,
+    bias,
+    y,
+    total,
+    mean_out,
+    scale_out,
+    columns,
+    eps,
+    RESIDUAL: tl.constexpr,
+    LAYER: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    inside = offsets < columns
+    values = tl.load(x + row * columns + offsets, inside, 0.0).to(tl.float32)
+    if RESIDUAL:
+        values += tl.load(residual + row * columns + offsets, inside, 0.0).to(tl.float32)
+        rounded = values.to(total.dtype.element_ty)
+        tl.store(total + row * columns + offsets, rounded, inside)
+        values = rounded.to(tl.float32)
+    if LAYER:
+        mean = tl.sum(values, 0) / columns
+        tl.store(mean_out + row, mean)
+        values = tl.where(inside, values - mean, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(values * values, 0) / columns + eps)
+    tl.store(scale_out + row, scale)
+    w = tl.load(weight + offsets, inside, 0.0).to(tl.float32)
+    if ZERO_CENTERED:
+        w += 1.0
+    values = values * scale * w
+    if LAYER:
+        values += tl.load(bias + offsets, inside, 0.0).to(tl.float32)
+    tl.store(y + row * columns + offsets, values.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def _norm_backward(
+    dy,
+    dtotal,
+    total,
+    weight,
+    mean_in,
+    scale_in,
+    dx,
+    dweight,
+    dbias,
+    rows,
+    columns,
+    PASSED_ON: tl.constexpr,
+    LAYER: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr,
+    ROWS_A_PROGRAM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    offsets = tl.arange(0, BLOCK)
+    w = tl.load(weight + offsets, offsets < columns, 0.0).to(tl.float32)
+    if ZERO_CENTERED:
+        w += 1.0
+    weight_sum = tl.zeros([BLOCK], tl.float32)
+    bias_sum = tl.zeros([BLOCK], tl.float32)
+    for index in range(ROWS_A_PROGRAM):
+        row = tl.cast(index, tl.int64) * tl.num_programs(0) + program
+        there = row < rows
+        inside = (offsets < columns) & there
+        at = row * columns + offsets
+        gradient = tl.load(dy + at, inside, 0.0).to(tl.float32)
+        values = tl.load(total + at, inside, 0.0).to(tl.float32)
+        scale = tl.load(scale_in + row, there, 0.0)
+        if LAYER:
+            values = values - tl.load(mean_in + row, there, 0.0)
+        normed = tl.where(inside, values * scale, 0.0)
+        weight_sum += gradient * normed
+        if LAYER:
+            bias_sum += gradient
+        gradient = gradient * w
+        change = gradient - normed * (tl.sum(gradient * normed, 0) / columns)
+        if LAYER:
+            change -= tl.sum(gradient, 0) / columns
+        change = change * scale
+        if PASSED_ON:
+            change += tl.load(dtotal + at, inside, 0.0).to(tl.float32)
+        tl.store(dx + at, change.to(dx.dtype.element_ty), inside)
+    tl.store(dweight + program * columns + offsets, weight_sum, offsets < columns)
+    if LAYER:
+        tl.store(dbias + program * columns + offsets, bias_sum, offsets < columns)
+
+
+class FusedNorm(torch.autograd.Function):
+    """RMSNorm or LayerNorm of ``x + residual``; also returns the sum, whose gradient joins in the same kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        rule: tuple[float, bool],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x`` and ``residual`` [..., h], ``weight`` and ``bias`` [h], ``rule`` = (eps, zero-centred weight).
+
+        Returns:
+            the normed sum and the sum, both ``[..., h]``; without ``residual`` the sum is ``x`` itself.
+        """
+        eps, zero_centered = rule
+        x = x.contiguous()
+        columns = x.shape[-1]
+        rows = x.numel() // columns
+        y = torch.empty_like(x)
+        total = x if residual is None else torch.empty_like(x)
+        scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+        mean = torch.empty_like(scale) if bias is not None else scale
+        block = triton.next_power_of_2(columns)
+        _norm_forward[(rows,)](
+            x,
+            x if residual is None else residual.contiguous(),
+            weight,
+            weight if bias is None else bias,
+            y,
+            total,
+            mean,
+            scale,
+            columns,
+            eps,
+            RESIDUAL=residual is not None,
+            LAYER=bias is not None,
+            ZERO_CENTERED=zero_centered,
+            BLOCK=block,
+            num_warps=_warps(block),
+        )
+        ctx.save_for_backward(total, weight, mean, scale)
+        ctx.rule = (residual is not None, bias is not None, zero_centered)
+        ctx.set_materialize_grads(False)
+        return y, x.view_as(x) if residual is None else total
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor, dtotal: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """One gradient for both addends, and those of weight and bias."""
+        total, weight, mean, scale = ctx.saved_tensors
+        had_residual, layer, zero_centered = ctx.rule
+        columns = total.shape[-1]
+        rows = total.numel() // columns
+        programs = min(rows, _PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(total.device))
+        dx = torch.empty_like(total)
+        dweight = torch.empty(programs, columns, dtype=torch.float32, device=total.device)
+        dbias = torch.empty_like(dweight) if layer else dweight
+        block = triton.next_power_of_2(columns)
+        _norm_backward[(programs,)](
+            dy.contiguous(),
+            dy if dtotal is None else dtotal.contiguous(),
+            total,
+            weight,
+            mean,
+            scale,
+            dx,
+            dweight,
+            dbias,
+            rows,
+            columns,
+            PASSED_ON=dtotal is not None,
+            LAYER=layer,
+            ZERO_CENTERED=zero_centered,
+            ROWS_A_PROGRAM=triton.cdiv(rows, programs),
+            BLOCK=block,
+            num_warps=_warps(block),
+        )
+        bias_gradient = dbias.sum(0).to(weight.dtype) if layer else None
+        return dx, dx if had_residual else None, dweight.sum(0).to(weight.dtype), bias_gradient, None
+
+
+def _warps(block: int) -> int:
+    return min(max(block // 512, 1), 16)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@triton.jit
+def _swiglu_forward(x, bias, y, units, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < units
+    gate = tl.load(x + row * 2 * units + offsets, inside, 0.0).to(tl.float32)
+    up = tl.load(x + row * 2 * units + units + offsets, inside, 0.0).to(tl.float32)
+    if BIAS:
+        gate += tl.load(bias + offsets, inside, 0.0).to(tl.float32)
+        up += tl.load(bias + units + offsets, inside, 0.0).to(tl.float32)
+    result = gate * tl.sigmoid(gate) * up
+    tl.store(y + row * units + offsets, result.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def _swiglu_backward(dy, x, bias, dx, units, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < units
+    at = row * 2 * units + offsets
+    gate = tl.load(x + at, inside, 0.0).to(tl.float32)
+    up = tl.load(x + at + units, inside, 0.0).to(tl.float32)
+    if BIAS:
+        gate += tl.load(bias + offsets, inside, 0.0).to(tl.float32)
+        up += tl.load(bias + units + offsets, inside, 0.0).to(tl.float32)
+    gradient = tl.load(dy + row * units + offsets, inside, 0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    dgate = gradient * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    dup = gradient * gate * sigmoid
+    tl.store(dx + at, dgate.to(dx.dtype.element_ty), inside)
+    tl.store(dx + at + units, dup.to(dx.dtype.element_ty), inside)
+
+
+_SWIGLU_BLOCK = 1024
+
+
+class FusedSwiGLU(torch.autograd.Function):
+    """``silu(gate) * up`` (arXiv:2002.05202) of ``x + bias``, whose columns are all gates and then all ups."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x`` [T, 2f], ``bias`` [2f] -> [T, f]."""
+        x = x.contiguous()
+        rows, units = x.shape[0], x.shape[1] // 2
+        y = torch.empty(rows, units, dtype=x.dtype, device=x.device)
+        if rows:
+            grid = (rows, triton.cdiv(units, _SWIGLU_BLOCK))
+            _swiglu_forward[grid](
+                x, x if bias is None else bias, y, units, BIAS=bias is not None, BLOCK=_SWIGLU_BLOCK, num_warps=4
+            )
+        ctx.save_for_backward(x, bias)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[T, f] -> [T, 2f] and [2f]."""
+        x, bias = ctx.saved_tensors
+        rows, units = x.shape[0], x.shape[1] // 2
+        dx = torch.empty_like(x)
+        if rows:
+            grid = (rows, triton.cdiv(units, _SWIGLU_BLOCK))
+            _swiglu_backward[grid](
+                dy.contiguous(),
+                x,
+                x if bias is None else bias,
+                dx,
+                units,
+                BIAS=bias is not None,
+                BLOCK=_SWIGLU_BLOCK,
+                num_warps=4,
+            )
+        return dx, None if bias is None else dx.sum(0).to(bias.dtype)
+
+
+@triton.jit
+def _qkv(
+    mixed,
+    q,
+    k,
+    v,
+    cos,
+    sin,
+    batch,
+    heads,
+    HEADS_A_GROUP: tl.constexpr,
+    D: tl.constexpr,
+    TURNED: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """All heads of one token: mixed [T, G, R + 2, D] <-> q [T, G * R, D], k and v [T, G, D], the first TURNED channels
+    of q and k rotated, channel c against c + TURNED / 2."""
+    token = tl.program_id(0).to(tl.int64)
+    position = token // batch
+    head = tl.arange(0, BLOCK_HEADS)[:, None] + tl.program_id(1) * BLOCK_HEADS
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    inside = (head < heads) & (channel < D)
+    group = head // HEADS_A_GROUP
+    place = head % HEADS_A_GROUP
+    queries: tl.constexpr = HEADS_A_GROUP - 2
+    groups = heads // HEADS_A_GROUP
+    half: tl.constexpr = TURNED // 2
+    turned = (channel < TURNED) & (place <= queries)
+    partner = tl.where(channel < half, channel + half, channel - half)
+    partner = tl.where(turned, partner, channel)
+    is_q = inside & (place < queries)
+    is_k = inside & (place == queries)
+    is_v = inside & (place == queries + 1)
+    mixed_at = mixed + (token * heads + head) * D
+    q_at = q + ((token * groups + group) * queries + place) * D
+    k_at = k + (token * groups + group) * D
+    v_at = v + (token * groups + group) * D
+    table = position * TURNED + tl.where(turned, channel, 0)
+    c = tl.where(turned, tl.load(cos + table, turned, 1.0), 1.0)
+    if BACKWARD:
+        # The transposed rotation: what channel c gave to its partner comes back with the partner's sine.
+        table = position * TURNED + tl.where(turned, partner, 0)
+    s = tl.where(turned, tl.load(sin + table, turned, 0.0), 0.0)
+    sign = tl.where(channel < half, -1.0, 1.0)
+    if BACKWARD:
+        value = tl.load(q_at + channel, is_q, 0.0).to(tl.float32)
+        value += tl.load(k_at + channel, is_k, 0.0).to(tl.float32)
+        value += tl.load(v_at + channel, is_v, 0.0).to(tl.float32)
+        other = tl.load(q_at + partner, is_q & turned, 0.0).to(tl.float32)
+        other += tl.load(k_at + partner, is_k & turned, 0.0).to(tl.float32)
+        result = value * c - sign * other * s
+        tl.store(mixed_at + channel, result.to(mixed.dtype.element_ty), inside)
+    else:
+        value = tl.load(mixed_at + channel, inside, 0.0).to(tl.float32)
+        other = tl.load(mixed_at + partner, inside & turned, 0.0).to(tl.float32)
+        result = (value * c + sign * other * s).to(q.dtype.element_ty)
+        tl.store(q_at + channel, result, is_q)
+        tl.store(k_at + channel, result, is_k)
+        tl.store(v_at + channel, result, is_v)
+
+
+class FusedQKV(torch.autograd.Function):
+    """Split the joint projection into queries, keys and values; rotate the first two (RoFormer, arXiv:2104.09864)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sizes: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``mixed`` [s, b, G, (R + 2) D], ``cos`` and ``sin`` [s, r] float32, ``sizes`` = (R, D).
+
+        Returns:
+            q ``[s, b, G R, D]``, k and v ``[s, b, G, D]``.
+        """
+        queries, width = sizes
+        s, b, groups, _ = mixed.shape
+        mixed = mixed.contiguous()
+        q = torch.empty(s, b, groups * queries, width, dtype=mixed.dtype, device=mixed.device)
+        k = torch.empty(s, b, groups, width, dtype=mixed.dtype, device=mixed.device)
+        v = torch.empty_like(k)
+        _launch_qkv(mixed, (q, k, v), (cos, sin), backward=False)
+        ctx.save_for_backward(cos, sin)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradient of ``mixed``."""
+        s, b, groups, width = dk.shape
+        queries = dq.shape[2] // groups
+        mixed = torch.empty(s, b, groups, (queries + 2) * width, dtype=dq.dtype, device=dq.device)
+        _launch_qkv(mixed, (dq.contiguous(), dk.contiguous(), dv.contiguous()), ctx.saved_tensors, backward=True)
+        return mixed, None, None, None
+
+
+def _launch_qkv(
+    mixed: torch.Tensor, parts: tuple[torch.Tensor, ...], tables: tuple[torch.Tensor, ...], backward: bool
+) -> None:
+    s, b, groups, width = parts[1].shape
+    heads_a_group = mixed.shape[-1] // width
+    block_d = triton.next_power_of_2(width)
+    block_heads = min(triton.next_power_of_2(groups * heads_a_group), max(2048 // block_d, 1))
+    grid = (s * b, triton.cdiv(groups * heads_a_group, block_heads))
+    _qkv[grid](
+        mixed,
+        *parts,
+        *tables,
+        b,
+        groups * heads_a_group,
+        HEADS_A_GROUP=heads_a_group,
+        D=width,
+        TURNED=tables[0].shape[-1],
+        BACKWARD=backward,
+        BLOCK_HEADS=block_heads,
+        BLOCK_D=block_d,
+        num_warps=4,
+    )

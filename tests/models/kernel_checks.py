@@ -1,0 +1,129 @@
+"""Each Triton kernel against float64 autograd on random inputs and odd shapes; on the device that is named.
+
+``python -m tests.models.kernel_checks cpu`` in Triton's interpreter (TRITON_INTERPRET=1), ``cuda`` on a GPU. Prints the
+largest error of each, relative to the largest value, and ends with 1 where one is over its bound.
+"""
+
+import itertools
+import sys
+
+import torch
+import torch.nn.functional as F
+
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+
+def error(ours: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest difference over the largest wanted value."""
+    return ((ours.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
+
+
+def gradients(
+    outputs: list[torch.Tensor], sources: list[torch.Tensor], seeds: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Outputs, then the gradients of ``sum(output * seed)``."""
+    total = sum((output * seed.to(output.dtype)).sum() for output, seed in zip(outputs, seeds, strict=True))
+    return [*(output.detach() for output in outputs), *torch.autograd.grad(total, sources)]
+
+
+def compare(ours, reference, inputs: list[torch.Tensor]) -> float:
+    """Run both on the same inputs; the largest error over outputs and gradients."""
+    here = [x.detach().clone().requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    outputs, wanted = ours(*here), reference(*exact)
+    seeds = [torch.randn_like(output) for output in outputs]
+    pairs = zip(gradients(outputs, here, seeds), gradients(wanted, exact, [s.double() for s in seeds]), strict=True)
+    return max(error(a, b) for a, b in pairs)
+
+
+def norm_case(shape: tuple[int, ...], dtype: torch.dtype, device: str, kind: tuple[bool, bool, bool]) -> float:
+    """One norm: with or without residual, LayerNorm or RMSNorm, zero-centred weight or not."""
+    from nemo_llm.models.kernels import FusedNorm
+
+    residual, layer, zero_centered = kind
+    h = shape[-1]
+    inputs = [torch.randn(*shape, device=device, dtype=dtype) for _ in range(1 + residual)]
+    inputs += [torch.randn(h, device=device, dtype=dtype) for _ in range(1 + layer)]
+
+    def parts(tensors):
+        return tensors[0], tensors[1] if residual else None, tensors[1 + residual], tensors[-1] if layer else None
+
+    def reference(*tensors):
+        x, r, w, b = parts(tensors)
+        total = x if r is None else x + r
+        w = w + 1 if zero_centered else w
+        normed = F.rms_norm(total, (h,), w, 1e-5) if b is None else F.layer_norm(total, (h,), w, b, 1e-5)
+        return normed, total
+
+    return compare(lambda *t: FusedNorm.apply(*parts(t), (1e-5, zero_centered)), reference, inputs)
+
+
+def swiglu_case(rows: int, units: int, dtype: torch.dtype, device: str, bias: bool) -> float:
+    """SwiGLU with and without a bias."""
+    from nemo_llm.models.kernels import FusedSwiGLU
+
+    inputs = [torch.randn(rows, 2 * units, device=device, dtype=dtype)]
+    if bias:
+        inputs.append(torch.randn(2 * units, device=device, dtype=dtype))
+
+    def reference(x, b=None):
+        gate, up = (x if b is None else x + b).chunk(2, -1)
+        return (F.silu(gate) * up,)
+
+    return compare(lambda x, b=None: (FusedSwiGLU.apply(x, b),), reference, inputs)
+
+
+def qkv_case(sizes: tuple[int, int, int, int, int], turned: int, dtype: torch.dtype, device: str) -> float:
+    """The split with rotation; ``sizes`` = (s, b, G, R, D)."""
+    from nemo_llm.models.kernels import FusedQKV
+    from nemo_llm.models.rope import rotate
+
+    s, b, groups, queries, width = sizes
+    angles = torch.randn(s, turned // 2, device=device) * 3
+    freqs = torch.cat((angles, angles), -1)
+    mixed = torch.randn(s, b, groups, (queries + 2) * width, device=device, dtype=dtype)
+
+    def reference(x):
+        q, k, v = x.split([queries * width, width, width], -1)
+        exact = freqs.double()[:, None, None]
+        return rotate(q.reshape(s, b, -1, width), exact), rotate(k, exact), v
+
+    return compare(lambda x: FusedQKV.apply(x, freqs.cos(), freqs.sin(), (queries, width)), reference, [mixed])
+
+
+def all_cases(device: str, small: bool):
+    """(name, dtype, error) of every case."""
+    torch.manual_seed(1)
+    dtypes = (torch.float32,) if small else (torch.float32, torch.bfloat16)
+    shapes = [(5, 2, 24), (3, 1, 160)] if small else [(5, 2, 24), (1000, 4, 2048), (513, 1, 5440), (64, 2, 8192)]
+    for shape, dtype, kind in itertools.product(shapes, dtypes, itertools.product((False, True), repeat=3)):
+        yield f"norm {shape} residual, layer, zero-centred {kind}", dtype, norm_case(shape, dtype, device, kind)
+    for (rows, units), dtype, bias in itertools.product(
+        [(3, 24), (2, 1030)] if small else [(3, 24), (4096, 8192), (777, 5440)], dtypes, (False, True)
+    ):
+        yield f"swiglu {rows}x{units} bias {bias}", dtype, swiglu_case(rows, units, dtype, device, bias)
+    sizes = [((4, 2, 2, 3, 12), 12), ((3, 1, 1, 1, 8), 4), ((2, 2, 3, 1, 16), 8)]
+    if not small:
+        sizes += [
+            ((512, 4, 8, 4, 64), 64),
+            ((512, 2, 8, 4, 128), 128),
+            ((300, 3, 16, 1, 128), 64),
+            ((64, 1, 1, 71, 64), 64),
+        ]
+    for (size, turned), dtype in itertools.product(sizes, dtypes):
+        yield f"qkv {size} turned {turned}", dtype, qkv_case(size, turned, dtype, device)
+
+
+def main() -> int:
+    """Print every case; 1 where one fails."""
+    device = sys.argv[1]
+    failed = 0
+    for name, dtype, largest in all_cases(device, small=device == "cpu"):
+        good = largest < BOUNDS[dtype]
+        failed += not good
+        print(f"{'ok  ' if good else 'FAIL'} {largest:9.1e} {str(dtype)[6:]:9} {name}")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

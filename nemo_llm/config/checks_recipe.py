@@ -10,6 +10,7 @@ from nemo_llm.assets import ASSET_PREFIX, asset_names, resolve_path
 from nemo_llm.config.arithmetic import divisors, either, neighbouring_multiples
 from nemo_llm.config.catalog import nearest
 from nemo_llm.config.data import blend_entries
+from nemo_llm.config.precision import Fp8Config
 from nemo_llm.config.run import RunConfig
 from nemo_llm.errors import InputError, Problem
 
@@ -163,24 +164,46 @@ def check_recompute(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
 
 
 def check_precision(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
-    """FP8 needs Transformer Engine and two-byte parameters."""
+    """FP8 needs two-byte parameters, and Transformer Engine for all recipes but per-tensor current scaling."""
     fp8 = cfg.precision.fp8
     if fp8 is not None and cfg.precision.params_dtype == "fp32":
         rule = "FP8 products go with bf16 or fp16 parameters, not fp32"
         yield Problem("precision.params_dtype", "fp32", rule, "set precision.params_dtype=bf16, or precision.fp8=null")
-    if fp8 is not None and cfg.model.transformer_impl == "torch":
-        yield Problem(
-            "model.transformer_impl",
-            "torch",
-            "precision.fp8 needs Transformer Engine",
-            "set model.transformer_impl=transformer_engine, or choose precision=bf16",
-        )
-    needed_by = "precision.fp8" if fp8 is not None else "model.transformer_impl"
-    wanted = fp8 is not None or cfg.model.transformer_impl == "transformer_engine"
-    if wanted and not cfg.trainer.check_only and find_spec("transformer_engine") is None:
-        value = fp8.fp8_recipe if fp8 is not None else cfg.model.transformer_impl
-        fix = "install transformer-engine (extra te), or choose precision=bf16 and model.transformer_impl=auto"
-        yield Problem(needed_by, value, "needs Transformer Engine, which is not installed here", fix)
+    installed = find_spec("transformer_engine") is not None
+    if cfg.model.transformer_impl == "transformer_engine" and not installed and not cfg.trainer.check_only:
+        fix = "install transformer-engine (extra te), or choose model.transformer_impl=auto"
+        yield Problem("model.transformer_impl", cfg.model.transformer_impl, "Transformer Engine is not installed", fix)
+    auto = cfg.model.transformer_impl == "auto" and not installed and not cfg.trainer.check_only
+    if fp8 is not None and (auto or cfg.model.transformer_impl == "torch"):
+        yield from _torch_fp8(cfg, fp8)
+
+
+def _torch_fp8(cfg: RunConfig, fp8: Fp8Config) -> Iterator[Problem]:
+    """What the torch backend's own FP8 products cannot do."""
+    te = "install transformer-engine (extra te) and set model.transformer_impl=transformer_engine"
+    if fp8.fp8_recipe != "tensorwise":
+        rule = "without Transformer Engine the scales are those of each tensor (tensorwise)"
+        yield Problem("precision.fp8.fp8_recipe", fp8.fp8_recipe, rule, f"choose precision=fp8_tensorwise, or {te}")
+    if fp8.fp8_param:
+        yield Problem("precision.fp8.fp8_param", True, "needs Transformer Engine", f"set it to false, or {te}")
+    tp = cfg.parallelism.tensor_model_parallel_size
+    if tp > 1:
+        rule = "FP8 without Transformer Engine needs whole weights on each rank"
+        yield Problem("parallelism.tensor_model_parallel_size", tp, rule, f"set it to 1, or {te}")
+    if cfg.model.moe is not None:
+        rule = "FP8 without Transformer Engine has no experts"
+        yield Problem("precision.fp8", fp8.fp8_recipe, rule, f"choose precision=bf16, or {te}")
+    tokens = cfg.data.seq_length * cfg.trainer.micro_batch_size // cfg.parallelism.context_parallel_size
+    sizes = {
+        "model.hidden_size": cfg.model.hidden_size,
+        "model.ffn_hidden_size": cfg.model.ffn_hidden_size,
+        "data.seq_length": tokens,
+    }
+    for key, size in sizes.items():
+        if size is not None and size % 16:
+            yield Problem(
+                key, size, "FP8 products need multiples of 16 (tokens of a micro-batch too)", "choose another"
+            )
 
 
 def check_mixture(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.module import Float16Module
 
 from nemo_llm.config import RunConfig
+from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.initialize import InitRule, initialize_weights
 from nemo_llm.models.language_model import LanguageModel
 from nemo_llm.models.specs import build_block_spec, choose_backend
@@ -27,6 +28,7 @@ def build_model_chunks(cfg: RunConfig, runtime: ParallelRuntime, vocab_size: int
     """
     config = to_transformer_config(cfg, runtime.device)
     backend = choose_backend(cfg.model, runtime.device.type)
+    _check_fp8_device(cfg, runtime.device)
     virtual_stages = config.virtual_pipeline_model_parallel_size or 1
     chunks = [
         _build_chunk(cfg, runtime, config, backend, vp if virtual_stages > 1 else None, vocab_size)
@@ -41,12 +43,20 @@ def build_model_chunks(cfg: RunConfig, runtime: ParallelRuntime, vocab_size: int
     return chunks
 
 
+def _check_fp8_device(cfg: RunConfig, device: torch.device) -> None:
+    if cfg.precision.fp8 is None or device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9):
+        return
+    name = torch.cuda.get_device_name(device)
+    rule = f"the tensor cores of {name} have no FP8"
+    raise ConfigError([Problem("precision.fp8", cfg.precision.fp8.fp8_recipe, rule, "choose precision=bf16")])
+
+
 def _build_chunk(cfg, runtime, config, backend, vp_stage, vocab_size) -> LanguageModel:
     last_vp = (config.virtual_pipeline_model_parallel_size or 1) - 1
     stage = vp_stage or 0
     chunk = LanguageModel(
         config,
-        build_block_spec(cfg.model, config, backend, (vp_stage, runtime.pp_rank), cfg.performance.fused_kernels),
+        build_block_spec(cfg, config, backend, (vp_stage, runtime.pp_rank)),
         cfg.model,
         vocab_size,
         cfg.task.z_loss_coeff,

@@ -30,9 +30,10 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from nemo_llm.config import ModelConfig
+from nemo_llm.config import ModelConfig, RunConfig
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.attention import CoreAttention
+from nemo_llm.models.fp8 import LINEARS
 from nemo_llm.models.fused_layer import FusedLayer
 from nemo_llm.models.norm import Norm
 
@@ -45,8 +46,15 @@ if not hasattr(moe_utils, "te_general_gemm"):
 class TorchBackend(LocalSpecProvider):
     """The parts of a layer on machines without Transformer Engine."""
 
-    def __init__(self, model: ModelConfig, fused: bool) -> None:
+    def __init__(self, model: ModelConfig, fused: bool, fp8: str | None) -> None:
         self.model, self.fused = model, fused
+        self.column, self.row = LINEARS[fp8]
+
+    def column_parallel_linear(self) -> type:
+        return self.column
+
+    def row_parallel_linear(self) -> type:
+        return self.row
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> Any:
         # A head is too short for a row of its own in the kernel.
@@ -85,20 +93,21 @@ def choose_backend(model: ModelConfig, device_type: str) -> str:
 
 
 def build_block_spec(
-    model: ModelConfig, config: TransformerConfig, backend: str, stage: tuple[int | None, int], fused: bool
+    cfg: RunConfig, config: TransformerConfig, backend: str, stage: tuple[int | None, int]
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the final norm, as a Megatron block spec.
 
     Args:
         stage: virtual stage (None without interleaving) and pipeline rank.
-        fused: ``performance.fused_kernels``.
     """
+    model = cfg.model
     vp_stage, pp_rank = stage
     if model.layer_spec is not None:
         return _users_block_spec(model, config, vp_stage)
     if backend == "transformer_engine":
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-    parts = TorchBackend(model, fused)
+    fp8 = None if cfg.precision.fp8 is None else cfg.precision.fp8.fp8
+    parts = TorchBackend(model, cfg.performance.fused_kernels, fp8)
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     layers = [_torch_layer_spec(parts, config, _is_moe_layer(model, offset + i)) for i in range(count)]

@@ -14,6 +14,7 @@ from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.activation import offer_fused_swiglu
 from nemo_llm.models.gradients import offer_gradient_accumulation
 from nemo_llm.models.rope import offer_fused_qkv, offer_fused_rope
+from nemo_llm.models.specs import choose_backend
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -56,7 +57,7 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
         **_model_fields(cfg.model),
         **_moe_fields(cfg.model, cfg.parallelism),
         **_parallel_fields(cfg.parallelism, device),
-        **_precision_fields(cfg.precision),
+        **_precision_fields(cfg.precision, choose_backend(cfg.model, device.type)),
         "deterministic_mode": cfg.trainer.deterministic,
         "gradient_accumulation_fusion": cfg.performance.gradient_accumulation_fusion,
         "apply_rope_fusion": fuse_rope,
@@ -173,7 +174,7 @@ def _parallel_fields(layout: ParallelismConfig, device: torch.device) -> dict[st
     }
 
 
-def _precision_fields(precision: PrecisionConfig) -> dict[str, Any]:
+def _precision_fields(precision: PrecisionConfig, backend: str) -> dict[str, Any]:
     dtype = DTYPES[precision.params_dtype]
     fields: dict[str, Any] = {
         "params_dtype": dtype,
@@ -182,7 +183,8 @@ def _precision_fields(precision: PrecisionConfig) -> dict[str, Any]:
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
     }
-    if precision.fp8 is not None:
+    # Megatron's FP8 is Transformer Engine's; the torch backend has linear modules of its own (models/fp8.py).
+    if precision.fp8 is not None and backend == "transformer_engine":
         fields.update(
             fp8=precision.fp8.fp8,
             fp8_recipe=precision.fp8.fp8_recipe,

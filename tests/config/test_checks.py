@@ -136,7 +136,11 @@ CASES: list[tuple[str, int, str, list[str], str | None]] = [
     ("model=gpt_tiny parallelism.recompute_granularity=selective parallelism.recompute_modules=[moe]", 1,
      "parallelism.recompute_modules", ["'moe'"], "parallelism.recompute_modules=[]"),
     ("model=gpt_1b precision=fp8_delayed model.transformer_impl=torch trainer.check_only=true", 1,
-     "model.transformer_impl", ["'torch'", "Transformer Engine"], "model.transformer_impl=auto"),
+     "precision.fp8.fp8_recipe", ["'delayed'", "Transformer Engine"], "precision=fp8_tensorwise"),
+    ("model=gpt_1b precision=fp8_tensorwise model.transformer_impl=torch parallelism=tp2", 2,
+     "parallelism.tensor_model_parallel_size", ["2", "whole weights"], "parallelism.tensor_model_parallel_size=1"),
+    ("model=gpt_1b precision=fp8_tensorwise model.transformer_impl=torch model.ffn_hidden_size=1000", 1,
+     "model.ffn_hidden_size", ["1000", "multiples of 16"], "model.ffn_hidden_size=1008"),
     ("model=gpt_1b precision=fp8_delayed precision.params_dtype=fp32 trainer.check_only=true", 1,
      "precision.params_dtype", ["'fp32'", "bf16"], "precision.params_dtype=bf16"),
     ("model=llama3_1b model.position_embedding_type=none", 1,
@@ -234,8 +238,9 @@ def test_prefix_with_suffix_is_put_right(tmp_path: Path) -> None:
 def test_fp8_needs_transformer_engine_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nemo_llm.config.checks_recipe.find_spec", lambda _name: None)
     found = {problem.key: str(problem) for problem in find_problems(composed("model=gpt_1b precision=fp8_delayed"), 1)}
-    assert "delayed" in found["precision.fp8"]
-    assert "not installed" in found["precision.fp8"]
+    assert "delayed" in found["precision.fp8.fp8_recipe"]
+    assert "without Transformer Engine" in found["precision.fp8.fp8_recipe"]
+    assert not find_problems(composed("model=gpt_1b precision=fp8_tensorwise"), 1)
     loggers = find_problems(composed("model=gpt_tiny exp_manager.create_mlflow_logger=true"), 1)
     assert [problem.key for problem in loggers] == ["exp_manager.create_mlflow_logger"]
 

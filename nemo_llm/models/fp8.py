@@ -1,0 +1,134 @@
+"""FP8 matrix products of the torch backend: per-tensor current scaling, over ``torch._scaled_mm``.
+
+Each product of a layer's linear modules (forward, gradient of the input, gradient of the weight) reads FP8 (E4M3 for
+inputs and weights, E5M2 or E4M3 for gradients; arXiv:2209.05433) and adds in float32. A tensor's scale comes from its
+own largest value at each use, so there is no scaling state: nothing to save, nothing that a resume or a changed layout
+could lose. Inputs are kept for the backward pass in FP8, half the size of bf16. Embedding, attention, norms and the
+output projection stay in bf16.
+
+On CPU the same rounding is done and the products are taken in float32, for tests.
+
+Shapes: ``T`` tokens, ``k`` inputs and ``n`` outputs of a linear layer; products need multiples of 16 of each.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+_SMALLEST_MAXIMUM = 1e-12  # of a tensor of zeros: its scale must stay finite
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix in FP8: ``rows`` [m, k], ``columns`` [k, m] (its transpose, laid out in memory as such), and the factor
+    (float32, one element) that gives back the values."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    factor: torch.Tensor
+
+
+def quantize(x: torch.Tensor, dtype: torch.dtype) -> Quantized:
+    """[m, k] in bf16 or fp32 -> FP8, scaled so that the largest value becomes the largest of ``dtype``."""
+    if x.is_cuda:
+        from nemo_llm.models.fp8_kernels import quantize_on_gpu
+
+        return Quantized(*quantize_on_gpu(x.contiguous(), dtype))
+    largest = x.detach().abs().amax().float().clamp(min=_SMALLEST_MAXIMUM)
+    limit = torch.finfo(dtype).max
+    rows = (x.float() * (limit / largest)).clamp(-limit, limit).to(dtype)
+    return Quantized(rows, rows.t().contiguous(), (largest / limit).reshape(1))
+
+
+def multiply(
+    left: tuple[torch.Tensor, torch.Tensor], right: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype, fast: bool
+) -> torch.Tensor:
+    """``left @ right^T``: FP8 [m, k] and [n, k] with their factors -> [m, n] in ``dtype``.
+
+    Args:
+        fast: let the tensor cores add in fewer bits, as is done in forward passes.
+    """
+    (a, a_factor), (b, b_factor) = left, right
+    if not a.is_cuda:
+        return ((a.float() @ b.float().t()) * (a_factor * b_factor)).to(dtype)
+    # Private in PyTorch 2.10 to 2.13, which has no public FP8 product; tests/models/test_fp8.py holds its signature.
+    return torch._scaled_mm(a, b.t(), scale_a=a_factor, scale_b=b_factor, out_dtype=dtype, use_fast_accum=fast)
+
+
+class Fp8Product(torch.autograd.Function):
+    """``x @ weight^T`` with all three products in FP8."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, gradient_dtype: torch.dtype) -> torch.Tensor:
+        """``x`` [T, k], ``weight`` [n, k] -> [T, n] in the dtype of ``x``."""
+        inputs, weights = quantize(x, torch.float8_e4m3fn), quantize(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(inputs.columns, inputs.factor, weights.columns, weights.factor)
+        ctx.weight, ctx.gradient_dtype = weight, gradient_dtype
+        return multiply((inputs.rows, inputs.factor), (weights.rows, weights.factor), x.dtype, fast=True)
+
+    @staticmethod
+    def backward(ctx: Any, output_grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        """Gradient of ``x``; the weight's is added to ``main_grad`` where there is one, and announced."""
+        inputs, inputs_factor, weights, weights_factor = ctx.saved_tensors
+        gradient = quantize(output_grad, ctx.gradient_dtype)
+        x_grad = multiply((gradient.rows, gradient.factor), (weights, weights_factor), output_grad.dtype, fast=False)
+        weight: torch.Tensor = ctx.weight
+        if not ctx.needs_input_grad[1]:
+            return x_grad, None, None
+        weight_grad = multiply((gradient.columns, gradient.factor), (inputs, inputs_factor), torch.float32, fast=False)
+        if not hasattr(weight, "main_grad"):
+            return x_grad, weight_grad.to(weight.dtype), None
+        weight.main_grad.add_(weight_grad)
+        weight.grad_added_to_main_grad = True
+        announced = torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+        return x_grad, announced, None
+
+
+class _Fp8Linear:
+    """What both linear modules share; one tensor-parallel rank holds the whole weight (config/checks_recipe.py)."""
+
+    gradient_dtype: torch.dtype
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
+    skip_bias_add: bool
+
+    def forward(self, input_: torch.Tensor, *_megatrons: Any, **_settings: Any) -> tuple[torch.Tensor, Any]:
+        """[s, b, k] -> [s, b, n], and the bias where it is added later."""
+        output = Fp8Product.apply(input_.flatten(0, -2), self.weight, self.gradient_dtype)
+        output = output.view(*input_.shape[:-1], -1)
+        if self.bias is None or self.skip_bias_add:
+            return output, self.bias
+        return output + self.bias, None
+
+
+class HybridColumnLinear(_Fp8Linear, ColumnParallelLinear):
+    """Megatron's column-parallel linear layer in FP8; gradients in E5M2."""
+
+    gradient_dtype = torch.float8_e5m2
+
+
+class HybridRowLinear(_Fp8Linear, RowParallelLinear):
+    """Megatron's row-parallel linear layer in FP8; gradients in E5M2."""
+
+    gradient_dtype = torch.float8_e5m2
+
+
+class E4m3ColumnLinear(_Fp8Linear, ColumnParallelLinear):
+    """Megatron's column-parallel linear layer in FP8; gradients in E4M3."""
+
+    gradient_dtype = torch.float8_e4m3fn
+
+
+class E4m3RowLinear(_Fp8Linear, RowParallelLinear):
+    """Megatron's row-parallel linear layer in FP8; gradients in E4M3."""
+
+    gradient_dtype = torch.float8_e4m3fn
+
+
+LINEARS: dict[str | None, tuple[type, type]] = {
+    None: (ColumnParallelLinear, RowParallelLinear),
+    "hybrid": (HybridColumnLinear, HybridRowLinear),
+    "e4m3": (E4m3ColumnLinear, E4m3RowLinear),
+}

@@ -7,6 +7,7 @@ from nemo_llm.config.data import DataConfig
 from nemo_llm.config.model import ModelConfig, MoeConfig, RopeScaling
 from nemo_llm.config.optim import OptimConfig, SchedConfig
 from nemo_llm.config.parallelism import ParallelismConfig
+from nemo_llm.config.peft import PeftConfig
 from nemo_llm.config.precision import Fp8Config, PrecisionConfig
 from nemo_llm.config.run import RunConfig
 from nemo_llm.config.services import CheckpointConfig, ClusterConfig, ExpManagerConfig, SampleConfig, TaskConfig
@@ -22,6 +23,7 @@ __all__ = [
     "MoeConfig",
     "OptimConfig",
     "ParallelismConfig",
+    "PeftConfig",
     "PrecisionConfig",
     "RampupBatchSize",
     "RopeScaling",

@@ -302,8 +302,29 @@ def check_data_files(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
                 yield from _missing_indexed(f"{key}[{place}].prefix", source.prefix)
             if source.text is not None:
                 yield from _missing_path(f"{key}[{place}].text", source.text, "text")
+            if source.chat is not None:
+                yield from _missing_path(f"{key}[{place}].chat", source.chat, "text")
     if cfg.data.tokenizer.path is not None:
         yield from _missing_path("data.tokenizer.path", cfg.data.tokenizer.path, "tokenizers")
+
+
+def check_fine_tuning(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+    """The task has its data, and virtual tokens leave room for others."""
+    entries = blend_entries(cfg.data.blend, "data.blend")
+    if cfg.task.name == "sft" and all(entry.chat is None for entry in entries):
+        yield Problem(
+            "task.name",
+            "sft",
+            "no source of data.blend holds conversations",
+            "add data=chat 'data.blend=[{name: mine, chat: FILE}]', or set task=pretrain",
+        )
+    if cfg.peft is not None and cfg.peft.virtual_tokens >= cfg.data.seq_length:
+        yield Problem(
+            "peft.num_virtual_tokens",
+            cfg.peft.virtual_tokens,
+            f"must be below data.seq_length = {cfg.data.seq_length}, in which they count",
+            f"set it to {min(20, cfg.data.seq_length // 2)}, or raise data.seq_length",
+        )
 
 
 def _missing_indexed(key: str, prefix: str) -> Iterator[Problem]:
@@ -370,5 +391,6 @@ RECIPE_CHECKS = (
     check_loggers,
     check_resume,
     check_data_files,
+    check_fine_tuning,
     check_model_is_buildable,
 )

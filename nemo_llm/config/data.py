@@ -6,6 +6,7 @@ Defaults live in ``conf/data/*.yaml``; here are the types and the checks that on
 from dataclasses import dataclass
 from typing import Literal
 
+from nemo_llm.config.chat import ChatConfig
 from nemo_llm.config.section import (
     Fraction,
     NonEmptyStr,
@@ -73,7 +74,7 @@ class MockConfig(Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlendSource(Section):
-    """One source of a blend: exactly one of ``prefix``, ``text`` and ``mock``."""
+    """One source of a blend: exactly one of ``prefix``, ``text``, ``chat`` and ``mock``."""
 
     name: NonEmptyStr
     """The source's name in logs; it seeds the order, so that moved files keep theirs."""
@@ -83,14 +84,17 @@ class BlendSource(Section):
     """Path of an indexed dataset without ``.bin``/``.idx``."""
     text: str | None = None
     """Raw text instead: a file, a glob, or ``asset:NAME``; tokenised once into the cache."""
+    chat: str | None = None
+    """Conversations instead: JSON lines or Parquet, a file or a glob; ``data.chat`` says how they are read."""
     mock: MockConfig | None = None
     """Random documents instead of a file."""
 
     def __post_init__(self) -> None:
-        given = [key for key in ("prefix", "text", "mock") if getattr(self, key) is not None]
+        given = [key for key in ("prefix", "text", "chat", "mock") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"blend source {self.name!r}: give exactly one of prefix, text and mock, received {given or 'none'}"
+                f"blend source {self.name!r}: give exactly one of prefix, text, chat and mock, "
+                f"received {given or 'none'}"
             )
         if self.weight == float("inf"):
             raise ValueError(f"blend source {self.name!r}: weight must be finite")
@@ -161,9 +165,12 @@ class DataConfig(Section):
     blend_changes: tuple[BlendChange, ...]
     """Changes of the weights in the course of the run, by rising ``from_sample``; also how a source is left out from
     some point on."""
-    packing: Literal["concatenate", "best_fit"]
+    packing: Literal["concatenate", "best_fit", "none"]
     """``concatenate``: documents run on from sample to sample; ``best_fit``: a sample holds whole documents and
-    padding, and only one longer than a sample is cut (arXiv:2404.10830)."""
+    padding, and only one longer than a sample is cut (arXiv:2404.10830); ``none``: each document has a sample to
+    itself. Conversations never run on: for them ``concatenate`` is ``best_fit``."""
+    chat: ChatConfig
+    """How conversations become tokens."""
     fim: FimConfig | None
     """Fill-in-the-middle; null for none."""
     seq_length_ramp: SeqLengthRamp | None
@@ -199,7 +206,16 @@ class DataConfig(Section):
                 f"seq_length_ramp.start_seq_length {ramp.start_seq_length} must divide seq_length {self.seq_length}"
             )
         for key, blend in {"data.blend": self.blend, **self.validation}.items():
-            blend_entries(blend, key)
+            chats = [entry.name for entry in blend_entries(blend, key) if entry.chat is not None]
+            if chats and self.packing != "none" and not self.reset_attention_mask:
+                raise ValueError(
+                    f"{key}: conversations of {chats[0]!r} would see each other inside a sample; set "
+                    "data.reset_attention_mask=true and data.reset_position_ids=true, or data.packing=none"
+                )
+            if chats and self.fim is not None:
+                raise ValueError(
+                    f"{key}: fill-in-the-middle would tear the conversations of {chats[0]!r}; set data.fim=null"
+                )
 
 
 def parse_split(split: str) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from nemo_llm.config.data import DataConfig
 from nemo_llm.config.model import ModelConfig
 from nemo_llm.config.optim import OptimConfig
 from nemo_llm.config.parallelism import ParallelismConfig
+from nemo_llm.config.peft import PeftConfig
 from nemo_llm.config.performance import PerformanceConfig
 from nemo_llm.config.precision import PrecisionConfig
 from nemo_llm.config.section import Section
@@ -30,4 +31,4 @@ class RunConfig(Section):
     exp_manager: ExpManagerConfig
     cluster: ClusterConfig
     sample: SampleConfig
-    peft: None
+    peft: PeftConfig | None

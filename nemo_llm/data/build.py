@@ -1,5 +1,6 @@
 """From the ``data`` section of the configuration to training and validation sources."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from nemo_llm.config.data import BlendSource, DataConfig, blend_entries, parse_s
 from nemo_llm.data.blend import Blend
 from nemo_llm.data.blended import BlendedSource, Phase
 from nemo_llm.data.cache import build_once, cache_folder, content_key
+from nemo_llm.data.chat_store import ChatStore, open_chats
 from nemo_llm.data.dataset import Source, TokenWindowDataset
 from nemo_llm.data.indexed import IndexedDataset
 from nemo_llm.data.packing import PackedDataset, build_packs
@@ -17,6 +19,7 @@ from nemo_llm.data.rules import SampleRules
 from nemo_llm.data.store import MockStore, TokenStore
 from nemo_llm.data.text_cache import open_text
 from nemo_llm.data.tokenizer import Tokenizer
+from nemo_llm.data.virtual_tokens import VirtualTokenSource
 from nemo_llm.errors import ConfigError, InputError, Problem
 
 _VALIDATION_SEED = 0  # validation always reads in the same order, so that runs of different seeds can be compared
@@ -40,13 +43,17 @@ class DataSets:
         return "\n".join(parts)
 
 
-def build_train_and_validation(config: DataConfig, tokenizer: Tokenizer, seed: int) -> DataSets:
+def build_train_and_validation(
+    config: DataConfig, tokenizer: Tokenizer, seed: int, virtual_tokens: int = 0
+) -> DataSets:
     """Open every source, check its token ids against the tokenizer, and return training and validation sources.
+
+    With ``virtual_tokens`` every conversation, and every sample of running text, begins with that many negative ids.
 
     The same on every rank; ranks that start together on an empty cache build it once. Raises ConfigError and
     InputError, naming the source.
     """
-    builder = _Builder(config, tokenizer)
+    builder = _Builder(config, tokenizer, virtual_tokens)
     shares = parse_split(config.split) if config.split is not None else (1.0, 0.0)
     train_entries = blend_entries(config.blend, "data.blend")
     train = builder.blend(train_entries, (0.0, shares[0]), seed, finite=False)
@@ -63,12 +70,15 @@ def build_train_and_validation(config: DataConfig, tokenizer: Tokenizer, seed: i
 class _Builder:
     """Opens stores (each once) and makes blends of them."""
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, virtual_tokens: int) -> None:
         self._config = config
+        self._virtual_tokens = virtual_tokens
         self._tokenizer = tokenizer
         self._cache = cache_folder(config.cache_dir)
         self._stores: dict[str, TokenStore] = {}
         self._rules = SampleRules(config, tokenizer)
+        shorter = dataclasses.replace(config, seq_length=config.seq_length - virtual_tokens)
+        self._text_rules = SampleRules(shorter, tokenizer)
 
     def blend(
         self, entries: tuple[BlendSource, ...], part: tuple[float, float], seed: int, *, finite: bool
@@ -86,11 +96,22 @@ class _Builder:
         store = self._store(entry)
         first, last = (round(share * store.num_documents) for share in part)
         key = derive_key("order", seed, entry.name)
+        if isinstance(store, ChatStore):
+            return self._packed(entry.name, store, (first, last), key, self._rules)
+        rules = self._text_rules
         if self._config.packing == "concatenate":
-            return TokenWindowDataset(entry.name, store, self._rules, (first, last), key)
-        identity = store.prefix if isinstance(store, MockStore) else _identity(store)
-        packs = build_packs(store, (first, last), self._config.seq_length, identity, self._cache)
-        return PackedDataset(entry.name, store, self._rules, (first, last), key, packs)
+            source: Source = TokenWindowDataset(entry.name, store, rules, (first, last), key)
+        else:
+            source = self._packed(entry.name, store, (first, last), key, rules)
+        return VirtualTokenSource(source, self._virtual_tokens) if self._virtual_tokens else source
+
+    def _packed(
+        self, name: str, store: TokenStore, documents: tuple[int, int], key: int, rules: SampleRules
+    ) -> PackedDataset:
+        identity = store.prefix if isinstance(store, MockStore | ChatStore) else _identity(store)
+        alone = self._config.packing == "none"
+        packs = build_packs(store, documents, (rules.seq_length, alone), identity, self._cache)
+        return PackedDataset(name, store, rules, documents, key, packs)
 
     def _weights(self, given: Sequence[float | None], sources: list[Source]) -> list[float]:
         """Return the sources' shares of samples from what the configuration says they are shares of."""
@@ -122,7 +143,7 @@ class _Builder:
         return phases
 
     def _store(self, entry: BlendSource) -> TokenStore:
-        place = entry.prefix or entry.text or f"mock {entry.mock}"
+        place = entry.prefix or entry.text or entry.chat or f"mock {entry.mock}"
         if place not in self._stores:
             self._stores[place] = self._open(entry)
         return self._stores[place]
@@ -136,6 +157,8 @@ class _Builder:
         if entry.text is not None:
             text_key, tokenizer = self._config.text_key, self._config.tokenizer
             return open_text(entry.text, text_key, tokenizer, self._tokenizer, self._cache)
+        if entry.chat is not None:
+            return open_chats(entry.chat, self._config, self._tokenizer, self._cache, self._virtual_tokens)
         assert entry.prefix is not None
         dataset = IndexedDataset(entry.prefix)
         _check_tokens(dataset, entry.name, self._tokenizer, self._cache)

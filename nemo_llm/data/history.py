@@ -66,4 +66,4 @@ def _side_by_side(before: list, after: list) -> Iterator[tuple]:
 
 
 def _place(source: BlendSource) -> str:
-    return source.prefix or source.text or str(source.mock)
+    return source.prefix or source.text or source.chat or str(source.mock)

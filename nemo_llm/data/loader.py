@@ -33,7 +33,7 @@ def collate(samples: list[Sample]) -> MicroBatch:
     documents = [sample.document_ids for sample in samples if sample.document_ids is not None]
     return MicroBatch(
         tokens=np.ascontiguousarray(tokens[:, :-1]),
-        labels=np.ascontiguousarray(tokens[:, 1:]),
+        labels=np.maximum(tokens[:, 1:], 0),  # virtual tokens (negative ids) are never labels that count
         loss_mask=np.stack([sample.loss_mask for sample in samples]),
         position_ids=np.stack([sample.position_ids for sample in samples]),
         document_ids=np.stack(documents) if documents else None,

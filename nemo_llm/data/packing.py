@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_llm.data.cache import build_once, content_key
+from nemo_llm.data.chat_store import ChatStore
 from nemo_llm.data.permutation import KeyedPermutation, mix64
 from nemo_llm.data.rules import SampleRules, Window
 from nemo_llm.data.sample import Sample
@@ -51,16 +52,19 @@ class PackedDataset:
         """Return sample ``index`` of the source, which is number ``run_index`` of the run."""
         size = self.seq_length + 1
         tokens = np.full(size, self.rules.eod_id, dtype=np.int64)
+        learned = np.ones(size, dtype=np.float32) if isinstance(self._store, ChatStore) else None
         starts, position = [], 0
         for piece in self._pieces_of(index):
             length = int(piece["length"])
             start = self._store.document_start(int(piece["document"])) + int(piece["offset"])
             tokens[position : position + length] = self._store.read(start, length)
+            if learned is not None and isinstance(self._store, ChatStore):
+                learned[position : position + length] = self._store.read_learned(start, length)
             starts.append(position)
             position += length
         if position < size - 1:
             starts.append(position)  # the padding is a document of its own
-        window = Window(tokens, np.asarray(starts, dtype=np.int64), position, runs_on=False)
+        window = Window(tokens, np.asarray(starts, dtype=np.int64), position, runs_on=False, learned=learned)
         return self.rules.sample(window, mix64(self._order_key ^ mix64(index)), run_index)
 
     def documents_of(self, index: int) -> list[tuple[int, int]]:
@@ -80,20 +84,25 @@ class PackedDataset:
         return KeyedPermutation(self.samples_per_epoch, mix64(self._order_key ^ mix64(epoch)))
 
 
-def build_packs(store: TokenStore, documents: tuple[int, int], seq_length: int, identity: object, cache: Path) -> Path:
+def build_packs(
+    store: TokenStore, documents: tuple[int, int], shape: tuple[int, bool], identity: object, cache: Path
+) -> Path:
     """Return the folder of packs for some documents of a store, building it in the cache the first time.
 
-    ``identity`` names the store's content. Raises InputError when there is nothing to pack.
+    ``shape`` is the sequence length, and whether each document (or piece of one) has a sample to itself. ``identity``
+    names the store's content. Raises InputError when there is nothing to pack.
     """
     if store.document_start(documents[1]) == store.document_start(documents[0]):
         raise InputError(f"{store.prefix}: documents {documents[0]} to {documents[1]} hold no token to pack")
-    key = content_key(kind="packs", format=1, store=identity, documents=list(documents), seq_length=seq_length)
+    seq_length, alone = shape
+    named = {"kind": "alone"} if alone else {"kind": "packs", "format": 1}
+    key = content_key(**named, store=identity, documents=list(documents), seq_length=seq_length)
     folder = cache / f"packs-{key}"
 
     def build(temporary: Path) -> dict:
         num_packs = num_pieces = 0
         with (temporary / "pieces.bin").open("wb") as pieces, (temporary / "packs.bin").open("wb") as packs:
-            for chunk, lengths in _pack_chunks(store, documents, seq_length + 1):
+            for chunk, lengths in _pack_chunks(store, documents, seq_length + 1, alone):
                 pieces.write(chunk.tobytes())
                 packs.write((num_pieces + np.cumsum(lengths) - lengths).astype("<i8").tobytes())
                 num_packs, num_pieces = num_packs + len(lengths), num_pieces + len(chunk)
@@ -105,14 +114,17 @@ def build_packs(store: TokenStore, documents: tuple[int, int], seq_length: int, 
 
 
 def _pack_chunks(
-    store: TokenStore, documents: tuple[int, int], capacity: int
+    store: TokenStore, documents: tuple[int, int], capacity: int, alone: bool
 ) -> Iterator[tuple[NDArray, NDArray[np.int64]]]:
     """Yield, for each chunk of documents, its pieces in the order of their packs and the number of each pack's."""
     for first in range(documents[0], documents[1], DOCUMENTS_PER_CHUNK):
         last = min(documents[1], first + DOCUMENTS_PER_CHUNK)
         starts = np.fromiter((store.document_start(number) for number in range(first, last + 1)), np.int64)
         pieces = _cut_long(np.diff(starts), first, capacity)
-        order, lengths = best_fit(pieces["length"], capacity)
+        if alone:
+            order, lengths = np.arange(len(pieces)), np.ones(len(pieces), dtype=np.int64)
+        else:
+            order, lengths = best_fit(pieces["length"], capacity)
         yield pieces[order], lengths
 
 

@@ -24,6 +24,8 @@ class Window:
     """Tokens that are not padding."""
     runs_on: bool
     """Whether the label of a document's last token may be the next one's first (text that simply runs on)."""
+    learned: NDArray[np.float32] | None = None
+    """[s + 1]: 1 for tokens that are learned, where some are not (the questions of a chat)."""
 
 
 class SampleRules:
@@ -68,6 +70,8 @@ class SampleRules:
         mask[max(0, window.length - 1) :] = 0  # labels that are padding
         if not window.runs_on:
             mask[window.starts[1:] - 1] = 0  # labels that belong to another document
+        if window.learned is not None:
+            mask *= window.learned[1:]
         if self._eod_mask_loss:
             mask[window.tokens[:-1] == self.eod_id] = 0
         return mask

@@ -65,6 +65,11 @@ def _fill(shard: ShardedTensor, seed: int, rule: InitRule) -> None:
         _fill_normal(shard, _key_of(seed, shard.key), rule.residual_std if writes_residual else rule.std)
 
 
+def fill_normal(shard: ShardedTensor, seed: int, std: float) -> None:
+    """Fill one shard in place, by the same rule as all weights: a function of seed, name and global position."""
+    _fill_normal(shard, _key_of(seed, shard.key), std)
+
+
 def _key_of(seed: int, name: str) -> tuple[int, int, int]:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     first, second, third = (int.from_bytes(digest[4 * i : 4 * i + 4], "little") for i in range(3))

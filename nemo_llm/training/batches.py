@@ -76,7 +76,8 @@ def build_loaders(
         InputError: files that are missing or damaged, or that hold token ids beyond the vocabulary.
     """
     tokenizer = load_tokenizer(cfg.data.tokenizer)
-    sets = build_train_and_validation(cfg.data, tokenizer, cfg.trainer.seed)
+    virtual_tokens = 0 if cfg.peft is None else cfg.peft.virtual_tokens
+    sets = build_train_and_validation(cfg.data, tokenizer, cfg.trainer.seed, virtual_tokens)
     train = DeviceBatches(sets.train, cfg, runtime, cfg.data.prefetch)
     validation = {
         name: DeviceBatches(PaddedSource(source), cfg, runtime, prefetch=0)

@@ -27,6 +27,8 @@ from nemo_llm.checkpoint.weights import apply_model_state, check_same_tensors, m
 from nemo_llm.checkpoint.writer import StateWriter, WritePlan
 from nemo_llm.errors import CheckpointError
 from nemo_llm.log import get_logger
+from nemo_llm.peft.adapter import adapter_state
+from nemo_llm.peft.state import apply_adapter_state, check_base, write_description
 from nemo_llm.training.state import TrainingRun, TrainState
 
 _log = get_logger(__name__)
@@ -120,13 +122,18 @@ def finish_saving(run: TrainingRun) -> None:
 
 def sharded_state(run: TrainingRun) -> dict:
     """Model and optimizer as Megatron's sharded state dict: names and global offsets, no layout."""
-    model = model_state(run.model)
+    model = trained_state(run)
     tensors = optimizer_tensors(run.optimizer, model)
     return {
         **model,
         "optimizer": {str(number): tensor for number, tensor in enumerate(tensors)},
         "optimizer_scalars": optimizer_scalars(run.optimizer),
     }
+
+
+def trained_state(run: TrainingRun) -> dict:
+    """What a checkpoint holds of the model: all weights, or the adapters alone where the rest is frozen."""
+    return model_state(run.model) if run.cfg.peft is None else {"adapter": adapter_state(run.model)}
 
 
 def load_checkpoint(run: TrainingRun, folder: Path) -> None:
@@ -138,11 +145,16 @@ def load_checkpoint(run: TrainingRun, folder: Path) -> None:
     state = sharded_state(run)
     del state["optimizer_scalars"]
     with raise_together():
-        check_same_tensors(model_state(run.model), folder)
+        if run.cfg.peft is not None:
+            check_base(folder, run.base_fingerprint)
+        check_same_tensors(trained_state(run), folder)
         progress = read_progress(folder)
         _check_has_optimizer(state, folder)
     loaded = dist_checkpointing.load(state, str(folder / "state"), validate_access_integrity=False)
-    apply_model_state(run.model, loaded)
+    if run.cfg.peft is None:
+        apply_model_state(run.model, loaded)
+    else:
+        apply_adapter_state(run.model, loaded["adapter"])
     apply_optimizer_scalars(run.optimizer, loaded["optimizer_scalars"])
     saved = TrainState(
         progress["step"],
@@ -206,6 +218,8 @@ def _write_companions(run: TrainingRun, folder: Path) -> None:
     (folder / TRAINING_FILE_NAME).write_text(json.dumps(progress))
     shutil.copyfile(run.run_dir / "config.yaml", folder / "config.yaml")
     run.tokenizer.save(folder / "tokenizer")
+    if run.cfg.peft is not None:
+        write_description(folder, run.cfg.peft, run.base_fingerprint)
 
 
 def _bytes_to_write(state: dict, device: torch.device) -> int:

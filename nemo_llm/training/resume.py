@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from nemo_llm.checkpoint.agree import raise_together
 from nemo_llm.checkpoint.folder import find_checkpoints, is_complete, resolve_checkpoint
 from nemo_llm.checkpoint.manifest import verify
 from nemo_llm.checkpoint.weights import load_weights
+from nemo_llm.config import RunConfig
 from nemo_llm.errors import CheckpointDamagedError
 from nemo_llm.log import get_logger
+from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.training.checkpoint import load_checkpoint
 from nemo_llm.training.state import TrainingRun
 
@@ -35,16 +38,18 @@ def resume(run: TrainingRun) -> None:
         newest = resolve_checkpoint(Path(wanted))
         candidates = [newest] if is_complete(Path(wanted)) else find_checkpoints(Path(wanted))
     if candidates:
-        found = newest_good(run, candidates)
+        found = newest_good(run.cfg, run.runtime, candidates)
         load_checkpoint(run, found)
         if run.runtime.is_first_rank:
             _set_aside_later(run, found)
         _log.info("resumed from %s at step %d", found, run.state.step)
-    elif run.cfg.checkpoint.init_from is not None:
-        _init_from(run, Path(run.cfg.checkpoint.init_from))
+    elif run.cfg.checkpoint.init_from is not None and run.cfg.peft is None:
+        load_first_weights(run.cfg, run.runtime, run.model)
+        # The optimizer keeps copies (fp32, sharded) of the weights that it was built with.
+        run.optimizer.reload_model_params()
 
 
-def newest_good(run: TrainingRun, candidates: list[Path]) -> Path:
+def newest_good(cfg: RunConfig, runtime: ParallelRuntime, candidates: list[Path]) -> Path:
     """The first of ``candidates`` whose files are as they were written; all ranks share the reading.
 
     Raises:
@@ -57,7 +62,7 @@ def newest_good(run: TrainingRun, candidates: list[Path]) -> Path:
     for folder in agreed[0]:
         try:
             with raise_together():
-                verify(folder, run.cfg.checkpoint.verify, (run.runtime.rank, run.runtime.world_size))
+                verify(folder, cfg.checkpoint.verify, (runtime.rank, runtime.world_size))
         except CheckpointDamagedError as error:
             damage.append(str(error))
             continue
@@ -81,9 +86,9 @@ def _set_aside_later(run: TrainingRun, found: Path) -> None:
         _log.warning("%s is kept as %s, since the run goes on from %s", later, aside.name, found.name)
 
 
-def _init_from(run: TrainingRun, path: Path) -> None:
-    folder = newest_good(run, [resolve_checkpoint(path)])
-    load_weights(run.model, folder)
-    # The optimizer keeps copies (fp32, sharded) of the weights that it was built with.
-    run.optimizer.reload_model_params()
-    _log.info("weights from %s; optimizer and step start anew", folder)
+def load_first_weights(cfg: RunConfig, runtime: ParallelRuntime, chunks: list[torch.nn.Module]) -> None:
+    """Read the weights that ``checkpoint.init_from`` names into the chunks; a collective of all ranks."""
+    assert cfg.checkpoint.init_from is not None
+    folder = newest_good(cfg, runtime, [resolve_checkpoint(Path(cfg.checkpoint.init_from))])
+    load_weights(chunks, folder)
+    _log.info("weights from %s", folder)

@@ -53,7 +53,7 @@ class BadSteps:
             _log.warning("no checkpoint to roll back to; the update is left out")
             return
         samples, tokens = run.state.consumed_samples, run.state.consumed_tokens
-        found = newest_good(run, candidates)
+        found = newest_good(run.cfg, run.runtime, candidates)
         load_checkpoint(run, found)
         step = run.state.step
         self._rollbacks[step] = self._rollbacks.get(step, 0) + 1

@@ -1,5 +1,7 @@
 """From a configuration to a `TrainingRun`: model, optimizer, schedule, data."""
 
+from pathlib import Path
+
 import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -10,14 +12,25 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
+from nemo_llm.checkpoint.fingerprint import weights_fingerprint
+from nemo_llm.checkpoint.folder import resolve_checkpoint
 from nemo_llm.config import RunConfig
+from nemo_llm.log import get_logger
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.parallel.runtime import ParallelRuntime
+from nemo_llm.peft.attach import attach_peft, count_parameters
+from nemo_llm.peft.state import load_adapter
 from nemo_llm.tasks import pretrain
 from nemo_llm.training.batch_ramp import build_batch_ramp
 from nemo_llm.training.batches import build_loaders
 from nemo_llm.training.optimizer import build_optimizer
+from nemo_llm.training.resume import load_first_weights
 from nemo_llm.training.state import TrainingRun, TrainState
+
+_log = get_logger(__name__)
+
+# Fine-tuning on conversations is next-token prediction too: which tokens count is in the loss mask of the data.
+FORWARD_STEPS = {"pretrain": pretrain.forward_step, "sft": pretrain.forward_step}
 
 
 def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
@@ -28,7 +41,9 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
     """
     tokenizer, sets, loader, validation = build_loaders(cfg, runtime)
     vocab_size = cfg.model.vocab_size or tokenizer.vocab_size
-    model = wrap_data_parallel(cfg, build_model_chunks(cfg, runtime, vocab_size))
+    chunks = build_model_chunks(cfg, runtime, vocab_size)
+    base_fingerprint = "" if cfg.peft is None else freeze_and_adapt(cfg, chunks, runtime)
+    model = wrap_data_parallel(cfg, chunks)
     optimizer = build_optimizer(cfg, model)
     connect_schedule(cfg, model, optimizer)
     return TrainingRun(
@@ -37,14 +52,32 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
         model=model,
         optimizer=optimizer,
         forward_backward=get_forward_backward_func(),
-        forward_step=pretrain.forward_step,
+        forward_step=FORWARD_STEPS[cfg.task.name],
         loader=loader,
         validation=validation,
         data=sets,
         tokenizer=tokenizer,
         ramp=build_batch_ramp(cfg.trainer.global_batch_size, cfg.trainer.rampup_batch_size),
         state=TrainState(),
+        base_fingerprint=base_fingerprint,
     )
+
+
+def freeze_and_adapt(cfg: RunConfig, chunks: list[torch.nn.Module], runtime: ParallelRuntime) -> str:
+    """Load the weights that stay frozen, and put adapters beside them; returns the fingerprint of the former.
+
+    Comes before gradient buffers and optimizer, which then hold what is trained and nothing else.
+    """
+    assert cfg.peft is not None
+    if cfg.checkpoint.init_from is not None:
+        load_first_weights(cfg, runtime, chunks)
+    fingerprint = weights_fingerprint(chunks, runtime.device)
+    attach_peft(cfg, chunks, runtime)
+    if cfg.peft.init_from is not None:
+        load_adapter(chunks, resolve_checkpoint(Path(cfg.peft.init_from)), fingerprint)
+    trained = count_parameters(chunks, runtime)
+    _log.info("%s: %s trained parameters beside frozen weights %s", cfg.peft.kind, f"{trained:,}", fingerprint)
+    return fingerprint
 
 
 def wrap_data_parallel(cfg: RunConfig, chunks: list[torch.nn.Module]) -> list[DistributedDataParallel]:

@@ -60,4 +60,5 @@ class TrainingRun:
     state: TrainState
     progress: Progress = field(default_factory=Progress)
     saver: Any = None  # training.checkpoint makes it at the first save
+    base_fingerprint: str = ""  # of the frozen weights, with peft
     run_dir: Path = Path()  # closing.open_run names it, once everything else could be built

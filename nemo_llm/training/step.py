@@ -111,7 +111,8 @@ def set_hyperparameters(run: TrainingRun, lr: float) -> None:
 def seed_dropout(run: TrainingRun) -> None:
     """Seed the generators from (seed, step, place), so that a resumed step drops the same activations."""
     model, runtime = run.cfg.model, run.runtime
-    if model.hidden_dropout == 0.0 and model.attention_dropout == 0.0:
+    adapters_drop = run.cfg.peft is not None and run.cfg.peft.dropout > 0.0
+    if model.hidden_dropout == 0.0 and model.attention_dropout == 0.0 and not adapters_drop:
         return
     key = (run.cfg.trainer.seed, run.state.step, runtime.dp_rank, runtime.cp_rank, runtime.pp_rank)
     seed = zlib.crc32(repr(key).encode()) >> 1

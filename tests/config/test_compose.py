@@ -22,6 +22,7 @@ from nemo_llm.config import (
     MoeConfig,
     OptimConfig,
     ParallelismConfig,
+    PeftConfig,
     PrecisionConfig,
     RunConfig,
     SampleConfig,
@@ -38,6 +39,7 @@ GROUPS = group_choices([conf_dir()])
 SECTIONS: dict[str, type] = {
     "trainer": TrainerConfig,
     "parallelism": ParallelismConfig,
+    "peft": PeftConfig,
     "precision": PrecisionConfig,
     "optim": OptimConfig,
     "optim/sched": SchedConfig,
@@ -53,7 +55,7 @@ SECTIONS: dict[str, type] = {
 # What a file of a group leaves to another group.
 ELSEWHERE = {"optim": {"sched"}, "data": {"tokenizer"}}
 # data=blend is for the user's own files, so a source has to be named.
-NEEDS = {"data/blend": ["data.blend=[1.0,/data/mine]"]}
+NEEDS = {"data/blend": ["data.blend=[1.0,/data/mine]"], "data/chat": ["data.blend=[{name: a, chat: a.jsonl}]"]}
 # Files that read a folder: tests/config/test_derived.py composes them.
 FROM_FOLDER = {"from_hf", "from_checkpoint"}
 

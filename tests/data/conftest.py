@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_llm.config.chat import ChatConfig
 from nemo_llm.config.data import BlendSource, DataConfig, TokenizerConfig
 from nemo_llm.data.fast_bpe import build_fast_bpe
 from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer
@@ -24,6 +25,11 @@ def tokenizer_config(**changes: object) -> TokenizerConfig:
         "nemo_args": {},
     }
     return TokenizerConfig(**(keys | changes))
+
+
+CHAT = ChatConfig(
+    template="chatml", train_on="answers", too_long="drop", system_prompt=None, prompt_key=None, answer_key=None
+)
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +73,7 @@ def data_config(tmp_path: Path) -> Callable[..., DataConfig]:
             "text_key": "text",
             "cache_dir": str(tmp_path / "cache"),
             "prefetch": 2,
+            "chat": CHAT,
         }
         return DataConfig(**(keys | changes))
 

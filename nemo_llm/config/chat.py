@@ -1,0 +1,27 @@
+"""The ``data.chat`` section: how conversations become tokens, and which of them are learned."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nemo_llm.config.section import NonEmptyStr, Section
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatConfig(Section):
+    """Read by blend sources of the form ``{name: ..., chat: FILE}``."""
+
+    template: NonEmptyStr
+    """``tokenizer`` (the Jinja template beside the tokenizer's file), a named one, or the path of a Jinja file."""
+    train_on: Literal["answers", "last_answer", "all"]
+    """Tokens with loss. A message's own ``train`` field wins over ``answers`` and ``last_answer``."""
+    too_long: Literal["drop", "truncate", "error"]
+    """What happens to a conversation longer than ``data.seq_length`` + 1 tokens; counted in the cache's manifest."""
+    system_prompt: str | None
+    """Put before conversations that have none."""
+    prompt_key: NonEmptyStr | None
+    """With ``answer_key``: records of two fields, a question and its answer, whatever else they hold."""
+    answer_key: NonEmptyStr | None
+
+    def __post_init__(self) -> None:
+        if (self.prompt_key is None) != (self.answer_key is None):
+            raise ValueError("prompt_key and answer_key belong together: give both or neither")

@@ -1,0 +1,207 @@
+"""Conversations as tokens with a mask of those that are learned, written once into the cache and mapped from there.
+
+Files of a cache entry: ``tokens.bin`` (int32), ``learned.bin`` (uint8) and ``starts.bin`` (int64, where each
+conversation begins, and the total). A negative id ``-1 - i`` stands for virtual token ``i`` of prompt tuning.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_llm.assets import ASSET_PREFIX, resolve_path
+from nemo_llm.config.data import DataConfig
+from nemo_llm.data.cache import build_once, content_key, file_sha256
+from nemo_llm.data.chat_format import BadChatError, Message, read_records, to_messages
+from nemo_llm.data.chat_template import ChatTemplate, load_template
+from nemo_llm.data.documents import expand_inputs
+from nemo_llm.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from nemo_llm.errors import InputError
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """One conversation: ids, and for each whether it is learned (when it is a label)."""
+
+    tokens: list[int]
+    learned: list[bool]
+
+
+class ChatEncoder:
+    """Turns conversations into tokens by the rules of ``data.chat``."""
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, virtual_tokens: int = 0) -> None:
+        self.config = config.chat
+        self.capacity = config.seq_length + 1
+        path = config.tokenizer.path
+        place = None if path is None else str(resolve_path(path, "tokenizers"))
+        self.template: ChatTemplate = load_template(self.config.template, tokenizer, place)
+        self.virtual = [-1 - number for number in range(virtual_tokens)]
+        self.tokenizer = tokenizer
+        self._backend: Any = None
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            from tokenizers import Tokenizer as Backend
+
+            # A copy of its own that reads special tokens by name: a template writes them as text.
+            self._backend = Backend.from_str(tokenizer.backend.to_str())
+            self._backend.encode_special_tokens = False
+
+    def encode(self, messages: list[Message]) -> EncodedChat:
+        """Ids of a whole conversation.
+
+        Raises:
+            BadChatError: a template that writes a conversation otherwise once it goes on, so that what belongs to an
+                answer cannot be told.
+        """
+        text = self.template.render(messages)
+        spans = list(self._learned_spans(messages, text))
+        if self._backend is not None:
+            encoding = self._backend.encode(text, add_special_tokens=False)
+            tokens, starts = encoding.ids, [offset[0] for offset in encoding.offsets]
+            learned = [any(low <= start < high for low, high in spans) for start in starts]
+        else:
+            tokens, learned = self._encode_pieces(text, spans)
+        return EncodedChat([*self.virtual, *tokens], [False] * len(self.virtual) + learned)
+
+    def _learned_spans(self, messages: list[Message], text: str) -> Iterator[tuple[int, int]]:
+        if self.config.train_on == "all":
+            yield 0, len(text)
+            return
+        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        for place in answers:
+            by_rule = self.config.train_on == "answers" or place == answers[-1]
+            if not messages[place].get("train", by_rule):
+                continue
+            before = self.template.render(messages[:place], add_generation_prompt=True)
+            through = self.template.render(messages[: place + 1])
+            if not (text.startswith(through) and through.startswith(before)):
+                raise BadChatError(
+                    f"the chat template does not round-trip: the text up to answer {place} is no prefix of the whole, "
+                    "so its tokens cannot be told from the question's; use data.chat.train_on=all, one turn a record, "
+                    "or another data.chat.template"
+                )
+            yield len(before), len(through)
+
+    def _encode_pieces(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """For tokenizers that do not say where a token stood: each stretch by itself."""
+        tokens: list[int] = []
+        learned: list[bool] = []
+        edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
+        for low, high in pairwise(edges):
+            ids = self.tokenizer.encode(text[low:high])
+            tokens += ids
+            learned += [any(a <= low < b for a, b in spans)] * len(ids)
+        return tokens, learned
+
+    def encode_files(self, files: Iterable[Path], counts: Counter[str]) -> Iterator[EncodedChat]:
+        """Conversations of these files, those that are too long treated as the configuration says; ``counts`` them.
+
+        Raises:
+            InputError: naming file and line of what cannot be read, or of the first that is too long where none may be.
+        """
+        for file in files:
+            for number, record in read_records(file):
+                try:
+                    chat = self.encode(to_messages(record, self.config))
+                except (BadChatError, InputError) as error:
+                    raise InputError(f"{file}:{number}: {error}") from error
+                counts["conversations"] += 1
+                if len(chat.tokens) > self.capacity:
+                    cut = self._shorten(chat, f"{file}:{number}", counts)
+                    if cut is None:
+                        continue
+                    chat = cut
+                if not any(chat.learned):
+                    counts["without learned tokens"] += 1
+                    continue
+                yield chat
+
+    def _shorten(self, chat: EncodedChat, where: str, counts: Counter[str]) -> EncodedChat | None:
+        if self.config.too_long == "error":
+            raise InputError(
+                f"{where}: {len(chat.tokens)} tokens, and a sample holds data.seq_length + 1 = {self.capacity}; raise "
+                "data.seq_length, or set data.chat.too_long=drop or truncate"
+            )
+        if self.config.too_long == "drop":
+            counts["dropped as too long"] += 1
+            return None
+        counts["truncated"] += 1
+        return EncodedChat(chat.tokens[: self.capacity], chat.learned[: self.capacity])
+
+
+class ChatStore:
+    """Conversations of a cache entry, as documents of tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        self.prefix = str(folder)
+        self._tokens = np.memmap(folder / "tokens.bin", dtype="<i4", mode="r")
+        self._learned = np.memmap(folder / "learned.bin", dtype="u1", mode="r")
+        self._starts = np.fromfile(folder / "starts.bin", dtype="<i8")
+        self.num_documents = len(self._starts) - 1
+        self.num_tokens = int(self._starts[-1])
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """Return ``count`` tokens from position ``start`` as int64 [count]."""
+        return self._tokens[start : start + count].astype(np.int64)
+
+    def read_learned(self, start: int, count: int) -> NDArray[np.float32]:
+        """Return 1 for each of ``count`` tokens that is learned, as float32 [count]."""
+        return self._learned[start : start + count].astype(np.float32)
+
+    def document_start(self, document: int) -> int:
+        """Return the position of a conversation's first token; for ``num_documents``, the number of tokens."""
+        return int(self._starts[document])
+
+    def document_at(self, token: int) -> int:
+        """Return the conversation that holds the token at a position."""
+        return int(np.searchsorted(self._starts, token, side="right")) - 1
+
+
+def open_chats(pattern: str, config: DataConfig, tokenizer: Tokenizer, cache: Path, virtual_tokens: int) -> ChatStore:
+    """The conversations of a file, folder or glob, encoded into the cache the first time.
+
+    Raises:
+        InputError: missing files; the first record that is no conversation, with file and line; nothing left to learn.
+    """
+    files = [resolve_path(pattern, "text")] if pattern.startswith(ASSET_PREFIX) else expand_inputs(pattern)
+    encoder = ChatEncoder(config, tokenizer, virtual_tokens)
+    key = content_key(
+        kind="chat",
+        version=_VERSION,
+        files=[file_sha256(file) for file in files],
+        chat=dataclasses.asdict(config.chat),
+        template=encoder.template.source,
+        seq_length=config.seq_length,
+        tokenizer=tokenizer.fingerprint,
+        virtual_tokens=virtual_tokens,
+    )
+
+    def build(folder: Path) -> dict:
+        counts: Counter[str] = Counter()
+        starts = [0]
+        with (folder / "tokens.bin").open("wb") as tokens, (folder / "learned.bin").open("wb") as learned:
+            for chat in encoder.encode_files(files, counts):
+                tokens.write(np.asarray(chat.tokens, dtype="<i4").tobytes())
+                learned.write(np.asarray(chat.learned, dtype="u1").tobytes())
+                starts.append(starts[-1] + len(chat.tokens))
+        if len(starts) == 1:
+            raise InputError(f"{pattern}: no conversation is left to learn from ({dict(counts)})")
+        np.asarray(starts, dtype="<i8").tofile(folder / "starts.bin")
+        return {"counts": dict(counts)}
+
+    folder = cache / f"chat-{key}"
+    counts = build_once(folder, build)["counts"]
+    lost = {name: count for name, count in counts.items() if name != "conversations"}
+    if lost:
+        from nemo_llm.log import get_logger
+
+        get_logger(__name__).warning("%s: of %d conversations: %s", pattern, counts["conversations"], lost)
+    return ChatStore(folder)

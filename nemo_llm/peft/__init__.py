@@ -1,0 +1,1 @@
+"""Parameter-efficient fine-tuning: small trained parts beside frozen weights, on any parallel layout."""

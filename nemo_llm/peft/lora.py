@@ -1,0 +1,142 @@
+"""LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353) on one linear layer.
+
+``y = W x + s B A x``. Column-parallel layers: ``A`` is whole on every rank and ``B`` split as the outputs are.
+Row-parallel layers: ``A`` is split as the inputs are and ``B`` whole. So what is communicated is ``[tokens, rank]``.
+Each part of a fused layer has matrices of its own, as in Hugging Face's models; they run as one pair of products.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+
+from nemo_llm.peft.adapter import Placement
+from nemo_llm.peft.linear import LinearPlace, Part
+from nemo_llm.peft.linear_adapter import LinearAdapter
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """``ranks``: rank of each part that is adapted."""
+
+    ranks: dict[Part, int]
+    alpha: float
+    dropout: float
+    use_rslora: bool
+    dora: bool
+
+
+class LoraAdapter(LinearAdapter):
+    """Low-rank products for some parts of one linear layer; with DoRA also the length of each output row.
+
+    Args:
+        place: the layer.
+        settings: ranks and scale.
+    """
+
+    def __init__(self, place: LinearPlace, settings: LoraSettings) -> None:
+        super().__init__(place)
+        self.settings = settings
+        weight = place.linear.weight
+        for part, rank in settings.ranks.items():
+            name = place.part_name(part)
+            self.add_split(
+                f"{part.leaf}_a",
+                weight.new_zeros(rank, place.in_features),
+                f"{name}.lora_a",
+                split_dim=None if place.column else 1,
+                sums_tokens=place.column,
+            )
+            self.add_split(
+                f"{part.leaf}_b",
+                weight.new_zeros(part.rows, rank),
+                f"{name}.lora_b",
+                split_dim=0 if place.column else None,
+                sums_tokens=not place.column,
+            )
+        if settings.dora:
+            lengths = place.take_apart(self._row_lengths(weight.float()))
+            for part, length in zip(place.parts, lengths, strict=True):
+                if part in settings.ranks:
+                    self.add_split(
+                        f"{part.leaf}_magnitude",
+                        length.to(weight.dtype),
+                        f"{place.part_name(part)}.lora_magnitude",
+                        split_dim=0 if place.column else None,
+                        sums_tokens=not place.column,
+                    )
+
+    def initial_std(self, placement: Placement) -> float | None:
+        """Of ``A``: that of Kaiming's uniform law with a = sqrt(5), as in PEFT; ``B`` starts at zero."""
+        if not placement.name.endswith(".lora_a"):
+            return None
+        whole = self.place.in_features * (1 if self.place.column else self.place.group.size())
+        return 1.0 / math.sqrt(3.0 * whole)
+
+    def after(
+        self, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Add the product to the layer's output."""
+        place = self.place
+        dropped = F.dropout(place.enter(x), self.settings.dropout, self.training)
+        low = place.narrow_in(F.linear(dropped, self._a()))
+        delta = place.leave(F.linear(low, self._b()))
+        if not self.settings.dora:
+            return out + delta, bias
+        inside = None if place.linear.skip_bias_add else place.linear.bias
+        out = out if inside is None else out - inside
+        out = self._factors() * (out + delta)
+        return (out if inside is None else out + inside), bias
+
+    def merge(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias, fp32 and of this rank, of the plain layer that does the same."""
+        linear = self.place.linear
+        weight = linear.weight.float() + self._b().float() @ self._a().float()
+        if self.settings.dora:
+            weight = self._factors().float()[:, None] * weight
+        return weight, None if linear.bias is None else linear.bias.float()
+
+    def _a(self) -> torch.Tensor:
+        """``[sum of ranks, in]``"""
+        return torch.cat([getattr(self, f"{part.leaf}_a") for part in self.settings.ranks])
+
+    def _b(self) -> torch.Tensor:
+        """``[out, sum of ranks]``, scaled: each part's matrix in its rows and its columns."""
+        total, column, blocks = sum(self.settings.ranks.values()), 0, []
+        for part in self.place.parts:
+            rank = self.settings.ranks.get(part)
+            if rank is None:
+                blocks.append(self.place.linear.weight.new_zeros(part.rows, total))
+                continue
+            block = getattr(self, f"{part.leaf}_b") * self._scale(rank)
+            blocks.append(F.pad(block, (column, total - column - rank)))
+            column += rank
+        return self.place.assemble(blocks)
+
+    def _scale(self, rank: int) -> float:
+        return self.settings.alpha / (math.sqrt(rank) if self.settings.use_rslora else rank)
+
+    def _row_lengths(self, weight: torch.Tensor) -> torch.Tensor:
+        """Length of each output row of the whole weight: ``[out]``."""
+        squares = weight.square().sum(1)
+        if not self.place.column and self.place.group.size() > 1:
+            torch.distributed.all_reduce(squares, group=self.place.group)
+        return squares.sqrt()
+
+    def _factors(self) -> torch.Tensor:
+        """DoRA's learned length over the present one, ``[out]``; gradients do not flow through the latter (§4.3)."""
+        place = self.place
+        with torch.no_grad():
+            present = self._row_lengths(place.linear.weight.float() + self._b().float() @ self._a().float())
+        factors = []
+        for part, length in zip(place.parts, place.take_apart(present), strict=True):
+            if part in self.settings.ranks:
+                learned = getattr(self, f"{part.leaf}_magnitude")
+                if place.tokens_exchanged and not place.column and place.group.size() > 1:
+                    learned = copy_to_tensor_model_parallel_region(learned, group=place.group)
+                factors.append(learned / length.to(learned.dtype))
+            else:
+                factors.append(torch.ones_like(length, dtype=place.linear.weight.dtype))
+        return place.assemble(factors)

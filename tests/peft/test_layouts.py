@@ -1,0 +1,92 @@
+"""Every kind of adapter on every layout trains as on one process: losses and gradient norms of some steps."""
+
+import pytest
+
+from tests.parity.layouts import DENSE, MOE, Layout, model_overrides
+from tests.ranks import RankPool
+
+STEPS = 3
+TOLERANCE = 2e-5
+KINDS = ("lora", "dora", "ia3", "adapter", "prompt_tuning", "p_tuning")
+EXPERT_KINDS = ("lora", "dora", "ia3")
+# Large steps, so that B leaves zero at once and what is behind it counts.
+COMMON = (
+    "peft.rank=4",
+    "optim.lr=1e-2",
+    "optim.sched.warmup_steps=1",
+    "peft.num_virtual_tokens=8",
+    "peft.bottleneck_size=8",
+)
+EXPERT_PARTS = "peft.target_modules=[linear_qkv,linear_proj,linear_fc1,linear_fc2]"
+
+
+def train(model: str, kinds: tuple[str, ...], overrides: tuple[str, ...]) -> dict[str, list[tuple[float, float]]]:
+    """Loss and gradient norm of each step, for each kind; runs on every rank."""
+    from nemo_llm.config.load import compose
+    from nemo_llm.parallel.runtime import start_runtime
+    from nemo_llm.training.setup import build_training_run
+    from nemo_llm.training.step import train_step
+
+    common = [*model_overrides(model), "trainer.accelerator=cpu", *COMMON, *overrides]
+    runtime, rows = None, {}
+    for kind in kinds:
+        cfg = compose([f"peft={kind}", *common])
+        runtime = runtime or start_runtime(cfg)
+        run = build_training_run(cfg, runtime)
+        rows[kind] = [(result.loss, result.grad_norm) for result in (train_step(run) for _ in range(STEPS))]
+    return rows
+
+
+def assert_close(kind: str, actual: list, expected: list) -> None:
+    for step, (got, wanted) in enumerate(zip(actual, expected, strict=True), start=1):
+        assert got == pytest.approx(wanted, rel=TOLERANCE), f"{kind}, step {step}"
+
+
+def named(layouts: list[Layout], *names: str) -> list[Layout]:
+    found = [layout for layout in layouts if layout.name in names]
+    assert len(found) == len(names)
+    return found
+
+
+DENSE_LAYOUTS = named(
+    DENSE,
+    "TP2",
+    "CP2 all-to-all",
+    "PP2 VPP2",
+    "TP2 SP PP2 distributed optimizer",
+    "TP2 SP DP2, full recompute",
+)
+MOE_LAYOUTS = named(MOE, "TP2 SP", "TP2 SP EP2", "TP2 SP EP2 ETP1", "PP2 EP2")
+
+
+@pytest.fixture(scope="module")
+def single(ranks: RankPool) -> dict[str, list]:
+    """Each kind on one process."""
+    return ranks.run(train, 1, "gpt_tiny", KINDS, ())[0]
+
+
+@pytest.fixture(scope="module")
+def single_moe(ranks: RankPool) -> dict[str, list]:
+    """Adapters on attention and experts on one process."""
+    return ranks.run(train, 1, "moe_tiny", EXPERT_KINDS, (EXPERT_PARTS,))[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_lowers_the_loss(kind: str, single: dict[str, list]) -> None:
+    losses = [loss for loss, _ in single[kind]]
+    assert losses[-1] < losses[0]
+    assert all(norm > 0 for _, norm in single[kind])
+
+
+@pytest.mark.parametrize("layout", DENSE_LAYOUTS, ids=lambda layout: layout.name)
+def test_layout_equals_one_process(layout: Layout, ranks: RankPool, single: dict[str, list]) -> None:
+    for rows in ranks.run(train, layout.processes, "gpt_tiny", KINDS, layout.overrides):
+        for kind in KINDS:
+            assert_close(kind, rows[kind], single[kind])
+
+
+@pytest.mark.parametrize("layout", MOE_LAYOUTS, ids=lambda layout: layout.name)
+def test_expert_layout_equals_one_process(layout: Layout, ranks: RankPool, single_moe: dict[str, list]) -> None:
+    for rows in ranks.run(train, layout.processes, "moe_tiny", EXPERT_KINDS, (EXPERT_PARTS, *layout.overrides)):
+        for kind in EXPERT_KINDS:
+            assert_close(kind, rows[kind], single_moe[kind])

@@ -146,7 +146,7 @@ def check_order(messages: list[Message]) -> None:
     Raises:
         BadChatError: otherwise.
     """
-    expected = ("system", "user")
+    expected: tuple[str, ...] = ("system", "user")
     for place, message in enumerate(messages):
         role = message["role"]
         if role not in _ROLES:

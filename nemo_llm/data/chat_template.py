@@ -33,7 +33,8 @@ NAMED_TEMPLATES = {
     ),
     "plain": (
         "{% for message in messages %}{% if message['role'] == 'assistant' %}"
-        "{{ message['content'] + eod_token + '\\n' }}{% else %}{{ message['role'] + ': ' + message['content'] + '\\nassistant: ' }}{% endif %}{% endfor %}"
+        "{{ message['content'] + eod_token + '\\n' }}"
+        "{% else %}{{ message['role'] + ': ' + message['content'] + '\\nassistant: ' }}{% endif %}{% endfor %}"
     ),
 }
 """Known by name; ``eod_token`` is the tokenizer's end-of-document token."""

@@ -108,13 +108,13 @@ def _adapted_class(mixin: type, base: type) -> type:
 
 def put_on_linear(linear: Any, adapter: Adapter) -> None:
     """Let ``linear`` run with ``adapter`` from now on."""
-    linear.__class__ = _adapted_class(_AdaptedLinear, type(linear))
+    linear.__class__ = _adapted_class(_AdaptedLinear, linear.__class__)
     linear.adapter = adapter.to(linear.weight.device)
 
 
 def put_on_embedding(embedding: Any, adapter: Adapter) -> None:
     """Let ``embedding`` take negative ids as virtual tokens from now on."""
-    embedding.__class__ = _adapted_class(_AdaptedEmbedding, type(embedding))
+    embedding.__class__ = _adapted_class(_AdaptedEmbedding, embedding.__class__)
     embedding.adapter = adapter.to(embedding.weight.device)
 
 

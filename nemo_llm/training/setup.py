@@ -19,6 +19,7 @@ from nemo_llm.log import get_logger
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.peft.attach import attach_peft, count_parameters
+from nemo_llm.peft.hf_format import CONFIG_FILE, load_hf_adapter
 from nemo_llm.peft.state import load_adapter
 from nemo_llm.tasks import pretrain
 from nemo_llm.training.batch_ramp import build_batch_ramp
@@ -74,7 +75,11 @@ def freeze_and_adapt(cfg: RunConfig, chunks: list[torch.nn.Module], runtime: Par
     fingerprint = weights_fingerprint(chunks, runtime.device)
     attach_peft(cfg, chunks, runtime)
     if cfg.peft.init_from is not None:
-        load_adapter(chunks, resolve_checkpoint(Path(cfg.peft.init_from)), fingerprint)
+        start = Path(cfg.peft.init_from)
+        if (start / CONFIG_FILE).is_file():
+            load_hf_adapter(chunks, start, cfg.peft.kind)
+        else:
+            load_adapter(chunks, resolve_checkpoint(start), fingerprint)
     trained = count_parameters(chunks, runtime)
     _log.info("%s: %s trained parameters beside frozen weights %s", cfg.peft.kind, f"{trained:,}", fingerprint)
     return fingerprint

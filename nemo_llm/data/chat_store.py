@@ -65,8 +65,9 @@ class ChatEncoder:
         spans = list(self._learned_spans(messages, text))
         if self._backend is not None:
             encoding = self._backend.encode(text, add_special_tokens=False)
-            tokens, starts = encoding.ids, [offset[0] for offset in encoding.offsets]
-            learned = [any(low <= start < high for low, high in spans) for start in starts]
+            tokens = encoding.ids
+            # A token that begins in the question (with its last space, say) and ends in the answer is learned.
+            learned = [any(start < high and low < end for low, high in spans) for start, end in encoding.offsets]
         else:
             tokens, learned = self._encode_pieces(text, spans)
         return EncodedChat([*self.virtual, *tokens], [False] * len(self.virtual) + learned)

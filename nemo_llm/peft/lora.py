@@ -82,6 +82,9 @@ class LoraAdapter(LinearAdapter):
         place = self.place
         dropped = F.dropout(place.enter(x), self.settings.dropout, self.training)
         low = place.narrow_in(F.linear(dropped, self._a()))
+        if not self.settings.dora and not place.tokens_exchanged:
+            # One product that adds to the output as it is: on a GPU a third less memory traffic than two steps.
+            return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self._b().t()).view_as(out), bias
         delta = place.leave(F.linear(low, self._b()))
         if not self.settings.dora:
             return out + delta, bias

@@ -29,7 +29,7 @@ MODEL = [
 ]
 
 
-def _hf_model():
+def _hf_model(vocab: int = VOCAB):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -40,7 +40,7 @@ def _hf_model():
         num_attention_heads=HEADS,
         num_key_value_heads=GROUPS,
         intermediate_size=FFN,
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         rms_norm_eps=1e-5,
         rope_theta=10000.0,
         tie_word_embeddings=False,
@@ -87,8 +87,9 @@ def _copy_base(hf, chunk) -> None:
     theirs, ours = hf.state_dict(), dict(chunk.named_parameters())
     head = HIDDEN // HEADS
     with torch.no_grad():
-        ours["embedding.word_embeddings.weight"][:VOCAB].copy_(theirs["model.embed_tokens.weight"])
-        ours["output_layer.weight"][:VOCAB].copy_(theirs["lm_head.weight"])
+        vocab = theirs["lm_head.weight"].shape[0]
+        ours["embedding.word_embeddings.weight"][:vocab].copy_(theirs["model.embed_tokens.weight"])
+        ours["output_layer.weight"][:vocab].copy_(theirs["lm_head.weight"])
         ours["decoder.final_layernorm.weight"].copy_(theirs["model.norm.weight"])
         for layer in range(LAYERS):
             a, b = f"decoder.layers.{layer}.", f"model.layers.{layer}."

@@ -2,6 +2,7 @@
 
     python tools/inspect_dataset.py validate PREFIX [--tokenizer NAME]
     python tools/inspect_dataset.py decode PREFIX --documents 0,3:6
+    python tools/inspect_dataset.py chat FILE --tokenizer NAME --template chatml --records 0:3
     python tools/inspect_dataset.py ledger --run runs/my_run --steps 100:110
 
 ``NAME`` is a tokenizer group (gpt2, demo, byte), a folder with a saved tokenizer, or a tokenizer.json; without it the
@@ -17,8 +18,10 @@ from pathlib import Path
 import yaml
 
 from nemo_llm.config.catalog import conf_dir
+from nemo_llm.config.chat import ChatConfig
 from nemo_llm.config.data import TokenizerConfig
 from nemo_llm.data import inspect
+from nemo_llm.data.chat_store import show_chats
 from nemo_llm.data.indexed import IndexedDataset
 from nemo_llm.data.tokenizer import SAVED_CONFIG, Tokenizer, load_tokenizer, load_tokenizer_from_folder
 from nemo_llm.errors import ExitCode, InputError, NemoLlmError
@@ -61,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     split.add_argument("prefix", metavar="PREFIX")
     split.add_argument("--shares", required=True, metavar="A,B,...", help="shares of the documents, such as 99,1")
     split.add_argument("--outputs", required=True, nargs="+", metavar="PREFIX")
+    chat = command("chat", _chat, "print conversations as the model sees them, what is learned in green")
+    chat.add_argument("file", metavar="FILE", help="JSON lines or Parquet")
+    chat.add_argument("--tokenizer", required=True)
+    chat.add_argument("--template", default="tokenizer", help="tokenizer, a named one, or a Jinja file")
+    chat.add_argument("--records", default="0", metavar="LIST", help="numbers and half-open ranges: 0,3:6")
+    chat.add_argument("--fields", metavar="PROMPT,ANSWER", help="two fields that hold question and answer")
+    chat.add_argument("--train-on", default="answers", choices=["answers", "last_answer", "all"])
     ledger = command("ledger", _ledger, "which documents were in these steps of a run, one JSON object a line")
     ledger.add_argument("--run", required=True, type=Path, metavar="DIR", help="a run folder")
     ledger.add_argument("--steps", required=True, metavar="A:B", help="steps, half-open; the first step is 1")
@@ -103,6 +113,22 @@ def _decode(options: argparse.Namespace) -> None:
     numbers = [number for part in options.documents.split(",") for number in _range(part, "--documents")]
     for number, text in inspect.decode(IndexedDataset(options.prefix), numbers, tokenizer):
         print(f"--- document {number}\n{text}")
+
+
+def _chat(options: argparse.Namespace) -> None:
+    tokenizer = _tokenizer(options.tokenizer, options.file)
+    prompt_key, answer_key = (options.fields or ",").split(",")
+    config = ChatConfig(
+        template=options.template,
+        train_on=options.train_on,
+        too_long="error",
+        system_prompt=None,
+        prompt_key=prompt_key or None,
+        answer_key=answer_key or None,
+    )
+    numbers = {number for part in options.records.split(",") for number in _range(part, "--records")}
+    for number, text in show_chats(Path(options.file), config, tokenizer, numbers):
+        print(f"--- record {number}\n{text}")
 
 
 def _merge(options: argparse.Namespace) -> None:

@@ -5,10 +5,11 @@ conversation begins, and the total). A negative id ``-1 - i`` stands for virtual
 """
 
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_llm.assets import ASSET_PREFIX, resolve_path
+from nemo_llm.config.chat import ChatConfig
 from nemo_llm.config.data import DataConfig
 from nemo_llm.data.cache import build_once, content_key, file_sha256
 from nemo_llm.data.chat_format import BadChatError, Message, read_records, to_messages
@@ -38,12 +40,13 @@ class EncodedChat:
 class ChatEncoder:
     """Turns conversations into tokens by the rules of ``data.chat``."""
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, virtual_tokens: int = 0) -> None:
-        self.config = config.chat
-        self.capacity = config.seq_length + 1
-        path = config.tokenizer.path
-        place = None if path is None else str(resolve_path(path, "tokenizers"))
-        self.template: ChatTemplate = load_template(self.config.template, tokenizer, place)
+    def __init__(
+        self, config: ChatConfig, capacity: int, tokenizer: Tokenizer, tokenizer_path: str | None, virtual_tokens: int
+    ) -> None:
+        """``capacity`` is the most tokens that a conversation may have; the template may lie at ``tokenizer_path``."""
+        self.config, self.capacity = config, capacity
+        place = None if tokenizer_path is None else str(resolve_path(tokenizer_path, "tokenizers"))
+        self.template: ChatTemplate = load_template(config.template, tokenizer, place)
         self.virtual = [-1 - number for number in range(virtual_tokens)]
         self.tokenizer = tokenizer
         self._backend: Any = None
@@ -173,7 +176,8 @@ def open_chats(pattern: str, config: DataConfig, tokenizer: Tokenizer, cache: Pa
         InputError: missing files; the first record that is no conversation, with file and line; nothing left to learn.
     """
     files = [resolve_path(pattern, "text")] if pattern.startswith(ASSET_PREFIX) else expand_inputs(pattern)
-    encoder = ChatEncoder(config, tokenizer, virtual_tokens)
+    path = config.tokenizer.path
+    encoder = ChatEncoder(config.chat, config.seq_length + 1, tokenizer, path, virtual_tokens)
     key = content_key(
         kind="chat",
         version=_VERSION,
@@ -206,3 +210,26 @@ def open_chats(pattern: str, config: DataConfig, tokenizer: Tokenizer, cache: Pa
 
         get_logger(__name__).warning("%s: of %d conversations: %s", pattern, counts["conversations"], lost)
     return ChatStore(folder)
+
+
+def show_chats(file: Path, config: ChatConfig, tokenizer: Tokenizer, numbers: set[int]) -> Iterator[tuple[int, str]]:
+    """(number, text) of some records, counted from 0; what is learned stands in green (an ANSI terminal's colours).
+
+    Raises:
+        InputError: a record that is no conversation, with file and line.
+    """
+    encoder = ChatEncoder(config, sys.maxsize, tokenizer, tokenizer.config.path, 0)
+    for place, (line, record) in enumerate(read_records(file)):
+        if place > max(numbers):
+            return
+        if place not in numbers:
+            continue
+        try:
+            chat = encoder.encode(to_messages(record, config))
+        except (BadChatError, InputError) as error:
+            raise InputError(f"{file}:{line}: {error}") from error
+        parts = []
+        for learned, run in groupby(zip(chat.learned, chat.tokens, strict=True), key=lambda pair: pair[0]):
+            text = tokenizer.decode([token for _, token in run])
+            parts.append(f"\033[32m{text}\033[0m" if learned else text)
+        yield place, "".join(parts)

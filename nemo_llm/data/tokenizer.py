@@ -43,6 +43,8 @@ TIKTOKEN_PATTERNS = {
 class Tokenizer(Protocol):
     """What the rest of the package needs of a tokenizer."""
 
+    config: TokenizerConfig
+    """What it was made from."""
     vocab_size: int
     """Number of ids; every id is below it."""
     eod_id: int

@@ -88,8 +88,12 @@ def test_errors_name_file_and_line(data_config, demo_tokenizer: Tokenizer, tmp_p
         build_train_and_validation(chat_config(data_config, path), demo_tokenizer, 1)
 
 
+def encoder(config: DataConfig, tokenizer: Tokenizer) -> ChatEncoder:
+    return ChatEncoder(config.chat, config.seq_length + 1, tokenizer, config.tokenizer.path, 0)
+
+
 def learned_text(config: DataConfig, tokenizer: Tokenizer, messages: list[dict]) -> str:
-    chat = ChatEncoder(config, tokenizer).encode(messages)
+    chat = encoder(config, tokenizer).encode(messages)
     return tokenizer.decode([token for token, learned in zip(chat.tokens, chat.learned, strict=True) if learned])
 
 
@@ -129,14 +133,14 @@ def test_a_template_that_rewrites_the_past_is_refused(data_config, demo_tokenize
     path.write_text("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
     config = data_config(chat=replace(CHAT, template=str(path)))
     with pytest.raises(BadChatError, match="does not round-trip"):
-        ChatEncoder(config, demo_tokenizer).encode(TWO_TURNS)
+        encoder(config, demo_tokenizer).encode(TWO_TURNS)
 
 
 def test_an_unknown_template_names_the_nearest(data_config, demo_tokenizer: Tokenizer) -> None:
     with pytest.raises(ConfigError, match="did you mean chatml"):
-        ChatEncoder(data_config(chat=replace(CHAT, template="chatm")), demo_tokenizer)
+        encoder(data_config(chat=replace(CHAT, template="chatm")), demo_tokenizer)
     with pytest.raises(ConfigError, match="no chat template beside"):
-        ChatEncoder(data_config(chat=replace(CHAT, template="tokenizer")), demo_tokenizer)
+        encoder(data_config(chat=replace(CHAT, template="tokenizer")), demo_tokenizer)
 
 
 @pytest.mark.parametrize("policy", ["drop", "truncate", "error"])
@@ -209,3 +213,12 @@ def test_parquet_is_read_as_json_lines_are(data_config, demo_tokenizer: Tokenize
     ]
     assert (samples[0].tokens == samples[1].tokens).all()
     assert (samples[0].loss_mask == samples[1].loss_mask).all()
+
+
+def test_the_tool_shows_what_is_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tools.inspect_dataset import main
+
+    path = write_lines(tmp_path / "c.jsonl", [{"q": "a", "a": "b"}, {"q": "One?", "a": "Yes."}])
+    arguments = ["chat", path, "--tokenizer", "demo", "--template", "chatml", "--records", "1", "--fields", "q,a"]
+    assert main(arguments) == 0
+    assert "One?<|im_end|>\n<|im_start|>assistant\n\033[32mYes.<|im_end|>\n\033[0m" in capsys.readouterr().out

@@ -15,6 +15,9 @@ from nemo_llm.checkpoint.unpickle import check_safe
 from nemo_llm.checkpoint.writer import StateWriter
 from nemo_llm.errors import CheckpointError
 
+ADAPTER_FILE_NAME = "adapter.json"
+"""In checkpoints that hold an adapter alone; nemo_llm.peft.state writes it."""
+
 _SHOWN = 6
 
 
@@ -48,6 +51,11 @@ def load_weights(chunks: list[torch.nn.Module], folder: Path) -> None:
         CheckpointError: another model: tensors that are missing there or have another shape; the same on every rank.
     """
     with raise_together():
+        if (folder / ADAPTER_FILE_NAME).exists():
+            raise CheckpointError(
+                f"{folder} holds an adapter and not the weights it stands beside.\n      fix: merge them with "
+                "tools/peft_adapter.py merge, and name what that writes"
+            )
         check_same_tensors(model_state(chunks), folder)
     apply_model_state(chunks, dist_checkpointing.load(model_state(chunks), str(folder / "state")))
 

@@ -9,12 +9,10 @@ import torch
 from megatron.core import dist_checkpointing
 
 from nemo_llm.checkpoint.agree import raise_together
-from nemo_llm.checkpoint.weights import check_same_tensors
+from nemo_llm.checkpoint.weights import ADAPTER_FILE_NAME, check_same_tensors
 from nemo_llm.config.peft import PeftConfig
 from nemo_llm.errors import CheckpointError
 from nemo_llm.peft.adapter import adapted_modules, adapter_state
-
-ADAPTER_FILE_NAME = "adapter.json"
 
 
 def write_description(folder: Path, peft: PeftConfig, base_fingerprint: str) -> None:

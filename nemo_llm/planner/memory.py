@@ -113,12 +113,38 @@ def _rank_memory(
     state = _ADAM_MOMENTS_BYTES + (_MASTER_BYTES if element < 4 else 0)
     sharded = cfg.parallelism.use_distributed_optimizer
     optimizer = state * (dense / (layout.dp * layout.cp if sharded else 1) + experts / (layout.edp if sharded else 1))
+    share = trained_share(cfg, counted)
     activations = _activation_bytes(cfg, chunks, in_flight)
     logits = logits_bytes(cfg, padded_vocab_size) if any(chunk.has_loss for chunk in chunks) else 0.0
     dynamic = activations + logits
     return RankMemory(
-        parameters, weights * gradient, optimizer, activations, logits, RUNTIME_BYTES + FRAGMENTATION * dynamic
+        parameters,
+        weights * gradient * share,
+        optimizer * share,
+        activations,
+        logits,
+        RUNTIME_BYTES + FRAGMENTATION * dynamic,
     )
+
+
+def trained_share(cfg: RunConfig, counted: ModelParameters) -> float:
+    """Trained parameters as a share of all: 1 without `peft`.
+
+    With it an upper bound: the largest rank (or the bottleneck) on every linear layer of every layer and expert.
+    """
+    peft, model = cfg.peft, cfg.model
+    if peft is None:
+        return 1.0
+    h, q, kv = model.hidden_size, model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
+    attention = 2 * (h + q) + 2 * (h + kv)
+    mlp = (3 if model.gated_linear_unit else 2) * (h + model.ffn_hidden_size)
+    if model.moe is not None:
+        mlp = max(mlp, model.moe.num_moe_experts * 3 * (h + model.moe.moe_ffn_hidden_size))
+    width = max(peft.rank, *peft.ranks.values()) if peft.ranks else peft.rank
+    if peft.kind not in ("lora", "dora"):
+        width = max(peft.bottleneck_size, 1)
+    total = sum(layer.split + layer.replicated + layer.experts for layer in counted.layers)
+    return min(1.0, width * (attention + mlp) * model.num_layers / total)
 
 
 def local_parameters(

@@ -19,10 +19,11 @@ def sample_text(run: TrainingRun) -> str:
     """
     settings, length = run.cfg.sample, run.cfg.data.seq_length
     tokens = run.tokenizer.encode(settings.prompt) or [run.tokenizer.eod_id]
+    virtual = [-1 - number for number in range(0 if run.cfg.peft is None else run.cfg.peft.virtual_tokens)]
     generator = torch.Generator().manual_seed(run.cfg.trainer.seed)
     with evaluating(run):
         for _ in range(settings.max_new_tokens):
-            window = tokens[-length:]
+            window = [*virtual, *tokens[-(length - len(virtual)) :]]
             logits = _next_token_logits(run, window)
             tokens.append(_draw(logits, settings.temperature, settings.top_k, generator))
             if tokens[-1] == run.tokenizer.eod_id:

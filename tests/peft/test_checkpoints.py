@@ -158,3 +158,20 @@ def test_an_adapter_of_another_base_is_refused(trained, ranks: RankPool) -> None
 def test_a_pattern_that_matches_nothing_names_the_nearest(trained, ranks: RankPool) -> None:
     with pytest.raises(AssertionError, match="did you mean linear_proj"):
         ranks.run(train, 1, str(trained[0]), 1, ("peft.target_modules=[linear_projj]",))
+
+
+def load_as_weights(folder: str) -> None:
+    """What generation and evaluation do with a checkpoint."""
+    from nemo_llm.checkpoint.weights import load_weights
+    from nemo_llm.config.load import compose
+    from nemo_llm.models.build import build_model_chunks
+    from nemo_llm.parallel.runtime import start_runtime
+
+    cfg = compose(MODEL)
+    chunks = build_model_chunks(cfg, start_runtime(cfg), VOCAB)
+    load_weights(chunks, Path(folder) / "run" / "checkpoints" / "step_00000004")
+
+
+def test_an_adapter_is_not_taken_for_weights(trained, ranks: RankPool) -> None:
+    with pytest.raises(AssertionError, match=r"holds an adapter.*\n.*merge"):
+        ranks.run(load_as_weights, 1, str(trained[0]))

@@ -183,3 +183,13 @@ def test_a_hopeless_run_is_told_so() -> None:
 
 def test_unknown_gpu_refuses_nothing() -> None:
     assert "choose cluster=<name>" in report(run("model=gpt_175b", "parallelism=tp8"), 8, 50257)
+
+
+def test_frozen_weights_need_neither_gradients_nor_optimizer_state() -> None:
+    whole = estimate_memory(run("model=llama3_8b", "precision=bf16"), 1, 128256).peak
+    adapted = estimate_memory(run("model=llama3_8b", "precision=bf16", "peft=lora"), 1, 128256).peak
+    assert adapted.parameters == whole.parameters
+    trained = adapted.gradients / 4
+    assert adapted.optimizer == 12 * trained
+    # Rank 16 on all seven linear layers of 32 layers: 41.9 million parameters.
+    assert trained == pytest.approx(41.9e6, rel=0.2)

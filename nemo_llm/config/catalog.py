@@ -17,6 +17,8 @@ from nemo_llm.config.run import RunConfig
 
 # Groups of conf/ that hold parts of other files and are never chosen by themselves.
 _PART_FOLDERS = ("family",)
+# Groups of the tools, which a training run does not have.
+TOOL_GROUPS = ("data_prep",)
 
 
 def conf_dir() -> Path:
@@ -38,7 +40,7 @@ def group_choices(folders: Iterable[Path]) -> dict[str, tuple[str, ...]]:
     for folder in folders:
         for path in folder.rglob("*.yaml"):
             parent = path.parent.relative_to(folder)
-            if parent.parts and not set(parent.parts) & set(_PART_FOLDERS):
+            if parent.parts and not set(parent.parts) & {*_PART_FOLDERS, *TOOL_GROUPS}:
                 choices.setdefault(parent.as_posix(), set()).add(path.stem)
     return {group: tuple(sorted(names)) for group, names in sorted(choices.items())}
 

@@ -14,13 +14,13 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from nemo_llm.errors import InputError
 
-_COMPRESSION = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSION = (".gz", ".bz2", ".xz", ".zst")
 _BLOCK_BYTES = 1 << 20
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 
@@ -32,6 +32,8 @@ class Document:
     text: str
     file: str
     line: int
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Other fields that were asked for, where the record has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def expand_inputs(pattern: str) -> list[Path]:
 
 def file_format(path: Path) -> str:
     """Return ``jsonl``, ``parquet`` or ``text`` by the name's ending, a compression's ending aside."""
-    name = path.with_suffix("") if path.suffix in _COMPRESSION else path
+    name = path.with_suffix("") if path.suffix in COMPRESSION else path
     if name.suffix in _JSON_LINES:
         return "jsonl"
     return "parquet" if name.suffix == ".parquet" else "text"
@@ -150,23 +152,27 @@ def reading(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read to its end ({error})") from error
 
 
-def read_documents(path: Path, text_key: str, on_bad: OnBad = raise_bad, encoding: str = "utf-8") -> Iterator[Document]:
+def read_documents(
+    path: Path, text_key: str, on_bad: OnBad = raise_bad, encoding: str = "utf-8", keep: tuple[str, ...] = ()
+) -> Iterator[Document]:
     """Yield the documents of one file in order; records that cannot be read go to ``on_bad``.
+
+    ``keep`` names other fields (JSON lines) or columns (Parquet) to carry along.
 
     Raises InputError when the file itself cannot be read (a broken compressed stream, not a Parquet file).
     """
     with reading(path):
         match file_format(path):
             case "jsonl":
-                yield from _json_lines(path, text_key, on_bad, encoding)
+                yield from _json_lines(path, text_key, on_bad, encoding, keep)
             case "parquet":
-                yield from _parquet_rows(path, text_key, on_bad)
+                yield from _parquet_rows(path, text_key, on_bad, keep)
             case _:
                 yield from _plain_text(path, on_bad, encoding)
 
 
 def parse_json_line(
-    line: bytes, file: str, number: int, text_key: str, encoding: str = "utf-8"
+    line: bytes, file: str, number: int, text_key: str, encoding: str = "utf-8", keep: tuple[str, ...] = ()
 ) -> Document | BadRecord | None:
     """Return the document on a JSON line, what is wrong with it, or None for a blank line."""
     if not line.strip():
@@ -183,7 +189,7 @@ def parse_json_line(
     text = record[text_key]
     if not isinstance(text, str):
         return BadRecord(file, number, "field is not text", f"{text_key!r} holds {type(text).__name__}")
-    return _checked(text, file, number)
+    return _checked(text, file, number, {name: record[name] for name in keep if name in record})
 
 
 def parse_text_line(line: bytes, file: str, number: int, encoding: str) -> Document | BadRecord | None:
@@ -199,27 +205,27 @@ def _invalid(encoding: str) -> str:
     return f"invalid {encoding.upper()}"
 
 
-def _checked(text: str, file: str, number: int) -> Document | BadRecord:
+def _checked(text: str, file: str, number: int, fields: dict[str, Any] | None = None) -> Document | BadRecord:
     if not text:
         return BadRecord(file, number, "empty document", "no text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair, which is no character
         return BadRecord(file, number, "invalid UTF-8", f"lone surrogate at character {error.start}")
-    return Document(text, file, number)
+    return Document(text, file, number, fields or {})
 
 
-def _json_lines(path: Path, text_key: str, on_bad: OnBad, encoding: str) -> Iterator[Document]:
+def _json_lines(path: Path, text_key: str, on_bad: OnBad, encoding: str, keep: tuple[str, ...]) -> Iterator[Document]:
     with open_stream(path) as stream:
         for number, line in enumerate(stream, start=1):
-            result = parse_json_line(line, str(path), number, text_key, encoding)
+            result = parse_json_line(line, str(path), number, text_key, encoding, keep)
             if isinstance(result, BadRecord):
                 on_bad(result)
             elif result is not None:
                 yield result
 
 
-def _parquet_rows(path: Path, text_key: str, on_bad: OnBad) -> Iterator[Document]:
+def _parquet_rows(path: Path, text_key: str, on_bad: OnBad, keep: tuple[str, ...]) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
@@ -227,14 +233,16 @@ def _parquet_rows(path: Path, text_key: str, on_bad: OnBad) -> Iterator[Document
         with pyarrow.parquet.ParquetFile(path) as parquet:
             if text_key not in parquet.schema_arrow.names:
                 raise InputError(f"{path}: no column {text_key!r}, it has {', '.join(parquet.schema_arrow.names)}")
+            columns = [text_key, *(name for name in keep if name in parquet.schema_arrow.names)]
             number = 0
-            for batch in parquet.iter_batches(batch_size=256, columns=[text_key]):
-                for value in batch.column(0).to_pylist():
+            for batch in parquet.iter_batches(batch_size=256, columns=columns):
+                for row in batch.to_pylist():
                     number += 1
+                    value = row.pop(text_key)
                     if not isinstance(value, str):
                         on_bad(BadRecord(str(path), number, "field is not text", f"{text_key!r} holds {value!r:.40}"))
                         continue
-                    result = _checked(value, str(path), number)
+                    result = _checked(value, str(path), number, row)
                     if isinstance(result, BadRecord):
                         on_bad(result)
                     else:

@@ -26,10 +26,11 @@ from typing import Any
 import nemo_llm
 from nemo_llm.data.cache import file_sha256, write_json_atomically
 from nemo_llm.data.encoder import build_encoder
-from nemo_llm.data.index_plan import IndexPlan, IndexSettings, Shard, make_plan, read_shard
+from nemo_llm.data.index_plan import IndexPlan, IndexSettings, make_plan
 from nemo_llm.data.index_worker import ShardReport, ShardTokeniser, run_in_worker, start_worker
 from nemo_llm.data.indexed import token_dtype, write_index
 from nemo_llm.data.lock import build_lock
+from nemo_llm.data.shards import Shard, read_shard
 from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_llm.errors import InputError, NemoLlmError
 
@@ -106,8 +107,8 @@ def _build(
         began = time.monotonic()
         journal = _Journal(partial)
         work = [
-            (plan.shards[number], partial / f"shard-{number:08d}")
-            for number in range(journal.committed, len(plan.shards))
+            (plan.inputs.shards[number], partial / f"shard-{number:08d}")
+            for number in range(journal.committed, len(plan.inputs.shards))
         ]
         way, reports = _encoded(job, plan, tokenizer, work)
         with contextlib.closing(reports):  # whatever happens, the workers end here
@@ -115,7 +116,7 @@ def _build(
                 journal.commit(report)
                 if on_progress is not None:
                     seconds = time.monotonic() - began
-                    on_progress(Progress(journal.committed, len(plan.shards), journal.report, seconds))
+                    on_progress(Progress(journal.committed, len(plan.inputs.shards), journal.report, seconds))
         _check_bad(journal.report, job.max_bad_fraction)
         _write_manifest(partial, plan, tokenizer, journal, way)
     return _publish(job.prefix, partial)
@@ -255,12 +256,12 @@ def _prepare_partial(partial: Path, identity: dict[str, Any], restart: bool) -> 
 def _samples(plan: IndexPlan) -> list[str]:
     """Return some text from the beginning of several input files, to compare ids on."""
     texts: list[str] = []
-    step = max(1, len(plan.shards) // _SAMPLE_FILES)
-    for shard in plan.shards[::step][:_SAMPLE_FILES]:
+    step = max(1, len(plan.inputs.shards) // _SAMPLE_FILES)
+    for shard in plan.inputs.shards[::step][:_SAMPLE_FILES]:
         wanted = _SAMPLE_CHARACTERS
         if shard.stop is None:
             continue  # a whole file, perhaps one document of a gigabyte
-        for item in read_shard(shard, plan.settings):
+        for item in read_shard(shard, plan.settings.text_format):
             text = getattr(item, "text", "")[:wanted]
             texts.append(text)
             wanted -= len(text)
@@ -284,10 +285,7 @@ def _check_bad(report: ShardReport, max_bad_fraction: float) -> None:
 
 def _write_manifest(partial: Path, plan: IndexPlan, tokenizer: Tokenizer, journal: _Journal, way: str) -> None:
     dtype = token_dtype(tokenizer.vocab_size)
-    for file, size, changed in plan.inputs:
-        stat = Path(file).stat()
-        if (stat.st_size, stat.st_mtime_ns) != (size, changed):
-            raise InputError(f"{file}: changed while it was indexed; pass restart=true and run again")
+    plan.inputs.check_unchanged("indexed")
     write_index(partial / "data.idx", dtype, partial / "data.lengths", None)
     (partial / "data.lengths").unlink()
     manifest = {
@@ -313,7 +311,9 @@ def _write_manifest(partial: Path, plan: IndexPlan, tokenizer: Tokenizer, journa
         "encoded_by": way,
         "bad_records": journal.report.bad,
         "bad_examples": journal.report.bad_examples,
-        "sources": [{"path": file, "bytes": size, "sha256": file_sha256(Path(file))} for file, size, _ in plan.inputs],
+        "sources": [
+            {"path": file, "bytes": size, "sha256": file_sha256(Path(file))} for file, size, _ in plan.inputs.files
+        ],
         "identity": plan.identity(),
     }
     write_json_atomically(partial / "publish.json", manifest)

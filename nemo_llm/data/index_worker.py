@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from nemo_llm.data.documents import BadRecord, BadRecordError, plain_text_blocks
 from nemo_llm.data.encoder import DocumentEncoder, build_encoder
-from nemo_llm.data.index_plan import IndexSettings, Shard, is_stream, read_shard
+from nemo_llm.data.index_plan import IndexSettings
 from nemo_llm.data.indexed import token_dtype
+from nemo_llm.data.shards import Shard, is_stream, read_shard
 from nemo_llm.data.tokenizer import load_tokenizer
 from nemo_llm.errors import InputError
 
@@ -62,7 +63,7 @@ class ShardTokeniser:
         try:
             with temporary[0].open("wb") as tokens, temporary[1].open("wb") as lengths:
                 writer = _ShardWriter(tokens, lengths, self._dtype, self._eod, report)
-                if is_stream(shard, self._settings):
+                if is_stream(shard, self._settings.text_format):
                     self._stream(shard, writer, report)
                 else:
                     self._documents(shard, writer, report)
@@ -76,7 +77,7 @@ class ShardTokeniser:
     def _documents(self, shard: Shard, writer: "_ShardWriter", report: ShardReport) -> None:
         texts: list[str] = []
         characters = 0
-        for item in read_shard(shard, self._settings):
+        for item in read_shard(shard, self._settings.text_format):
             if isinstance(item, BadRecord):
                 self._bad(item, report)
                 continue
@@ -172,7 +173,7 @@ _worker: list[ShardTokeniser] = []  # one entry in each worker process, set by i
 def start_worker(settings: IndexSettings, cache: Path, fast: bool, parent: int) -> None:
     """Prepare a worker process; it ends when its parent does, however that ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     encoder = build_encoder(load_tokenizer(settings.tokenizer), cache, fast=fast)
     _worker.append(ShardTokeniser(settings, encoder))
 
@@ -182,7 +183,8 @@ def run_in_worker(shard: Shard, stem: Path) -> ShardReport:
     return _worker[0].run(shard, stem)
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
+    """End this process soon after its parent has ended, however that ended; runs in a thread."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(1)

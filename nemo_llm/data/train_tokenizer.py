@@ -13,7 +13,7 @@ from nemo_llm.assets import ASSET_PREFIX, resolve_path
 from nemo_llm.config.data import TokenizerConfig
 from nemo_llm.config.data_tools import TrainTokenizerConfig
 from nemo_llm.data.documents import Document
-from nemo_llm.data.index_plan import IndexSettings, make_plan, read_shard
+from nemo_llm.data.shards import TextFormat, cut_inputs, read_shard
 from nemo_llm.data.tokenizer import TIKTOKEN_PATTERNS, Tokenizer, load_tokenizer, load_tokenizer_from_folder
 from nemo_llm.errors import InputError
 
@@ -114,21 +114,15 @@ def write_report(folder: Path, figures: dict[str, Any]) -> None:
 
 def _spread_texts(path: str, config: TrainTokenizerConfig) -> Iterator[str]:
     """Yield documents from places spread evenly over a source, up to its share of characters in all."""
-    settings = IndexSettings(
-        tokenizer=_BYTES,
-        text_key=config.text_key,
-        plain_text=config.plain_text,
-        encoding=config.encoding,
-        append_eod=False,
-        on_bad_record="skip",
-    )
-    shards = make_plan([path], settings, "").shards
+    text_format = TextFormat(config.text_key, config.plain_text, config.encoding)
+    shards = cut_inputs([path], text_format).shards
+    by_line = dataclasses.replace(text_format, plain_text="line")  # a share of a long file, without reading it whole
     step = -(-len(shards) // _MAX_SHARDS)
     chosen = shards[::step]
     left = config.sample_characters
     for number, shard in enumerate(chosen):
         share = -(-left // (len(chosen) - number))
-        for item in read_shard(shard, settings):
+        for item in read_shard(shard, by_line):
             if share <= 0:
                 break
             if isinstance(item, Document):

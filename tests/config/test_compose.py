@@ -30,11 +30,15 @@ from nemo_llm.config import (
     TaskConfig,
     TrainerConfig,
 )
-from nemo_llm.config.catalog import conf_dir, group_choices, known_keys
+from nemo_llm.config.catalog import TOOL_GROUPS, conf_dir, group_choices, known_keys
 from nemo_llm.config.data import TokenizerConfig
+from nemo_llm.config.data_tools import compose_tool
 from nemo_llm.config.load import compose, decode, to_dict
+from nemo_llm.config.prepare import DataPrepConfig, PrepareConfig
 
-FILES = sorted(conf_dir().rglob("*.yaml"))
+ALL_FILES = sorted(conf_dir().rglob("*.yaml"))
+TOOL_FILES = [path for path in ALL_FILES if path.parent.name in TOOL_GROUPS]
+FILES = [path for path in ALL_FILES if path not in TOOL_FILES]
 GROUPS = group_choices([conf_dir()])
 SECTIONS: dict[str, type] = {
     "trainer": TrainerConfig,
@@ -88,6 +92,19 @@ def test_all_files_are_found() -> None:
 def test_file_composes_and_decodes(path: Path) -> None:
     cfg = compose(arguments_for(path))
     assert decode(yaml.safe_load(yaml.safe_dump(to_dict(cfg)))) == cfg
+
+
+@pytest.mark.parametrize("path", TOOL_FILES, ids=lambda path: path.relative_to(conf_dir()).as_posix())
+def test_rules_of_the_data_tool_compose_and_decode(path: Path) -> None:
+    config = compose_tool("prepare_data", PrepareConfig, [f"data_prep={path.stem}", "input=a", "output=b"])
+    lines = path.read_text(encoding="utf-8").splitlines()
+    keys = [(above, line) for above, line in pairwise(lines) if line.partition(":")[0].strip().isidentifier()]
+    assert all(above.lstrip().startswith("#") for above, line in keys if line.strip() != "defaults:")
+    if path.stem == "web":  # the others are written as differences to it
+        assert set(yaml.safe_load("\n".join(lines))) == {field.name for field in dataclasses.fields(DataPrepConfig)}
+        assert {f.name for f in dataclasses.fields(DataPrepConfig) if not getattr(config.data_prep, f.name)} == {
+            "source"
+        }
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""From raw text to clean documents, by datatrove's filters and deduplication. Needs the extra ``data``."""

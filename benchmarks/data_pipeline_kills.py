@@ -93,6 +93,7 @@ def trials(folder: Path, kills: int, seed: int) -> Counter[str]:
         counts[f"FAILED journeys: {problem}" if problem else "journeys without a document lost or repeated"] += 1
         if not problem:
             shutil.rmtree(journey)
+        print(f"{counts['journeys']} journeys, {counts['kills']} kills {problem}", flush=True)
     counts["seconds"] = round(time.monotonic() - began)
     return counts
 

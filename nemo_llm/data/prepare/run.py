@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -156,6 +157,10 @@ def _run_in_worker(stage: Stage, rank: int) -> None:
 
 def _submit(plan: PreparePlan, arguments: dict[str, Any]) -> None:
     """Hand one array job for each stage to Slurm, each waiting for the one before."""
+    if not arguments["partition"]:
+        raise InputError("slurm.partition = null: name the partition that jobs run in: slurm.partition=NAME")
+    here = f"export PATH={Path(sys.executable).parent}:$PATH"
+    arguments = arguments | {"env_command": arguments["env_command"] or here}
     last = None
     for stage in plan.stages():
         names = {"job_name": f"prepare-{stage.name}", "logging_dir": str(plan.logs(stage.name))}

@@ -13,6 +13,7 @@ class ExitCode(IntEnum):
     BAD_INPUT = 2
     PREEMPTED = 75
     HANG = 76
+    BUSY = 77
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,12 @@ class ConfigError(InputError, ValueError):
         title = "1 problem in the configuration" if count == 1 else f"{count} problems in the configuration"
         lines = [f"  {number}. {problem}" for number, problem in enumerate(self.problems, start=1)]
         super().__init__("\n".join([f"{title}:", *lines]))
+
+
+class RunBusyError(InputError):
+    """Another process works in the run folder: nothing is wrong with the input, and a later start may well succeed."""
+
+    exit_code = ExitCode.BUSY
 
 
 class CheckpointError(NemoLlmError):

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-from nemo_llm.errors import InputError
+from nemo_llm.errors import RunBusyError
 from nemo_llm.log import get_logger
 
 LOCK_FILE_NAME = ".lock"
@@ -38,7 +38,7 @@ class RunLock:
         """Take the lock; a process that is just ending is waited for.
 
         Raises:
-            InputError: another run still holds the folder after `wait_seconds`; the message says which.
+            RunBusyError: another run still holds the folder after `wait_seconds`; the message says which.
         """
         self.path = run_dir / LOCK_FILE_NAME
         self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -73,7 +73,7 @@ class RunLock:
                 return
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    raise InputError(self._refusal()) from None
+                    raise RunBusyError(self._refusal()) from None
                 time.sleep(_RETRY_SECONDS)
             except OSError as error:
                 if error.errno not in _NO_LOCKS_HERE:

@@ -1,0 +1,158 @@
+"""Jobs on a real Slurm cluster of emulated nodes: started, refused, stopped, killed, requeued."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.slurm_faults import OPTIONS
+from tests.slurm.cluster import Cluster, what_is_missing
+from tests.test_architecture import ROOT
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(what_is_missing() is not None, reason=what_is_missing() or ""),
+]
+# A start takes seconds on an idle machine; the rest is room for a busy one.
+START_SECONDS = 300
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("cluster"), num_nodes=4) as cluster:
+        yield cluster
+
+
+def call(cluster: Cluster, *words: str, launcher: tuple[str, ...] = ("bash",)) -> subprocess.CompletedProcess:
+    """``bash slurm/pretrain.sh ...``, or another command with the script, as a user of the cluster."""
+    environment = cluster.environment | {"NEMO_LLM_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def submit(cluster: Cluster, folder: Path, nodes: int, ranks: int, *options: str) -> str:
+    done = call(
+        cluster, "slurm/pretrain.sh", f"--nodes={nodes}", "--gpus-per-node=0", f"--ntasks-per-node={ranks}",
+        f"--output={folder}/%j.out", *OPTIONS, f"run.dir={folder}/run", *options,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(line.split()[3] for line in done.stdout.splitlines() if line.endswith(" submitted"))
+
+
+def finish(cluster: Cluster, folder: Path, job_id: str) -> str:
+    """The job's output, once it is done."""
+    job = cluster.wait(job_id, timeout=START_SECONDS)
+    output = (folder / f"{job_id}.out").read_text()
+    logs = "\n".join(path.read_text(errors="replace")[-1500:] for path in folder.glob("run/slurm/*/*.log"))
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), output + logs
+    return output
+
+
+def losses(run_dir: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def attempts(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "slurm/attempts.jsonl").read_text().splitlines()]
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until:
+        if (run_dir / "metrics.jsonl").exists() and len(losses(run_dir)) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.parametrize(("nodes", "ranks"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_nodes_compute_what_one_process_does(cluster: Cluster, tmp_path: Path, nodes: int, ranks: int) -> None:
+    steps = ["trainer.max_steps=8", "parallelism=dp" if nodes == 4 else "parallelism=tp2"]
+    output = finish(cluster, tmp_path, submit(cluster, tmp_path, nodes, ranks, *steps))
+    assert "done (code 0)" in output
+    alone = [sys.executable, "-W", "ignore", "-m", "nemo_llm.train", *OPTIONS, f"run.dir={tmp_path}/alone", steps[0]]
+    subprocess.run(alone, cwd=ROOT, check=True, capture_output=True)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    hosts = {path.read_text() for path in tmp_path.glob("run/slurm/*/rank_*.host")}
+    assert len(hosts) == nodes
+
+
+def test_a_wrong_configuration_never_reaches_the_queue(cluster: Cluster, tmp_path: Path) -> None:
+    before = cluster.command("squeue", "-h", "--states=all", "-o", "%A")
+    done = call(cluster, "slurm/pretrain.sh", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=2", *OPTIONS,
+                f"run.dir={tmp_path}/run", "optim.lrr=1")  # fmt: skip
+    assert done.returncode == 2
+    assert "did you mean optim.lr?" in done.stderr
+    assert cluster.command("squeue", "-h", "--states=all", "-o", "%A") == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--nodes=3", "parallelism=tp2", "parallelism.tensor_model_parallel_size=4"], "processes"),
+        (["--partition=nowhere"], "partitions here: high main"),
+        (["--image=./nowhere.sqsh"], "--image=./nowhere.sqsh: no such file"),
+        (["--container=apptainer", "--image=docker://x", "--mounts=/nowhere:/data"], "/nowhere does not exist here"),
+        (["--container=docker"], "choose one of none pyxis apptainer"),
+        (["--nodes=2-4"], "give one number"),
+        (["run.dir=/proc/nowhere"], "choose another run.dir"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_the_fix(cluster: Cluster, words: list[str], said: str) -> None:
+    done = call(cluster, "slurm/pretrain.sh", "--gpus-per-node=0", "--ntasks-per-node=2", *OPTIONS, *words)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert said in done.stderr
+
+
+def test_under_plain_sbatch_a_wrong_configuration_ends_the_job_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    done = call(cluster, "slurm/pretrain.sh", *OPTIONS, f"run.dir={tmp_path}/run", "optim.lrr=1",
+                launcher=("sbatch", "--parsable", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=2",
+                          f"--output={tmp_path}/out"))  # fmt: skip
+    job = cluster.wait(done.stdout.strip(), timeout=60)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0")
+    assert "did you mean optim.lr?" in (tmp_path / "out").read_text()
+    assert not list(tmp_path.glob("run/slurm"))
+
+
+def test_a_killed_rank_is_named_and_a_notice_requeues(cluster: Cluster, tmp_path: Path) -> None:
+    """One job: a rank is killed, all go on in the same allocation; then Slurm's notice, and on after a requeue."""
+    import os
+    import signal
+
+    run_dir = tmp_path / "run"
+    job = submit(cluster, tmp_path, 2, 1, "trainer.max_steps=80", "checkpoint.save_interval=5")
+    wait_for_step(run_dir, 6)
+    os.kill(cluster.ranks()[-1], signal.SIGKILL)
+    until = time.monotonic() + START_SECONDS
+    while not (run_dir / "slurm/attempts.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    first = attempts(run_dir)[0]
+    assert (first["class"], first["code"], first["step_before"]) == ("failed", 137, 0)
+    wait_for_step(run_dir, first["step_after"] + 8)
+    cluster.command("scancel", "--batch", "--signal=USR1", job)
+    output = finish(cluster, tmp_path, job)
+    assert [row["class"] for row in attempts(run_dir)] == ["failed", "preempted", "done"]
+    assert [row["restart"] for row in attempts(run_dir)] == [0, 0, 1]
+    assert f"first failing rank: {first['rank']} on {first['host']}, after step" in output
+    steps = [
+        json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines() if '"loss"' in line
+    ]
+    assert steps == list(range(1, 81))
+
+
+def test_a_run_that_always_fails_is_given_up(cluster: Cluster, tmp_path: Path) -> None:
+    """Its log cannot be opened: bounded attempts, and the job fails with the cause."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").mkdir()  # the log of steps cannot be opened
+    job = submit(cluster, tmp_path, 1, 1, "trainer.max_steps=3", "--max-retries=1")
+    ended = cluster.wait(job, timeout=START_SECONDS)
+    output = (tmp_path / f"{job}.out").read_text()
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "1:0"), output
+    assert "given up: 2 attempts in a row" in output
+    assert "IsADirectoryError" in output

@@ -2,7 +2,7 @@
 # The job's side of lib.sh: from the allocation to a decision.
 
 run_job() {
-  NOTICE='' STEP_PID='' ATTEMPT=0 JOB=$SLURM_JOB_ID RESTART=${SLURM_RESTART_COUNT:-0}
+  NOTICE='' STEP_PID='' ATTEMPT=0 CODE=1 JOB=$SLURM_JOB_ID RESTART=${SLURM_RESTART_COUNT:-0}
   trap 'take_notice USR1' USR1
   trap 'take_notice TERM' TERM
   NODES=$SLURM_JOB_NUM_NODES
@@ -12,9 +12,16 @@ run_job() {
   say "job $JOB, start $((RESTART + 1)), on $NODES nodes (${HOSTS[*]}), $TASKS processes each"
   set_environment
   if [ "$TRAINING" = 0 ]; then
-    srun --nodes=1 --ntasks=1 --cpus-per-task="$((CPUS * TASKS))" "${PROGRAM_OPTIONS[@]}" "${CONTAINER_COMMAND[@]}" \
-      "$PYTHON" "${TOOL[@]}" "${OVERRIDES[@]}"
-    exit
+    local nodes=1 tasks=1
+    [ "$ALL_RANKS" = 0 ] || nodes=$NODES tasks=$TASKS
+    export MASTER_PORT=$((20000 + (JOB * 7 + RESTART * 13) % 20000))
+    cd "$SLURM_SUBMIT_DIR" || exit 2
+    [[ ${TOOL[0]} != *.py ]] || TOOL[0]=$HOME_DIR/${TOOL[0]}
+    srun --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" --cpus-per-task=$((CPUS * TASKS / tasks)) \
+      --kill-on-bad-exit=1 "${PROGRAM_OPTIONS[@]}" "${CONTAINER_COMMAND[@]}" "$PYTHON" "${TOOL[@]}" "${OVERRIDES[@]}" &
+    STEP_PID=$!
+    while kill -0 "$STEP_PID" 2>/dev/null; do wait "$STEP_PID"; CODE=$?; done
+    exit "$CODE"
   fi
   if [ -z "$(override run.dir)" ]; then
     OVERRIDES+=("run.dir=$SLURM_SUBMIT_DIR/runs/${SLURM_JOB_NAME:-pretrain}-$JOB")

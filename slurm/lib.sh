@@ -170,6 +170,9 @@ submit() { # on the login node
     problem=$(room_problem "$run_dir")
     [ -z "$problem" ] || fail 2 "$problem"
   fi
+  if [ "$TRAINING" = 0 ] && [[ ${TOOL[0]} == *.py && ! -f $HOME_DIR/${TOOL[0]} ]]; then
+    fail 2 "$HOME_DIR/${TOOL[0]} is not there: this version of the project has no such tool"
+  fi
   local command=(sbatch --parsable "${SBATCH_OPTIONS[@]}")
   [ "$CHAIN" = 1 ] || command+=(--no-requeue)
   if [ "$DRY_RUN" = 1 ]; then
@@ -230,9 +233,15 @@ start_as_training() { # module arguments ...: all ranks, checked, watched over
   shift
   start "$@"
 }
+start_as_measurement() { # module arguments ...: all ranks, once
+  read -ra TOOL <<<"-W ignore -m $1"
+  TRAINING=0 ALL_RANKS=1
+  shift
+  start "$@"
+}
 start_as_tool() { # "words after python" arguments ...: one process on one node
   read -ra TOOL <<<"$1"
-  TRAINING=0
+  TRAINING=0 ALL_RANKS=0
   shift
   start "$@"
 }

@@ -8,6 +8,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from nemo_llm.errors import ExitCode
 from nemo_llm.log import is_first_rank
@@ -19,7 +20,7 @@ _MIB = 1 << 20
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="*", help="message sizes in MiB")
+    parser.add_argument("sizes", type=int, nargs="*", help="message sizes in MiB")
     arguments = parser.parse_args(argv)
 
     import torch
@@ -37,13 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             del peers["within a node"]
         for mib in arguments.sizes or _SIZES_MIB[device.type]:
             payload = torch.ones(mib * _MIB // 4, device=device)
-            seconds = _seconds(lambda payload=payload: dist.all_reduce(payload), device)
+            seconds = _seconds(partial(dist.all_reduce, payload), device)
             # Bus bandwidth as nccl-tests count it: independent of the number of ranks.
             bus = 2 * (place.world_size - 1) / place.world_size * mib / 1024 / seconds
             _say(f"all-reduce, {mib:4} MiB: {bus:8.2f} GiB/s of bus bandwidth")
             for name, peer in peers.items():
                 if peer < place.world_size:
-                    seconds = _seconds(lambda peer=peer, payload=payload: _send(payload, peer), device)
+                    seconds = _seconds(partial(_send, payload, peer), device)
                     _say(f"rank 0 to {peer}, {name}, {mib:4} MiB: {mib / 1024 / seconds:8.2f} GiB/s")
     finally:
         stop_runtime()

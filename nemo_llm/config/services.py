@@ -44,12 +44,13 @@ class ExpManagerConfig(Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig(Section):
-    """The machine, for the memory estimate and for the peak that MFU is measured against (dense bf16)."""
+    """The machine, for the memory estimate, the peak that MFU is measured against (dense bf16), and its network."""
 
     name: NonEmptyStr
     gpu_name: str | None
     gpu_memory_gib: PositiveFloat | None
     peak_tflops: PositiveFloat | None
+    environment: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

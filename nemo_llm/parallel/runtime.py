@@ -165,6 +165,9 @@ def start_runtime(cfg: RunConfig, place: ProcessPlace | None = None) -> Parallel
     place = place or find_process_place()
     if cfg.trainer.deterministic:
         _make_deterministic()
+    # Before anything of CUDA or NCCL starts; what stands in the environment is the user's and wins.
+    for name, value in cfg.cluster.environment.items():
+        os.environ.setdefault(name, value)
     device = select_device(cfg, place)
     # Grown segments instead of many of fixed sizes: less memory lost to fragments when activations change size.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

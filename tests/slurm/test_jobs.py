@@ -156,3 +156,35 @@ def test_a_run_that_always_fails_is_given_up(cluster: Cluster, tmp_path: Path) -
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "1:0"), output
     assert "given up: 2 attempts in a row" in output
     assert "IsADirectoryError" in output
+
+
+def test_the_self_test_measures_within_and_across_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    done = call(cluster, "slurm/selftest.sh", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=2",
+                f"--output={tmp_path}/out", "1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ended = cluster.wait(done.stdout.split()[3], timeout=START_SECONDS)
+    output = (tmp_path / "out").read_text()
+    assert ended["JobState"] == "COMPLETED", output
+    for words in (
+        "4 ranks on 2 nodes, gloo",
+        "all-reduce,    1 MiB",
+        "rank 0 to 1, within a node",
+        "rank 0 to 2, across nodes",
+    ):
+        assert words in output
+
+
+def test_a_sibling_runs_its_tool_on_one_node(cluster: Cluster, tmp_path: Path) -> None:
+    done = call(cluster, "slurm/convert.sh", "--gpus-per-node=0", f"--output={tmp_path}/out", "input=/nowhere")
+    assert done.returncode == 0, done.stderr
+    ended = cluster.wait(done.stdout.split()[3], timeout=START_SECONDS)
+    assert ended["ExitCode"] == "2:0", (tmp_path / "out").read_text()
+    assert "input" in (tmp_path / "out").read_text()
+
+
+def test_every_script_has_help() -> None:
+    scripts = [path for path in (ROOT / "slurm").glob("*.sh") if path.name not in ("lib.sh", "job.sh")]
+    assert len(scripts) >= 8
+    for script in scripts:
+        done = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True, check=True)
+        assert script.name in done.stdout

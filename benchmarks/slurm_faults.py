@@ -35,7 +35,7 @@ SAVE_INTERVAL = 5
 STEPS_A_FAULT = 12
 # Room of the file system that the run is written to: some checkpoints, and quickly filled.
 DISK_MIB = 192
-RECOVERY_SECONDS = 240.0
+RECOVERY_SECONDS = 600.0
 
 
 @dataclass(frozen=True)

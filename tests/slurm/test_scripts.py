@@ -1,0 +1,71 @@
+"""What can be said of the scripts and the image's parts without running a job."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_architecture import ROOT
+
+BIN = Path(sys.executable).parent
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+TOOL = ROOT / "tools/image_requirements.py"
+
+
+def test_shellcheck_finds_nothing() -> None:
+    assert len(SCRIPTS) >= 10
+    command = [str(BIN / "shellcheck"), "-x", *(script.name for script in SCRIPTS)]
+    done = subprocess.run(command, cwd=ROOT / "slurm", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_hadolint_finds_nothing() -> None:
+    command = [str(BIN / "hadolint"), "--no-color", str(ROOT / "Dockerfile")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS if path.name not in ("lib.sh", "job.sh")], ids=lambda p: p.name
+)
+def test_every_script_has_help(script: Path) -> None:
+    done = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True, check=True)
+    assert script.name in done.stdout
+
+
+def test_a_rank_that_has_saved_is_no_failure_for_srun(tmp_path: Path) -> None:
+    """75 is written down and told as 0; any other code is passed on."""
+    for code, told in ((0, 0), (75, 0), (3, 3)):
+        command = ["bash", str(ROOT / "slurm/rank.sh"), str(tmp_path), "bash", "-c", f"echo said; exit {code}"]
+        assert subprocess.run(command, check=False).returncode == told
+        assert (tmp_path / "rank_0000.end").read_text().split()[0] == str(code)
+    assert (tmp_path / "rank_0000.log").read_text() == "said\n"
+
+
+def test_a_rank_hands_signals_on_and_keeps_the_programs_code(tmp_path: Path) -> None:
+    program = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); print(1, flush=True); time.sleep(60)"
+    command = ["bash", str(ROOT / "slurm/rank.sh"), str(tmp_path), sys.executable, "-c", program]
+    process = subprocess.Popen(command)
+    while not (tmp_path / "rank_0000.log").exists() or not (tmp_path / "rank_0000.log").read_text():
+        assert process.poll() is None
+    process.send_signal(10)
+    assert process.wait(timeout=60) == 0
+    assert (tmp_path / "rank_0000.end").read_text().split()[0] == "75"
+
+
+def test_the_images_torch_is_pinned_and_a_change_is_noticed(tmp_path: Path) -> None:
+    wanted, constraints = tmp_path / "wanted", tmp_path / "constraints"
+    subprocess.run([sys.executable, str(TOOL), str(wanted), str(constraints)], check=True, capture_output=True)
+    pins = dict(line.split("==") for line in constraints.read_text().splitlines())
+    import torch
+
+    assert pins["torch"] == torch.__version__  # the installed one, whatever the lock says
+    assert "torch" not in [line[:5] for line in wanted.read_text().splitlines()]
+    assert not any(line.startswith("apex") for line in wanted.read_text().splitlines())
+    verify = [sys.executable, str(TOOL), "--verify", str(constraints)]
+    assert subprocess.run(verify, check=False, capture_output=True).returncode == 0
+    constraints.write_text("torch==1.0\n")
+    done = subprocess.run(verify, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "torch: 1.0 became" in done.stderr

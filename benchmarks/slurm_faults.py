@@ -252,6 +252,7 @@ def main() -> int:
     if reason := what_is_missing():
         print(reason, file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken down
     choice = random.Random(arguments.seed)
     kinds = arguments.kinds or [list(KINDS)[number % len(KINDS)] for number in range(arguments.faults)]
     if not arguments.kinds:

@@ -44,7 +44,8 @@ def test_a_rank_that_has_saved_is_no_failure_for_srun(tmp_path: Path) -> None:
 
 
 def test_a_rank_hands_signals_on_and_keeps_the_programs_code(tmp_path: Path) -> None:
-    program = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); print(1, flush=True); time.sleep(60)"
+    program = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); "
+    program += "print(1, flush=True); time.sleep(60)"
     command = ["bash", str(ROOT / "slurm/rank.sh"), str(tmp_path), sys.executable, "-c", program]
     process = subprocess.Popen(command)
     while not (tmp_path / "rank_0000.log").exists() or not (tmp_path / "rank_0000.log").read_text():

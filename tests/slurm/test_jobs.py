@@ -179,4 +179,4 @@ def test_a_sibling_runs_its_tool_on_one_node(cluster: Cluster, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     ended = cluster.wait(done.stdout.split()[3], timeout=START_SECONDS)
     assert ended["ExitCode"] == "2:0", (tmp_path / "out").read_text()
-    assert "input" in (tmp_path / "out").read_text()
+    assert "problems in the configuration" in (tmp_path / "out").read_text()

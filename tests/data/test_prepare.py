@@ -26,7 +26,7 @@ from nemo_llm.data.prepare.evaluation import IndexEvaluationSets
 from nemo_llm.data.prepare.masks import Masker
 from nemo_llm.data.prepare.plan import make_plan
 from nemo_llm.data.prepare.run import HowToRun, prepare
-from nemo_llm.data.prepare.steps import Dropped, LocalLanguageFilter
+from nemo_llm.data.prepare.steps import BoundedSignature, Dropped, LocalLanguageFilter
 from nemo_llm.errors import InputError, NemoLlmError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -316,6 +316,7 @@ def test_killed_at_random_it_goes_on_and_ends_the_same(tmp_path: Path) -> None:
 def test_what_we_use_of_datatrove_is_still_there(tmp_path: Path) -> None:
     from datatrove.executor.local import LocalPipelineExecutor
     from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontIndexer
+    from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
     from datatrove.utils.hashing import create_hash_func
     from datatrove.utils.lid import FT176LID, FastTextLID
     from datatrove.utils.word_tokenizers import load_word_tokenizer
@@ -323,6 +324,11 @@ def test_what_we_use_of_datatrove_is_still_there(tmp_path: Path) -> None:
     assert list(inspect.signature(LocalPipelineExecutor._run_for_rank).parameters)[:3] == ["self", "rank", "local_rank"]
     assert isinstance(FastTextLID.model, property)
     assert issubclass(FT176LID, FastTextLID)
+    # Signatures in blocks are the same.
+    signer = BoundedSignature(str(tmp_path / "signatures"))
+    shingles = signer.get_shingles(" ".join(CHAPTERS[:12]))
+    assert len(shingles) > 3 * 4096
+    assert signer.get_signature(shingles) == MinhashDedupSignature.get_signature(signer, shingles)
     # Our index of evaluation sets holds what datatrove's would.
     config = compose_tool(
         "prepare_data", PrepareConfig,

@@ -19,7 +19,6 @@ from datatrove.pipeline.dedup.minhash import (
     MinhashDedupBuckets,
     MinhashDedupCluster,
     MinhashDedupFilter,
-    MinhashDedupSignature,
 )
 from datatrove.pipeline.filters.c4_filters import C4QualityFilter
 from datatrove.pipeline.filters.fineweb_quality_filter import FineWebQualityFilter
@@ -30,6 +29,7 @@ from nemo_llm.data.prepare.evaluation import IndexEvaluationSets
 from nemo_llm.data.prepare.plan import PreparePlan, common_folder
 from nemo_llm.data.prepare.publish import Publish
 from nemo_llm.data.prepare.steps import (
+    BoundedSignature,
     Dropped,
     LengthFilter,
     LocalLanguageFilter,
@@ -128,7 +128,7 @@ def _minhash(plan: PreparePlan, stage: str) -> list[PipelineStep]:
     config = MinhashConfig(**asdict(plan.rules.minhash))
     signatures, pairs = plan.folder("minhash_signatures"), plan.folder("minhash_pairs")
     if stage == "minhash_signatures":
-        signer = MinhashDedupSignature(str(signatures), config, plan.rules.word_language)
+        signer = BoundedSignature(str(signatures), config, plan.rules.word_language)
         return [ReadStage(documents_before_finish(plan)), signer]
     if stage == "minhash_buckets":
         return [MinhashDedupBuckets(str(signatures), str(pairs), config=config, lines_to_buffer=1000)]

@@ -77,7 +77,8 @@ def prepare(plan: PreparePlan, how: HowToRun, on_progress: OnProgress) -> dict[s
 
 def _open_work(plan: PreparePlan, how: HowToRun) -> None:
     """Make the folder of a new run, or make sure that an interrupted one was the same."""
-    if plan.output.exists() and not how.overwrite:
+    empty = plan.output.is_dir() and not any(plan.output.iterdir())
+    if plan.output.exists() and not empty and not how.overwrite:
         raise InputError(
             f"output = {plan.output}: exists already, made from other inputs or settings; pass overwrite=true to "
             "replace it, or choose another folder"
@@ -108,6 +109,7 @@ def _run_here(plan: PreparePlan, workers: int, on_progress: OnProgress) -> None:
                 "spawn"
             )  # a forked process would inherit the libraries' threads as locks nobody opens
             arguments = (plan, os.getpid())
+            workers = min(workers, max(stage.tasks for stage in plan.stages()))
             pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments)
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         steps: list[StepCounts] = []

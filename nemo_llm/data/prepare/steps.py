@@ -14,11 +14,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.filters.language_filter import LanguageFilter
 from datatrove.utils.lid import FT176LID
+from numpy.typing import NDArray
 
 from nemo_llm.config.prepare import LanguageRule, LengthRule, MaskRule
 from nemo_llm.data.documents import BadRecord, BadRecordError, open_stream
@@ -27,6 +30,7 @@ from nemo_llm.data.shards import Shard, TextFormat, read_shard
 
 EXAMPLES = 3
 _EXAMPLE_CHARACTERS = 400
+_BLOCK_OF_RUNS = 1 << 12
 
 
 def task_file(folder: Path, rank: int, compression: str = "") -> Path:
@@ -210,6 +214,18 @@ class LocalLanguageFilter(LanguageFilter):
         if stays:
             return True
         return False, f"unsure {found}" if found in (self.languages or []) else f"language {found}"
+
+
+class BoundedSignature(MinhashDedupSignature):
+    """datatrove's signatures, in memory that does not grow with 112 hashes for each word of the longest document."""
+
+    def get_signature(self, shingles: NDArray[np.uint64]) -> list[list[int]]:
+        """Return the least hashes of all runs of words: the least of those of each block."""
+        blocks = [
+            np.array(super(BoundedSignature, self).get_signature(shingles[start : start + _BLOCK_OF_RUNS]))
+            for start in range(0, len(shingles), _BLOCK_OF_RUNS)
+        ]
+        return np.minimum.reduce(blocks).tolist()
 
 
 class MaskPersonalData(PipelineStep):

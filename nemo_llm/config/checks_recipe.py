@@ -244,6 +244,9 @@ def check_rope_scaling(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
         value = cfg.model.position_embedding_type
         rule = "model.rope_scaling stretches rotary positions, and the model has others"
         yield Problem("model.position_embedding_type", value, rule, "set model.rope_scaling=null")
+    if scaling.type == "yarn" and cfg.model.rotary_percent != 1.0:
+        rule = "YaRN is built for heads that are rotated as a whole"
+        yield Problem("model.rotary_percent", cfg.model.rotary_percent, rule, "set model.rotary_percent=1.0")
     needed = {
         "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
         "yarn": ("original_max_position_embeddings",),
@@ -351,34 +354,6 @@ def _missing_path(key: str, path: str, kind: str) -> Iterator[Problem]:
         yield Problem(key, path, "there is no such file or folder", "correct the path")
 
 
-# Meta's constants for Llama 3.1 to 3.3, which megatron-core 0.16.1 has written into its rotary embedding.
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
-def check_model_is_buildable(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
-    """Keys that name what the model builder cannot do are refused, never left out in silence."""
-    model = cfg.model
-    scaling = model.rope_scaling
-    if scaling is not None:
-        differing = {
-            name: getattr(scaling, name) for name, value in _LLAMA3_ROPE.items() if getattr(scaling, name) != value
-        }
-        if scaling.type != "llama3" or differing:
-            yield Problem(
-                "model.rope_scaling",
-                {"type": scaling.type, **differing},
-                f"only type llama3 with {_LLAMA3_ROPE} is built",
-                "use those values with any factor, or model.rope_scaling=null",
-            )
-    if model.embedding_multiplier is not None:
-        yield Problem(
-            "model.embedding_multiplier",
-            model.embedding_multiplier,
-            "scaled embeddings are not built",
-            "set model.embedding_multiplier=null",
-        )
-
-
 RECIPE_CHECKS = (
     check_batch,
     check_batch_ramp,
@@ -392,5 +367,4 @@ RECIPE_CHECKS = (
     check_resume,
     check_data_files,
     check_fine_tuning,
-    check_model_is_buildable,
 )

@@ -1,4 +1,4 @@
-"""Configuration of ``tools/convert_checkpoint.py``; its keys and defaults stand in ``conf/convert_checkpoint.yaml``."""
+"""Configuration of ``tools/convert_checkpoint.py`` and ``tools/import_config.py``; defaults stand in ``conf/``."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,10 +17,23 @@ class ConvertConfig(Section):
     input: NonEmptyStr
     output: NonEmptyStr
     overwrite: bool
+    allow_pickle: bool
     dtype: Literal["fp32", "bf16", "fp16"] | None
     verify: bool
     verify_tokens: PositiveInt
+    verify_layers: PositiveInt | None
     tolerance: PositiveFloat
     layer_by_layer: bool
     max_shard_mib: PositiveInt
     family: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportConfig(Section):
+    """One file of another project's configuration."""
+
+    input: NonEmptyStr
+    output: NonEmptyStr
+    name: str | None
+    format: Literal["auto", "nemo", "megatron"]
+    overwrite: bool

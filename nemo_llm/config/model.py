@@ -74,17 +74,21 @@ class ModelConfig(Section):
     normalization: Literal["RMSNorm", "LayerNorm"]
     layernorm_epsilon: PositiveFloat
     layernorm_zero_centered_gamma: bool
+    norm_placement: Literal["pre", "post", "both"]
+    parallel_residual: bool
     activation_func: Literal["silu", "gelu", "gelu_tanh", "squared_relu", "relu"]
     gated_linear_unit: bool
     add_bias_linear: bool
     add_qkv_bias: bool
     share_embeddings_and_output_weights: bool
     qk_layernorm: bool
+    qk_layernorm_scope: Literal["head", "all"]
     hidden_dropout: DropoutFraction
     attention_dropout: DropoutFraction
     init_method_std: PositiveFloat
     depth_scaled_init: bool
     window_size: PositiveInt | None
+    window_attn_skip_freq: PositiveInt | None
     attn_logit_softcapping: PositiveFloat | None
     final_logit_softcapping: PositiveFloat | None
     embedding_multiplier: PositiveFloat | None

@@ -1,13 +1,16 @@
 """Hugging Face folder to checkpoint and back: one tensor at a time, proven before the result becomes visible."""
 
 import json
+import math
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from tqdm import tqdm
@@ -17,9 +20,11 @@ from nemo_llm.config.convert_tool import ConvertConfig
 from nemo_llm.config.derived import as_hydra
 from nemo_llm.config.load import compose, to_dict
 from nemo_llm.convert.gate import GateReport, GateSettings, compare
+from nemo_llm.convert.gguf import unpack_gguf
 from nemo_llm.convert.hf_files import HfReader, TensorInfo, write_safetensors
 from nemo_llm.convert.mapping import Mapped
 from nemo_llm.convert.native_files import NativeReader, NativeWriter
+from nemo_llm.convert.sample import choose_layers, write_samples
 from nemo_llm.data.tokenizer import COMPANIONS, load_tokenizer, load_tokenizer_from_folder
 from nemo_llm.errors import InputError
 from nemo_llm.families.registry import FAMILIES, family_for, family_of, hf_config, read_hf_config
@@ -31,6 +36,8 @@ REPORT_NAME = "conversion.json"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DTYPE_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _SPARE_BYTES = 64 << 20
+_MEMORY_SHARE = 0.6  # the rest is for activations, logits and others on the machine
+_SAMPLED_LAYERS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +78,18 @@ def convert(cfg: ConvertConfig) -> Outcome:
 
 
 def hf_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
-    """A Hugging Face folder becomes a committed checkpoint of weights alone."""
+    """A Hugging Face folder, or a GGUF file, becomes a committed checkpoint of weights alone."""
+    if source.suffix == ".gguf" and source.is_file():
+        with tempfile.TemporaryDirectory(dir=temporary.parent, prefix=f".{output.name}.gguf.") as unpacked:
+            unpack_gguf(source, Path(unpacked) / output.name)
+            return hf_to_ours(cfg, Path(unpacked) / output.name, temporary, output)
     has_tokenizer = (source / "tokenizer.json").is_file()
     overrides = ["+model=from_hf", f"model.hf_path={as_hydra(str(source.resolve()))}", "precision=fp32"]
     run = compose([*overrides, *([] if has_tokenizer else ["tokenizer=byte"])])
     model = to_dict(run)["model"]
     mapped = Mapped.of(family_of(read_hf_config(source), str(source)), model)
     began = time.monotonic()
-    with HfReader(source) as reader:
+    with HfReader(source, cfg.allow_pickle) as reader:
         mapped.check_theirs(reader.infos, str(source))
         wanted = _DTYPES[cfg.dtype] if cfg.dtype else None
         total = sum(_size(reader.infos[name], wanted) for link in mapped.links for name in link.names)
@@ -95,7 +106,7 @@ def hf_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
         load_tokenizer(run.data.tokenizer).save(temporary / "tokenizer")
     else:
         _log.warning("%s has no tokenizer.json: the checkpoint gets no tokenizer", source)
-    gate = _gate(cfg, source, temporary, temporary)
+    gate = _gate(cfg, mapped, (source, temporary), temporary)
     _write_report(temporary, cfg, mapped, gate)
     commit(temporary, output, writer.entries)
     return Outcome(output, total, seconds, gate)
@@ -125,7 +136,7 @@ def ours_to_hf(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
         write_safetensors(temporary, infos, _their_tensors(mapped, reader, bar), cfg.max_shard_mib << 20)
     seconds = time.monotonic() - began
     _write_hf_companions(temporary, folder, hf_config(family, model), next(iter(infos.values())).dtype)
-    gate = _gate(cfg, temporary, folder, temporary)
+    gate = _gate(cfg, mapped, (temporary, folder), temporary)
     _write_report(temporary, cfg, mapped, gate)
     if output.exists():
         shutil.rmtree(output)
@@ -144,6 +155,8 @@ def _their_tensors(mapped: Mapped, reader: NativeReader, bar: Any) -> Iterator[t
 def _write_hf_companions(target: Path, folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
     """``config.json``, the tokenizer and what else came with it."""
     tokenizer = folder / "tokenizer"
+    # null, not absent: some families' defaults are ids that this vocabulary need not have.
+    config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     config["dtype"] = config["torch_dtype"] = _DTYPE_WORDS[dtype]
     if tokenizer.is_dir():
         config.update(_special_ids(tokenizer))
@@ -178,13 +191,29 @@ def _write_tokenizer_config(tokenizer: Path, target: Path) -> None:
     (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _gate(cfg: ConvertConfig, hf_folder: Path, our_folder: Path, written: Path) -> GateReport | None:
+def _gate(cfg: ConvertConfig, mapped: Mapped, folders: tuple[Path, Path], written: Path) -> GateReport | None:
+    """Compare (their folder, ours), whole or a sample of their layers."""
     if not cfg.verify:
         return None
     settings = GateSettings(cfg.verify_tokens, cfg.tolerance, cfg.layer_by_layer)
-    report = compare(hf_folder, our_folder, settings)
+    hf, ours = folders
+    count = cfg.verify_layers or _layers_that_fit(mapped)
+    if count >= mapped.model["num_layers"]:
+        report = compare(hf, ours, settings)
+    else:
+        layers = choose_layers(mapped.model, count)
+        with tempfile.TemporaryDirectory(dir=written.parent, prefix=f"{written.name}.gate.") as sampled:
+            report = compare(*write_samples(mapped, hf, ours, layers, Path(sampled)), settings)
+        report = replace(report, sampled_layers=layers)
     report.raise_if_different(f"{written.name}: removed")
     return report
+
+
+def _layers_that_fit(mapped: Mapped) -> int:
+    """All layers, or a sample where the model in float32 would take most of the free memory."""
+    elements = sum(math.prod(shape) for shape in mapped.our_shapes().values())
+    fits = 4 * elements < _MEMORY_SHARE * psutil.virtual_memory().available
+    return mapped.model["num_layers"] if fits else _SAMPLED_LAYERS
 
 
 def _write_report(folder: Path, cfg: ConvertConfig, mapped: Mapped, gate: GateReport | None) -> None:

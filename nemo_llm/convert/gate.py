@@ -52,6 +52,7 @@ class GateReport:
         layers: largest difference of the residual stream, relative to its largest value, after the embedding (0) and
             each layer; where it was asked for, or the comparison failed.
         first_diverging: the first of them that is beyond the tolerance.
+        sampled_layers: the layers that were compared, where not all were; ``layers`` then counts among these.
     """
 
     tokens: int
@@ -65,6 +66,7 @@ class GateReport:
     passed: bool
     layers: list[float] = field(default_factory=list)
     first_diverging: str | None = None
+    sampled_layers: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
         text = (
@@ -72,6 +74,8 @@ class GateReport:
             f"logits differ by at most {self.max_difference:.2e} (mean {self.mean_difference:.1e}, largest logit "
             f"{self.largest_logit:.1f}), top-1 agreement {self.top1_agreement:.4f}, KL {self.kl_divergence:.1e}"
         )
+        if self.sampled_layers:
+            text += f"\n  compared: embedding, output and layers {', '.join(map(str, self.sampled_layers))} alone"
         if self.layers:
             rows = (f"  after {_place(number)}: {value:.1e}" for number, value in enumerate(self.layers))
             text += "\n" + "\n".join(rows)

@@ -1,6 +1,7 @@
 """Hugging Face folders as files: tensors read one at a time, and written in shards whose headers are known before."""
 
 import json
+import pickle
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -44,13 +45,30 @@ class HfReader:
         InputError: no safetensors there, a shard that is missing or damaged, a type that is no plain float.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, allow_pickle: bool = False) -> None:
+        """With ``allow_pickle``, ``pytorch_model*.bin`` is read where there are no safetensors; tensors alone."""
         self.folder = folder
         self.infos: dict[str, TensorInfo] = {}
         self._files: dict[str, Any] = {}
+        self._pickled: dict[str, torch.Tensor] = {}
         self._stack = ExitStack()
+        pickled = sorted(folder.glob("pytorch_model*.bin"))
+        if allow_pickle and pickled and not any(folder.glob("*.safetensors")):
+            for path in pickled:
+                self._open_pickled(path)
+            return
         for path in _shards(folder):
             self._open(path)
+
+    def _open_pickled(self, path: Path) -> None:
+        try:
+            # mmap: the numbers stay in the file until they are read.
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise InputError(f"{path}: refused or damaged; {str(error).splitlines()[0]}") from None
+        for name, tensor in tensors.items():
+            self._pickled[name] = tensor
+            self.infos[name] = TensorInfo(tuple(tensor.shape), tensor.dtype)
 
     def _open(self, path: Path) -> None:
         try:
@@ -72,6 +90,8 @@ class HfReader:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor."""
+        if name in self._pickled:
+            return self._pickled[name]
         return self._files[name].get_tensor(name)
 
     def __enter__(self) -> "HfReader":
@@ -92,7 +112,7 @@ def _shards(folder: Path) -> list[Path]:
     found = sorted(folder.glob("*.safetensors"))
     if not found:
         pickled = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"; it has {', '.join(pickled[:3])}, pickled files that could run code when read" if pickled else ""
+        hint = f"; it has {', '.join(pickled[:3])}, pickled files: allow_pickle=true reads them" if pickled else ""
         raise InputError(f"{folder}: holds no safetensors file{hint}")
     return [folder / WHOLE_NAME] if folder / WHOLE_NAME in found else found
 

@@ -48,8 +48,11 @@ CODECS: Mapping[str, Codec] = {
     "float": Codec(_as_float, lambda value: value),
     "activation": Codec(_decode_activation, lambda name: _THEIR_ACTIVATIONS[name]),
     "gelu_new": Codec(_decode_activation, lambda name: "gelu_new" if name == "gelu_tanh" else _THEIR_ACTIVATIONS[name]),
+    # The embedding is multiplied by the root of the width (Gemma), which another field brings back.
+    "root": Codec(lambda value: value**0.5, lambda value: round(value**2)),
+    "not": Codec(lambda value: not value, lambda value: not value),
     # Attention logits are multiplied by our number and divided by the root of theirs (Gemma).
-    "inverse_root": Codec(lambda value: value**-0.5, lambda value: value**-2.0),
+    "inverse_root": Codec(lambda value: value**-0.5, lambda value: round(value**-2.0)),
 }
 
 _ROPE_FIELDS = (
@@ -67,8 +70,8 @@ _ROPE_INTEGERS = {"original_max_position_embeddings"}
 _ROPE_TYPES = ("llama3", "linear", "yarn", "dynamic")
 
 
-def decode_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``rotary_base`` and ``rope_scaling`` of the model section.
+def decode_rope(config: Mapping[str, Any], percent: tuple[str, float] | None) -> dict[str, Any]:
+    """``rotary_base``, ``rotary_percent`` and ``rope_scaling`` of the model section.
 
     transformers 5 writes ``rope_parameters``; earlier versions ``rope_theta`` and ``rope_scaling``.
 
@@ -78,26 +81,36 @@ def decode_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     base = parameters.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
     kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
+    share = 1.0
+    if percent is not None:
+        share = parameters.pop("partial_rotary_factor", None) or config.get(percent[0]) or percent[1]
+    found: dict[str, Any] = {"rotary_base": float(base), "rotary_percent": float(share), "rope_scaling": None}
     if kind == "default":
-        return {"rotary_base": float(base), "rope_scaling": None}
+        return found
     if kind not in _ROPE_TYPES:
         raise InputError(
             f"rope_scaling: type {kind!r} is not known; known are {', '.join(_ROPE_TYPES)}. A model converted without "
             "its scaling would be another model"
         )
+    unknown = sorted(name for name, value in parameters.items() if name not in _ROPE_FIELDS and value is not None)
+    if unknown:
+        raise InputError(f"rope_scaling: {', '.join(unknown)} of type {kind!r} cannot be taken over")
     scaling: dict[str, Any] = {"type": kind}
     for name in _ROPE_FIELDS:
         value = parameters.get(name)
         scaling[name] = value if value is None or name in _ROPE_INTEGERS else float(value)
     if kind in ("dynamic", "yarn") and scaling["original_max_position_embeddings"] is None:
         scaling["original_max_position_embeddings"] = config["max_position_embeddings"]
-    return {"rotary_base": float(base), "rope_scaling": scaling}
+    return {**found, "rope_scaling": scaling}
 
 
-def encode_rope(model: Mapping[str, Any]) -> dict[str, Any]:
+def encode_rope(model: Mapping[str, Any], percent: tuple[str, float] | None) -> dict[str, Any]:
     """``rope_theta`` and ``rope_scaling``, which every version of transformers reads."""
     scaling = model["rope_scaling"]
-    if scaling is None:
-        return {"rope_theta": model["rotary_base"], "rope_scaling": None}
-    given = {name: scaling[name] for name in _ROPE_FIELDS if scaling[name] is not None}
-    return {"rope_theta": model["rotary_base"], "rope_scaling": {"rope_type": scaling["type"], **given}}
+    config: dict[str, Any] = {"rope_theta": model["rotary_base"], "rope_scaling": None}
+    if percent is not None:
+        config[percent[0]] = model["rotary_percent"]
+    if scaling is not None:
+        given = {name: scaling[name] for name in _ROPE_FIELDS if scaling[name] is not None}
+        config["rope_scaling"] = {"rope_type": scaling["type"], **given}
+    return config

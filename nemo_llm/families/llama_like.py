@@ -89,3 +89,159 @@ LLAMA = Family(
     ),
     tensors=(*OUTSIDE, PRE_NORM, *ATTENTION, PRE_MLP_NORM, *DENSE_MLP),
 )
+
+WINDOW = Field("window_size", "sliding_window", default=None)
+_QWEN_PLAIN = {"use_sliding_window": False}
+
+MISTRAL = Family(
+    name="Mistral",
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    constants={key: value for key, value in CONSTANTS.items() if key != "window_size"},
+    fields=(*SHAPE, GROUPED, TIED, WINDOW),
+    tensors=LLAMA.tensors,
+)
+
+QWEN2 = Family(
+    name="Qwen 2, 2.5",
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    constants={**CONSTANTS, "add_qkv_bias": True},
+    fields=(*SHAPE, GROUPED, TIED),
+    tensors=LLAMA.tensors,
+    their_constants=_QWEN_PLAIN,
+)
+
+QWEN3 = Family(
+    name="Qwen 3",
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    constants={**CONSTANTS, "qk_layernorm": True, "qk_layernorm_scope": "head"},
+    fields=(*SHAPE, GROUPED, TIED),
+    tensors=LLAMA.tensors,
+    their_constants={**_QWEN_PLAIN, "attention_bias": False},
+)
+
+_MOE_CONSTANTS = {
+    "moe.moe_z_loss_coeff": None,
+    "moe.moe_router_load_balancing_type": "aux_loss",
+    "moe.moe_router_score_function": "softmax",
+    "moe.moe_token_dispatcher_type": "alltoall",
+    "moe.moe_shared_expert_intermediate_size": None,
+    "moe.moe_layer_freq": 1,
+    "moe.moe_grouped_gemm": False,
+}
+_MOE_FIELDS = (
+    Field("moe.moe_router_topk", "num_experts_per_tok"),
+    Field("moe.moe_aux_loss_coeff", "router_aux_loss_coef", "float", default=0.001),
+)
+
+
+def _expert_mlp(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    experts = _LAYER + "mlp.experts.experts."
+    names = {part: f"{_THEIRS}{block}.experts.{{expert}}.{part}.weight" for part in (gate, up, down)}
+    return (
+        Rule(_LAYER + "pre_mlp_layernorm.weight", (_THEIRS + "post_attention_layernorm.weight",)),
+        Rule(_LAYER + "mlp.router.weight", (f"{_THEIRS}{block}.gate.weight",)),
+        Rule(experts + "linear_fc1.weight", (names[gate], names[up]), "concatenate"),
+        Rule(experts + "linear_fc2.weight", (names[down],)),
+    )
+
+
+MIXTRAL = Family(
+    name="Mixtral",
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    constants={**MISTRAL.constants, **_MOE_CONSTANTS, "moe.moe_router_pre_softmax": False},
+    fields=(
+        *MISTRAL.fields,
+        *_MOE_FIELDS,
+        Field("moe.num_moe_experts", "num_local_experts"),
+        Field("moe.moe_ffn_hidden_size", "intermediate_size"),
+    ),
+    tensors=(*OUTSIDE, PRE_NORM, *ATTENTION, *_expert_mlp("block_sparse_moe", "w1", "w3", "w2")),
+)
+
+QWEN3_MOE = Family(
+    name="Qwen 3 MoE",
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    constants={**QWEN3.constants, **_MOE_CONSTANTS},
+    fields=(
+        *QWEN3.fields,
+        *_MOE_FIELDS,
+        Field("moe.num_moe_experts", "num_experts", default="num_local_experts"),
+        Field("moe.moe_ffn_hidden_size", "moe_intermediate_size"),
+        Field("moe.moe_router_pre_softmax", "norm_topk_prob", "not", default=False),
+    ),
+    tensors=(*OUTSIDE, PRE_NORM, *ATTENTION, *_expert_mlp("mlp", "gate_proj", "up_proj", "down_proj")),
+    their_constants={**QWEN3.their_constants, "decoder_sparse_step": 1, "mlp_only_layers": []},
+)
+
+_POST_NORMS = (
+    Rule(_LAYER + "self_attention.linear_proj.post_layernorm.weight", (_THEIRS + "post_attention_layernorm.weight",)),
+    Rule(_LAYER + "mlp.linear_fc2.post_layernorm.weight", (_THEIRS + "post_feedforward_layernorm.weight",)),
+)
+
+OLMO2 = Family(
+    name="OLMo 2",
+    model_type="olmo2",
+    architecture="Olmo2ForCausalLM",
+    constants={**CONSTANTS, "norm_placement": "post", "qk_layernorm": True, "qk_layernorm_scope": "all"},
+    fields=(*(field for field in SHAPE if field.theirs != "head_dim"), GROUPED, TIED),
+    tensors=(*OUTSIDE, *ATTENTION, *DENSE_MLP, *_POST_NORMS),
+    their_constants={"attention_bias": False},
+)
+
+_GEMMA_SHAPE = tuple(field for field in SHAPE if field.theirs not in ("hidden_act", "head_dim"))
+
+GEMMA2 = Family(
+    name="Gemma 2",
+    model_type="gemma2",
+    architecture="Gemma2ForCausalLM",
+    constants={
+        **{key: value for key, value in CONSTANTS.items() if key != "window_size"},
+        "layernorm_zero_centered_gamma": True,
+        "norm_placement": "both",
+        "window_attn_skip_freq": 2,
+    },
+    fields=(
+        *_GEMMA_SHAPE,
+        GROUPED,
+        Field("kv_channels", "head_dim", default=256),
+        Field("activation_func", "hidden_activation", "activation", default="gelu_pytorch_tanh"),
+        Field("share_embeddings_and_output_weights", "tie_word_embeddings", default=True),
+        Field("window_size", "sliding_window"),
+        Field("attn_logit_softcapping", "attn_logit_softcapping", "float", default=None),
+        Field("final_logit_softcapping", "final_logit_softcapping", "float", default=None),
+        Field("softmax_scale", "query_pre_attn_scalar", "inverse_root", default=256),
+        Field("embedding_multiplier", "hidden_size", "root"),
+    ),
+    tensors=(
+        *OUTSIDE,
+        PRE_NORM,
+        *ATTENTION,
+        Rule(PRE_MLP_NORM.ours, (_THEIRS + "pre_feedforward_layernorm.weight",)),
+        *DENSE_MLP,
+        *_POST_NORMS,
+    ),
+    their_constants={"attention_bias": False},
+)
+
+PHI3 = Family(
+    name="Phi 3",
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    constants={key: value for key, value in CONSTANTS.items() if key != "window_size"},
+    fields=(*(field for field in SHAPE if field.theirs != "head_dim"), GROUPED, TIED, WINDOW),
+    tensors=(
+        *OUTSIDE,
+        PRE_NORM,
+        Rule(ATTENTION[0].ours, (_THEIRS + "self_attn.qkv_proj.weight",), "stacked_qkv"),
+        ATTENTION[2],
+        PRE_MLP_NORM,
+        Rule(DENSE_MLP[0].ours, (_THEIRS + "mlp.gate_up_proj.weight",)),
+        DENSE_MLP[2],
+    ),
+    rotary_percent=("partial_rotary_factor", 1.0),
+)

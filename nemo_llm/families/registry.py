@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_llm.errors import InputError
-from nemo_llm.families import llama_like
+from nemo_llm.families import layer_norm, llama_like
 from nemo_llm.families.codecs import CODECS, decode_rope, encode_rope
 from nemo_llm.families.spec import Family
 
@@ -19,9 +19,30 @@ _PLAIN: Mapping[str, Any] = {
     "embedding_multiplier": None,
     "softmax_scale": None,
     "layer_spec": None,
+    "norm_placement": "pre",
+    "parallel_residual": False,
+    "qk_layernorm": False,
+    "window_size": None,
 }
 
-FAMILIES = {family.model_type: family for family in (llama_like.LLAMA,)}
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        llama_like.LLAMA,
+        llama_like.MISTRAL,
+        llama_like.QWEN2,
+        llama_like.QWEN3,
+        llama_like.MIXTRAL,
+        llama_like.QWEN3_MOE,
+        llama_like.OLMO2,
+        llama_like.GEMMA2,
+        llama_like.PHI3,
+        layer_norm.GPT2,
+        layer_norm.GPT_NEOX,
+        layer_norm.STARCODER2,
+        layer_norm.NEMOTRON,
+    )
+}
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -75,8 +96,8 @@ def model_section(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         _put(section, key, value)
     for field in family.fields:
         value = config.get(field.theirs)
-        if value is None:  # the default may be another key's value
-            value = config.get(str(field.default), field.default)
+        if value is None:
+            value = _default(field.default, config)
         if value == "REQUIRED":
             raise InputError(f"{where}: {field.theirs} is missing from config.json")
         try:
@@ -84,8 +105,17 @@ def model_section(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         except InputError as error:
             raise InputError(f"{where}: {field.theirs}: {error}") from None
     if section["position_embedding_type"] == "rope":
-        section.update(_rope(config, where))
+        section.update(_rope(family, config, where))
     return section
+
+
+def _default(default: Any, config: Mapping[str, Any]) -> Any:
+    """The value itself, another key's, or four times another key's."""
+    if not isinstance(default, str):
+        return default
+    key = default.removeprefix("4 x ")
+    value = config.get(key, default)
+    return 4 * value if key != default and key in config else value
 
 
 def family_for(model: Mapping[str, Any]) -> Family:
@@ -114,7 +144,8 @@ def _differing(family: Family, model: Mapping[str, Any]) -> list[str]:
     except (InputError, KeyError, TypeError) as error:
         return [str(error)]
     del again["family"]
-    if not model["kv_channels"]:
+    usual = model["hidden_size"] // model["num_attention_heads"]
+    if (again.setdefault("kv_channels", usual) or usual) == (model["kv_channels"] or usual):
         del again["kv_channels"]
     keys = set(again) | {key for key, plain in _PLAIN.items() if model[key] != plain}
     return sorted(f"{key}={model[key]!r}" for key in keys if key not in again or again[key] != model[key])
@@ -140,12 +171,12 @@ def hf_config(family: Family, model: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("head_dim", 0) is None:
         del config["head_dim"]
     if model["position_embedding_type"] == "rope":
-        config.update(encode_rope(model))
+        config.update(encode_rope(model, family.rotary_percent))
     return config
 
 
-def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _rope(family: Family, config: Mapping[str, Any], where: str) -> dict[str, Any]:
     try:
-        return decode_rope(config)
+        return decode_rope(config, family.rotary_percent)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None

@@ -15,6 +15,7 @@ def _shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, heads, groups = model["hidden_size"], model["num_attention_heads"], model["num_query_groups"]
     channels = model["kv_channels"] or hidden // heads
     vocabulary = padded_vocab_size(model["vocab_size"], model["make_vocab_size_divisible_by"])
+    whole = model["qk_layernorm_scope"] == "all"
     halves = 2 if model["gated_linear_unit"] else 1
     qkv_rows = (heads + 2 * groups) * channels
     shapes: dict[str, tuple[int, ...]] = {
@@ -27,8 +28,10 @@ def _shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         "self_attention.linear_qkv.bias": (qkv_rows,),
         "self_attention.linear_proj.weight": (hidden, heads * channels),
         "self_attention.linear_proj.bias": (hidden,),
-        "self_attention.q_layernorm.weight": (channels,),
-        "self_attention.k_layernorm.weight": (channels,),
+        "self_attention.q_layernorm.weight": (heads * channels if whole else channels,),
+        "self_attention.k_layernorm.weight": (groups * channels if whole else channels,),
+        "self_attention.linear_proj.post_layernorm.weight": (hidden,),
+        "mlp.linear_fc2.post_layernorm.weight": (hidden,),
         **_mlp("mlp.", hidden, model["ffn_hidden_size"], halves),
     }
     for name in ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."):

@@ -31,7 +31,8 @@ class Field:
         ours: dotted key below ``model``.
         theirs: key in ``config.json``.
         codec: how the value changes between the two (`nemo_llm.families.codecs`).
-        default: what their library takes where ``config.json`` lacks the key; ``REQUIRED`` where it must be there.
+        default: what their library takes where ``config.json`` lacks the key: a value, another key's name, ``4 x`` a
+            key; ``REQUIRED`` where it must be there.
     """
 
     ours: str
@@ -52,6 +53,8 @@ class Family:
         fields: keys that ``config.json`` decides.
         tensors: the table of names.
         their_constants: keys of ``config.json`` that can have this value alone; anything else is refused.
+        rotary_percent: key of ``config.json`` that says which share of a head is rotated, and its default; None where
+            all of it is.
         ignored: endings of names in Hugging Face folders that hold buffers and no weights.
     """
 
@@ -62,6 +65,7 @@ class Family:
     fields: tuple[Field, ...]
     tensors: tuple[Rule, ...]
     their_constants: Mapping[str, Any] = field(default_factory=dict)
+    rotary_percent: tuple[str, float] | None = None
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
 
     def rules(self, model: Mapping[str, Any]) -> list[Rule]:

@@ -56,7 +56,7 @@ def _build_chunk(cfg, runtime, config, backend, vp_stage, vocab_size) -> Languag
     stage = vp_stage or 0
     chunk = LanguageModel(
         config,
-        build_block_spec(cfg, config, backend, (vp_stage, runtime.pp_rank)),
+        build_block_spec(cfg, config, backend, vp_stage, runtime.groups),
         cfg.model,
         vocab_size,
         cfg.task.z_loss_coeff,

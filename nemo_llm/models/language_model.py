@@ -16,6 +16,7 @@ from nemo_llm.config import ModelConfig
 from nemo_llm.config.arithmetic import padded_vocab_size
 from nemo_llm.models.cross_entropy import VocabParallelCrossEntropy
 from nemo_llm.models.linear_cross_entropy import LinearCrossEntropy, LossInputs, LossRule
+from nemo_llm.models.rope_scaling import ScaledRotaryEmbedding
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -65,12 +66,14 @@ class LanguageModel(GPTModel):
             position_embedding_type=model.position_embedding_type,
             rotary_base=model.rotary_base,
             rotary_percent=model.rotary_percent,
-            # Megatron's scaling is Llama 3's with Meta's constants; config/checks_recipe.py refuses any other.
-            rope_scaling=model.rope_scaling is not None,
-            rope_scaling_factor=model.rope_scaling.factor if model.rope_scaling is not None else 1.0,
             share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
             **stage,
         )
+        if model.rope_scaling is not None:
+            self.rotary_pos_emb = ScaledRotaryEmbedding(model, self.pg_collection.cp)
+        if self.pre_process and model.embedding_multiplier is not None:
+            factor = model.embedding_multiplier
+            self.embedding.word_embeddings.register_forward_hook(lambda _module, _inputs, output: output * factor)
         self.known_tokens = vocab_size
         self.z_loss_coeff = z_loss_coeff
         self.final_logit_softcapping = model.final_logit_softcapping

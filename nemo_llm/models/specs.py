@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
@@ -36,6 +37,7 @@ from nemo_llm.models.attention import CoreAttention
 from nemo_llm.models.fp8 import LINEARS
 from nemo_llm.models.fused_layer import FusedLayer
 from nemo_llm.models.norm import Norm
+from nemo_llm.models.norm_variants import ParallelResidualLayer, WholeWidthNorm, with_post_norm
 
 if not hasattr(moe_utils, "te_general_gemm"):
     # megatron-core 0.16.1 imports this name from Transformer Engine alone, then reads it in the router on every
@@ -54,11 +56,19 @@ class TorchBackend(LocalSpecProvider):
         return self.column
 
     def row_parallel_linear(self) -> type:
-        return self.row
+        return self.row if self.model.norm_placement == "pre" else with_post_norm(self.row)
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> Any:
         # A head is too short for a row of its own in the kernel.
         return Norm if for_qk else ModuleSpec(module=Norm, params={"fused": self.fused})
+
+    def qk_norm(self, heads: int, tp_group: Any) -> Any:
+        """The norm of queries or of keys, of which the model has ``heads``."""
+        if not self.model.qk_layernorm:
+            return IdentityOp
+        if self.model.qk_layernorm_scope == "head":
+            return self.layer_norm(for_qk=True)
+        return ModuleSpec(module=WholeWidthNorm, params={"heads": heads, "tp_group": tp_group})
 
     def core_attention(self) -> Any:
         return partial(CoreAttention, logit_softcapping=self.model.attn_logit_softcapping)
@@ -78,6 +88,14 @@ def choose_backend(model: ModelConfig, device_type: str) -> str:
         ConfigError: Transformer Engine asked for where it cannot run.
     """
     installed = importlib.util.find_spec("transformer_engine") is not None
+    own = _keys_of_own_layers(model)
+    if own and model.transformer_impl == "transformer_engine":
+        problem = Problem(
+            "model.transformer_impl", "transformer_engine", f"{', '.join(own)} is built by torch alone", "use auto"
+        )
+        raise ConfigError([problem])
+    if own:
+        return "torch"
     if model.transformer_impl == "transformer_engine" and (device_type != "cuda" or not installed):
         reason = "needs a CUDA device" if device_type != "cuda" else "is not installed (extra `te`)"
         raise ConfigError(
@@ -92,16 +110,27 @@ def choose_backend(model: ModelConfig, device_type: str) -> str:
     return model.transformer_impl
 
 
+def _keys_of_own_layers(model: ModelConfig) -> list[str]:
+    """Keys that ask for parts which Transformer Engine's spec lacks."""
+    asked = {
+        "norm_placement": model.norm_placement != "pre",
+        "qk_layernorm_scope": model.qk_layernorm and model.qk_layernorm_scope != "head",
+        "parallel_residual": model.parallel_residual,
+        "attn_logit_softcapping": model.attn_logit_softcapping is not None,
+    }
+    return [f"model.{key}" for key, wanted in asked.items() if wanted]
+
+
 def build_block_spec(
-    cfg: RunConfig, config: TransformerConfig, backend: str, stage: tuple[int | None, int]
+    cfg: RunConfig, config: TransformerConfig, backend: str, vp_stage: int | None, groups: Any
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the final norm, as a Megatron block spec.
 
     Args:
-        stage: virtual stage (None without interleaving) and pipeline rank.
+        groups: Megatron's process groups.
     """
     model = cfg.model
-    vp_stage, pp_rank = stage
+    pp_rank = groups.pp.rank()
     if model.layer_spec is not None:
         return _users_block_spec(model, config, vp_stage)
     if backend == "transformer_engine":
@@ -110,7 +139,7 @@ def build_block_spec(
     parts = TorchBackend(model, cfg.performance.fused_kernels, fp8)
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    layers = [_torch_layer_spec(parts, config, _is_moe_layer(model, offset + i)) for i in range(count)]
+    layers = [_torch_layer_spec(parts, config, _is_moe_layer(model, offset + i), groups.tp) for i in range(count)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=parts.layer_norm())
 
 
@@ -118,12 +147,19 @@ def _is_moe_layer(model: ModelConfig, layer: int) -> bool:
     return model.moe is not None and layer % model.moe.moe_layer_freq == 0
 
 
-def _torch_layer_spec(parts: TorchBackend, config: TransformerConfig, moe: bool) -> ModuleSpec:
-    qk_norm = parts.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
+def _layer_class(model: ModelConfig) -> type:
+    if model.parallel_residual:
+        return ParallelResidualLayer
+    return TransformerLayer if model.norm_placement == "post" else FusedLayer
+
+
+def _torch_layer_spec(parts: TorchBackend, config: TransformerConfig, moe: bool, tp_group: Any) -> ModuleSpec:
+    model = parts.model
+    pre_norm = IdentityOp if model.norm_placement == "post" else parts.layer_norm()
     return ModuleSpec(
-        module=FusedLayer,
+        module=_layer_class(model),
         submodules=TransformerLayerSubmodules(
-            input_layernorm=parts.layer_norm(),
+            input_layernorm=pre_norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -131,12 +167,12 @@ def _torch_layer_spec(parts: TorchBackend, config: TransformerConfig, moe: bool)
                     linear_qkv=parts.column_parallel_linear(),
                     core_attention=parts.core_attention(),
                     linear_proj=parts.row_parallel_linear(),
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
+                    q_layernorm=parts.qk_norm(model.num_attention_heads, tp_group),
+                    k_layernorm=parts.qk_norm(model.num_query_groups, tp_group),
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=parts.layer_norm(),
+            pre_mlp_layernorm=pre_norm,
             mlp=get_mlp_module_spec_for_backend(
                 backend=parts,
                 num_experts=config.num_moe_experts if moe else None,

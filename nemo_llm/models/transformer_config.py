@@ -14,6 +14,7 @@ from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.activation import offer_fused_swiglu
 from nemo_llm.models.gradients import offer_gradient_accumulation
 from nemo_llm.models.rope import offer_fused_qkv, offer_fused_rope
+from nemo_llm.models.rope_scaling import attention_factor
 from nemo_llm.models.specs import choose_backend
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -114,12 +115,14 @@ def _model_fields(model: ModelConfig) -> dict[str, Any]:
         "gated_linear_unit": model.gated_linear_unit,
         "add_bias_linear": model.add_bias_linear,
         "add_qkv_bias": model.add_qkv_bias,
-        "qk_layernorm": model.qk_layernorm,
+        # Megatron sums the gradients of these norms over TP, which is right where every rank has the whole weight.
+        "qk_layernorm": model.qk_layernorm and model.qk_layernorm_scope == "head",
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
-        "softmax_scale": model.softmax_scale,
+        "softmax_scale": _softmax_scale(model),
         # Megatron counts the tokens to the left of the present one; our window includes the token itself.
         "window_size": None if model.window_size is None else (model.window_size - 1, 0),
+        "window_attn_skip_freq": model.window_attn_skip_freq,
         "init_method_std": model.init_method_std,
         # Weights are drawn by name and global position (models/initialize.py), so that no layout changes them.
         "perform_initialization": False,
@@ -128,6 +131,14 @@ def _model_fields(model: ModelConfig) -> dict[str, Any]:
         # The loss of a step is summed over tokens and divided once, by the token count of the whole global batch.
         "calculate_per_token_loss": True,
     }
+
+
+def _softmax_scale(model: ModelConfig) -> float | None:
+    """YaRN's factor on queries and keys is one on the logits: all channels are rotated (config/checks_recipe.py)."""
+    factor = attention_factor(model.rope_scaling)
+    if factor == 1.0:
+        return model.softmax_scale
+    return (model.softmax_scale or model.head_dim**-0.5) * factor**2
 
 
 def _moe_fields(model: ModelConfig, layout: ParallelismConfig) -> dict[str, Any]:

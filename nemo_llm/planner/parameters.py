@@ -91,13 +91,16 @@ def count_layer(model: ModelConfig, moe_layer: bool) -> LayerParameters:
     )
     qkv_rows = (heads + 2 * groups) * channels
     split = hidden * qkv_rows + heads * channels * hidden
-    replicated = 2 * norm_parameters(model, hidden)
+    replicated = (4 if model.norm_placement == "both" else 2) * norm_parameters(model, hidden)
     if model.add_bias_linear or model.add_qkv_bias:
         split += qkv_rows
     if model.add_bias_linear:
         replicated += hidden
     if model.qk_layernorm:
-        replicated += 2 * norm_parameters(model, channels)
+        if model.qk_layernorm_scope == "head":
+            replicated += 2 * norm_parameters(model, channels)
+        else:
+            split += (heads + groups) * channels
     if moe_layer and model.moe is not None:
         shared = model.moe.moe_shared_expert_intermediate_size or 0
         split += _mlp_weights(model, shared)

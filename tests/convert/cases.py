@@ -19,6 +19,11 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     experts: bool = False
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether its layouts are tried in every run: one case for each way in which models differ under TP and PP."""
+        return self.name in ("llama tied", "llama rope yarn", "qwen3_moe", "olmo2", "gemma2", "gpt2", "gpt_neox")
+
 
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -35,6 +40,27 @@ SMALL = {
 }
 
 
+QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+ROPE = {"rope_theta": 100.0, "factor": 4.0}
+TRAINED_ON_8 = {"original_max_position_embeddings": 8}
+LLAMA3_ROPE = {**ROPE, **TRAINED_ON_8, "rope_type": "llama3", "low_freq_factor": 0.5, "high_freq_factor": 2.0}
+DYNAMIC = {**ROPE, "rope_type": "dynamic"}
+ROTATED_HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "initializer_range": 0.2,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
 def _case(name: str, config_class: str, experts: bool = False, **changes: Any) -> Case:
     return Case(name, config_class, {**SMALL, **changes}, experts)
 
@@ -43,6 +69,24 @@ CASES = [
     _case("llama", "LlamaConfig"),
     _case("llama tied", "LlamaConfig", tie_word_embeddings=True, num_key_value_heads=1, rms_norm_eps=1e-5),
     _case("llama biases", "LlamaConfig", attention_bias=True, mlp_bias=True, head_dim=16),
+    _case("llama rope llama3", "LlamaConfig", rope_parameters={**LLAMA3_ROPE}),
+    _case("llama rope linear", "LlamaConfig", rope_parameters={**ROPE, "rope_type": "linear", "factor": 3.0}),
+    _case("llama rope yarn", "LlamaConfig", rope_parameters={**ROPE, "rope_type": "yarn", **TRAINED_ON_8}),
+    _case("llama rope dynamic", "LlamaConfig", max_position_embeddings=8, rope_parameters=DYNAMIC),
+    _case("mistral", "MistralConfig", sliding_window=7),
+    _case("qwen2", "Qwen2Config"),
+    _case("qwen3", "Qwen3Config", head_dim=16, tie_word_embeddings=True),
+    _case("mixtral", "MixtralConfig", experts=True, num_local_experts=4, sliding_window=None),
+    _case("qwen3_moe", "Qwen3MoeConfig", experts=True, **QWEN_MOE),
+    _case("qwen3_moe norm_topk_prob", "Qwen3MoeConfig", experts=True, norm_topk_prob=True, **QWEN_MOE),
+    _case("olmo2", "Olmo2Config"),
+    _case("gemma2", "Gemma2Config", head_dim=16, sliding_window=7, query_pre_attn_scalar=48, num_hidden_layers=4),
+    _case("phi3", "Phi3Config"),
+    Case("gpt2", "GPT2Config", GPT2),
+    _case("gpt_neox", "GPTNeoXConfig"),
+    _case("gpt_neox sequential", "GPTNeoXConfig", use_parallel_residual=False, rope_parameters=ROTATED_HALF),
+    _case("starcoder2", "Starcoder2Config", sliding_window=7),
+    _case("nemotron", "NemotronConfig"),
 ]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from nemo_llm.convert.hf_files import HfReader
 from tests.convert.cases import TOKENS, batch
 
 LAYOUTS = {
@@ -17,14 +18,19 @@ LAYOUTS = {
 }
 
 
-def run_theirs(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Logits [b, s, v] of transformers' model, and the gradients of the mean loss of a token by parameter name."""
+def run_theirs(model: Any, folder: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits [b, s, v] of transformers' model, and the gradients of the mean loss of a token by name on the disk."""
     tokens, labels = batch()[:, :-1], batch()[:, 1:]
     model.zero_grad()
     logits = model(tokens, use_cache=False).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
-    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return logits.detach(), grads
+    # The gradients take the place of the weights, and are saved under the names that the weights have on the disk.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad)
+    model.save_pretrained(folder)
+    with HfReader(folder) as reader:
+        return logits.detach(), {name: reader.read(name) for name in reader.infos}
 
 
 def measure(checkpoint: str, output: str, overrides: tuple[str, ...]) -> None:
@@ -50,6 +56,7 @@ def measure(checkpoint: str, output: str, overrides: tuple[str, ...]) -> None:
             "trainer.micro_batch_size=1",
             f"data.seq_length={TOKENS}",
             *overrides,
+            "parallelism.use_distributed_optimizer=false",  # with it a rank has the sums of its own shard alone
         ]
     )
     run = build_training_run(cfg, start_runtime(cfg))
@@ -78,10 +85,13 @@ def measure(checkpoint: str, output: str, overrides: tuple[str, ...]) -> None:
 def _logits(run: Any, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor | None:
     """[b, s, v] on the last pipeline stage."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+    from megatron.core.utils import unwrap_model
 
     def step(iterator: Iterator[dict[str, torch.Tensor]], model: Any) -> Any:
         given = next(iterator)
         output = model(given["tokens"], given["position_ids"], attention_mask=None)
+        chunk = unwrap_model(model)
+        output = chunk.finish_logits(output) if chunk.post_process else output
         return output, lambda logits, **_: gather_from_tensor_model_parallel_region(logits)
 
     outputs = run.forward_backward(

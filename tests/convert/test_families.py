@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from nemo_llm.checkpoint.folder import read_config
+from nemo_llm.config.catalog import conf_dir, group_choices
 from nemo_llm.config.convert_tool import ConvertConfig
 from nemo_llm.config.data_tools import compose_tool
+from nemo_llm.config.load import compose, to_dict
 from nemo_llm.convert.convert import convert
 from nemo_llm.convert.hf_files import HfReader
 from nemo_llm.convert.mapping import Mapped
 from nemo_llm.convert.native_files import NativeReader
-from nemo_llm.families.registry import FAMILIES
+from nemo_llm.families.registry import FAMILIES, family_for
 from tests.convert.cases import CASES, VOCABULARY, Case, make_hf_model
 from tests.convert.parity import LAYOUTS, measure, run_theirs
 from tests.ranks import RankPool
@@ -40,7 +42,7 @@ def _convert_case(case: Case, folder: Path, ranks: RankPool) -> Converted:
     model = make_hf_model(case, folder / "hf")
     # The gate runs on a rank of the pool: this process starts no world of its own.
     ranks.run(_import_and_export, 1, str(folder))
-    return Converted(case, folder / "hf", folder / "ours", *run_theirs(model))
+    return Converted(case, folder / "hf", folder / "ours", *run_theirs(model, folder / "grads"))
 
 
 def _import_and_export(folder: str) -> None:
@@ -81,9 +83,42 @@ def test_logits_and_gradients_are_those_of_transformers(
 ) -> None:
     if layout == "EP2" and not converted.case.experts:
         pytest.skip("no experts in this family")
+    if layout != "one process" and not converted.case.is_quick:
+        pytest.skip("in the slow tests")
+    _compare_layout(converted, layout, ranks, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["TP2", "PP2", "TP2 x PP2", "EP2"])
+def test_logits_and_gradients_on_every_layout(
+    converted: Converted, layout: str, ranks: RankPool, tmp_path: Path
+) -> None:
+    if layout == "EP2" and not converted.case.experts:
+        pytest.skip("no experts in this family")
+    _compare_layout(converted, layout, ranks, tmp_path)
+
+
+def _compare_layout(converted: Converted, layout: str, ranks: RankPool, tmp_path: Path) -> None:
     processes, overrides = LAYOUTS[layout]
+    if converted.case.experts:
+        overrides = (*overrides, "model.moe.moe_router_load_balancing_type=none")
     (tmp_path / "state").mkdir()
     ranks.run(measure, processes, str(converted.ours), str(tmp_path), overrides)
     logits, grads = largest_differences(converted, tmp_path)
     assert logits < TOLERANCE
     assert grads < TOLERANCE
+
+
+MODELS_WITH_A_FAMILY = [
+    name for name in group_choices([conf_dir()])["model"] if name not in ("from_hf", "from_checkpoint")
+]
+
+
+@pytest.mark.parametrize("name", MODELS_WITH_A_FAMILY)
+def test_shipped_shapes_are_those_of_their_family(name: str) -> None:
+    """``config.json`` of a shipped size, read again, is the same model section: its own family's where it names one."""
+    section = to_dict(compose([f"+model={name}"]))["model"]
+    if section["family"] is None:
+        pytest.skip("an architecture of NeMo's or of this project")
+    section["vocab_size"] = section["vocab_size"] or VOCABULARY
+    assert family_for(section).model_type == section["family"]

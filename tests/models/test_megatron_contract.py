@@ -17,6 +17,8 @@ def _names_are_there() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer import attention, mlp
     from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     assert callable(megatron_random._get_cuda_rng_state)
     assert callable(megatron_random._set_cuda_rng_state)
@@ -37,6 +39,8 @@ def _names_are_there() -> None:
     parameters = list(inspect.signature(GPTModel._preprocess).parameters)
     assert parameters[1:3] == ["input_ids", "position_ids"]
     assert "weight" in inspect.signature(ColumnParallelLinear.forward).parameters
+    assert "hidden_states" in inspect.signature(TransformerLayer._forward_attention).parameters
+    assert list(inspect.signature(_StorageInfo).parameters)[:3] == ["relative_path", "offset", "length"]
 
 
 def test_private_names_of_megatron_are_there(ranks: RankPool) -> None:

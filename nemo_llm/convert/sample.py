@@ -1,0 +1,73 @@
+"""Two small folders from two large ones: embedding, output and a few layers, for the gate of what fits no memory."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from nemo_llm.checkpoint.folder import read_config
+from nemo_llm.convert.hf_files import HfReader, write_safetensors
+from nemo_llm.convert.mapping import Mapped
+from nemo_llm.convert.native_files import NativeReader, NativeWriter
+from nemo_llm.families.registry import read_hf_config
+from nemo_llm.families.spec import Link
+
+_MAX_SHARD_BYTES = 1 << 40
+
+
+def choose_layers(model: Mapping[str, Any], count: int) -> list[int]:
+    """About ``count`` layers, spread over the model; whole periods where windows alternate from layer to layer."""
+    layers, period = model["num_layers"], model["window_attn_skip_freq"] or 1
+    periods = layers // period
+    wanted = max(1, min(count // period, periods))
+    starts = sorted({round(n * (periods - 1) / max(wanted - 1, 1)) for n in range(wanted)})
+    return [start * period + place for start in starts for place in range(period)]
+
+
+def write_samples(mapped: Mapped, hf: Path, ours: Path, layers: Sequence[int], folder: Path) -> tuple[Path, Path]:
+    """Write the chosen layers of both models, renumbered, below ``folder``; returns the two folders."""
+    small = Mapped.of(mapped.family, {**mapped.model, "num_layers": len(layers)})
+    pairs = list(_pairs(mapped, small, layers))
+    return _write_hf(small, pairs, hf, folder / "hf", layers), _write_ours(pairs, ours, folder / "ours", small.model)
+
+
+def _pairs(large: Mapped, small: Mapped, layers: Sequence[int]) -> Iterator[tuple[Link, Link]]:
+    """Each slice of the small model, beside the slice of the large one that it is."""
+    sources = {(link.key, link.index): link for link in large.links}
+    for link in small.links:
+        index = (layers[link.index[0]], *link.index[1:]) if link.index else ()
+        yield link, sources[link.key, index]
+
+
+def _write_hf(small: Mapped, pairs: list[tuple[Link, Link]], source: Path, target: Path, layers: Sequence[int]) -> Path:
+    target.mkdir(parents=True)
+    config = read_hf_config(source)
+    for field in small.family.fields:
+        if field.ours == "num_layers":
+            config[field.theirs] = len(layers)
+    if config.get("layer_types"):
+        config["layer_types"] = [config["layer_types"][layer] for layer in layers]
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with HfReader(source) as reader:
+        names = {new: old for link, origin in pairs for new, old in zip(link.names, origin.names, strict=True)}
+        infos = {new: reader.infos[old] for new, old in names.items()}
+        tensors: Iterator[tuple[str, torch.Tensor]] = ((new, reader.read(old)) for new, old in names.items())
+        write_safetensors(target, infos, tensors, _MAX_SHARD_BYTES)
+    return target
+
+
+def _write_ours(pairs: list[tuple[Link, Link]], source: Path, target: Path, model: Mapping[str, Any]) -> Path:
+    (target / "state").mkdir(parents=True)
+    reader = NativeReader(source / "state")
+    with NativeWriter(target / "state") as writer:
+        for link, origin in pairs:
+            writer.write(link.key, link.index, link.axes, reader.read(origin.key, origin.index))
+    config = {**read_config(source), "model": dict(model)}
+    (target / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    if (source / "tokenizer").is_dir():
+        shutil.copytree(source / "tokenizer", target / "tokenizer")
+    return target

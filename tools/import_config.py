@@ -1,0 +1,54 @@
+"""Another project's configuration becomes a model file of ours, with a report of what became of every key.
+
+    python tools/import_config.py input=5b.yaml output=my_conf name=gpt3_5b
+    python -m nemo_llm.train --config-dir my_conf +model=gpt3_5b
+
+Reads training files of NeMo-Framework-Launcher (YAML) and Megatron-LM's arguments (a text or a shell script). All keys
+with their defaults: conf/import_config.yaml.
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+from nemo_llm.config.convert_tool import ImportConfig
+from nemo_llm.config.data_tools import compose_tool
+from nemo_llm.errors import ExitCode, InputError, NemoLlmError
+
+
+def main(arguments: list[str]) -> int:
+    """Run the tool; returns the exit code."""
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(__doc__)
+        return ExitCode.DONE
+    try:
+        _import(compose_tool("import_config", ImportConfig, arguments))
+    except NemoLlmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return ExitCode.DONE
+
+
+def _import(cfg: ImportConfig) -> None:
+    from nemo_llm.config.import_config import import_file, model_file
+    from nemo_llm.config.load import compose
+
+    source = Path(cfg.input).expanduser()
+    name = cfg.name or source.stem
+    folder = Path(cfg.output).expanduser()
+    target = folder / "model" / f"{name}.yaml"
+    if target.exists() and not cfg.overwrite:
+        raise InputError(f"{target}: exists already; give another name, or overwrite=true")
+    result = import_file(source, cfg.format)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(model_file(result, name, source.name), encoding="utf-8")
+    for row in result.rows:
+        print(row)
+    counts = Counter(row.became for row in result.rows)
+    print(", ".join(f"{count} {became}" for became, count in counts.items()))
+    print(f"{target}: use it with --config-dir {folder} +model={name}")
+    compose([f"+model={name}"], folder)  # what it says is decoded strictly, and mistakes are told here
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -128,7 +128,9 @@ def measure_equality(hf: Path, ours: Path, text: Path, tokens: int) -> None:
             start = tokenizer(prompt, return_tensors="pt").input_ids
             whole = theirs.generate(start, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
             # What ours would say at each place, given the same words so far: the same as generating step by step.
-            said = forward_ours(chunk, whole[:, :-1]).logits[0].argmax(-1)
+            logits = forward_ours(chunk, whole[:, :-1]).logits[0]
+            logits[:, theirs.generation_config.eos_token_id] = -torch.inf  # min_new_tokens forbids the end
+            said = logits.argmax(-1)
             equal += int(torch.equal(said[start.shape[1] - 1 :], whole[0, start.shape[1] :]))
         print(f"greedy: {equal} of {len(PROMPTS)} prompts, {NEW_TOKENS} tokens each, are the same token for token")
         ids = torch.tensor(tokenizer(text.read_text()).input_ids[: tokens + 1])

@@ -15,11 +15,11 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from nemo_llm.checkpoint.folder import begin, commit, read_config, resolve_checkpoint
+from nemo_llm.checkpoint.folder import begin, commit, resolve_checkpoint
 from nemo_llm.config.convert_tool import ConvertConfig
 from nemo_llm.config.derived import as_hydra
 from nemo_llm.config.load import compose, to_dict
-from nemo_llm.convert.gate import GateReport, GateSettings, compare
+from nemo_llm.convert.gate import GateReport, GateSettings, compare, saved_model
 from nemo_llm.convert.gguf import unpack_gguf
 from nemo_llm.convert.hf_files import HfReader, TensorInfo, write_safetensors
 from nemo_llm.convert.mapping import Mapped
@@ -115,10 +115,7 @@ def hf_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
 def ours_to_hf(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
     """A checkpoint of ours becomes a folder that plain transformers loads."""
     folder = resolve_checkpoint(source)
-    saved = read_config(folder)
-    model = dict(saved["model"])
-    if model["vocab_size"] is None:
-        model["vocab_size"] = load_tokenizer_from_folder(folder / "tokenizer").vocab_size
+    model = saved_model(folder)
     if cfg.family is not None and cfg.family not in FAMILIES:
         raise InputError(f"family={cfg.family}: not known; known are {', '.join(FAMILIES)}")
     model["family"] = cfg.family or model.get("family")

@@ -212,14 +212,22 @@ def forward_ours(chunk: Any, tokens: torch.Tensor) -> Outputs:
     return Outputs(logits, hidden)
 
 
+def saved_model(folder: Path) -> dict[str, Any]:
+    """The model section of a checkpoint, its vocabulary known.
+
+    Keys that are younger than the checkpoint have the values that leave things as they were, those of gpt_tiny.
+    """
+    model = {**to_dict(compose(["+model=gpt_tiny"]))["model"], **read_config(folder)["model"]}
+    if model["vocab_size"] is None:
+        model["vocab_size"] = load_tokenizer_from_folder(folder / "tokenizer").vocab_size
+    return model
+
+
 @contextmanager
 def our_model(folder: Path) -> Iterator[Any]:
     """The model of a checkpoint's configuration in float32 on this process alone, weights not loaded."""
     base = compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "precision=fp32"])
-    model = read_config(folder)["model"]
-    if model["vocab_size"] is None:
-        model = {**model, "vocab_size": load_tokenizer_from_folder(folder / "tokenizer").vocab_size}
-    cfg = decode({**to_dict(base), "model": model})
+    cfg = decode({**to_dict(base), "model": saved_model(folder)})
     own_world = not dist.is_initialized()
     runtime = start_runtime(cfg)
     # Megatron is imported after the runtime has put the CPU in the place of CUDA, where there is none.

@@ -138,6 +138,18 @@ def test_a_checkpoint_that_no_family_fits_is_refused(hf: Path, tmp_path: Path) -
     assert_refused(ours, tmp_path / "out", words, way=("nemo_llm", "hf"))
 
 
+def test_a_checkpoint_older_than_some_keys_is_exported(hf: Path, tmp_path: Path) -> None:
+    ours = run(hf, tmp_path / "ours").output
+    lines = (ours / "config.yaml").read_text().splitlines(keepends=True)
+    young = ("norm_placement:", "parallel_residual:", "qk_layernorm_scope:", "window_attn_skip_freq:", "family:")
+    old = [line for line in lines if not line.strip().startswith(young)]
+    assert len(old) == len(lines) - len(young)
+    (ours / "config.yaml").write_text("".join(old))
+    back = run(ours, tmp_path / "back", way=("nemo_llm", "hf")).output
+    with HfReader(hf) as before, HfReader(back) as after:
+        assert all(torch.equal(before.read(name), after.read(name)) for name in before.infos)
+
+
 def test_dtype_and_shards(hf: Path, tmp_path: Path) -> None:
     ours = run(hf, tmp_path / "ours", "dtype=bf16").output
     back = run(ours, tmp_path / "back", "dtype=fp32", "max_shard_mib=1", way=("nemo_llm", "hf")).output

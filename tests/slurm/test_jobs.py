@@ -180,3 +180,22 @@ def test_a_sibling_runs_its_tool_on_one_node(cluster: Cluster, tmp_path: Path) -
     ended = cluster.wait(done.stdout.split()[3], timeout=START_SECONDS)
     assert ended["ExitCode"] == "2:0", (tmp_path / "out").read_text()
     assert "problems in the configuration" in (tmp_path / "out").read_text()
+
+
+@pytest.mark.slow
+def test_a_short_fault_run_ends_bit_equal() -> None:
+    """Its fast sibling is `test_a_killed_rank_is_named_and_a_notice_requeues`."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.slurm_faults",
+        "--ranks",
+        "1",
+        "--kinds",
+        "kill a rank",
+        "scontrol requeue",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 faults, job COMPLETED" in done.stdout
+    assert "bit-equal" in done.stdout

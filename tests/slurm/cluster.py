@@ -154,6 +154,11 @@ class Cluster:
         """End the node's daemon alone; the processes of its jobs go on, out of the controller's sight."""
         os.kill(self._pids[node], signal.SIGKILL)
 
+    def on_node(self, node: str, *command: str) -> None:
+        """Run `command` among the node's own mounts, network and host name."""
+        inside = ("nsenter", f"--target={self._pids[node]}", "--mount", "--net", "--uts")
+        subprocess.run([*inside, *command], env=self.environment, check=True, capture_output=True)
+
     def processes_of(self, node: str) -> list[int]:
         """Ids of all processes on `node`."""
         found = _quiet("ip", "netns", "pids", self._namespace(int(node.removeprefix("node"))))

@@ -182,6 +182,23 @@ def test_a_sibling_runs_its_tool_on_one_node(cluster: Cluster, tmp_path: Path) -
     assert "problems in the configuration" in (tmp_path / "out").read_text()
 
 
+def test_an_unfit_node_is_named_and_left_out(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first node's temporary folder has no room: the job requeues without the node and ends on another."""
+    monkeypatch.setenv("TMPDIR", "/var/tmp")
+    cluster.on_node("node1", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/var/tmp")
+    try:
+        job = submit(cluster, tmp_path, 1, 1, "trainer.max_steps=2")
+        output = finish(cluster, tmp_path, job)
+    finally:
+        cluster.on_node("node1", "umount", "/var/tmp")
+    first, last = attempts(tmp_path / "run")
+    assert (first["class"], first["nodes"]) == ("bad_node", "node1")
+    assert "node1: /var/tmp has 0.00 GiB free" in first["reason"]
+    assert "requeue without node1" in output
+    assert last["class"] == "done"
+    assert last["nodes"] != "node1"
+
+
 @pytest.mark.slow
 def test_a_short_fault_run_ends_bit_equal() -> None:
     """Its fast sibling is `test_a_killed_rank_is_named_and_a_notice_requeues`."""

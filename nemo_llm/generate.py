@@ -27,7 +27,7 @@ def main(cfg: GenerateConfig) -> None:
         texts = read_prompts(Path(cfg.text_file).expanduser())
     else:
         texts = [cfg.text] if isinstance(cfg.text, str) else list(cfg.text or [])
-    opened = open_checkpoint(cfg, launched_world_size())
+    opened = open_checkpoint(cfg, Path(cfg.checkpoint).expanduser(), launched_world_size())
     prompts = encode(cfg, opened, texts)
 
     from nemo_llm.inference.decoder import check_prompts, generate

@@ -96,10 +96,10 @@ class TrainTokenizerConfig(Section):
 
 
 def _split_overrides(name: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides for Hydra, and those that set a key named as a group is (``checkpoint``), where Hydra would choose."""
+    """Overrides for Hydra, and those it refuses: of keys named as a group (``checkpoint``) and of open mappings."""
     root = yaml.safe_load((conf_dir() / f"{name}.yaml").read_text(encoding="utf-8"))
-    keys = set(root) - {"defaults", "hydra"}
-    ours = [text for text in overrides if (key := text.partition("=")[0]) in keys and (conf_dir() / key).is_dir()]
+    keys = {key for key, value in root.items() if isinstance(value, dict) or (conf_dir() / key).is_dir()}
+    ours = [text for text in overrides if text.partition("=")[0] in keys - {"hydra"}]
     return [text for text in overrides if text not in ours], ours
 
 
@@ -113,7 +113,7 @@ def compose_tool(name: str, schema: type[T], overrides: Sequence[str]) -> T:
             for_hydra, ours = _split_overrides(name, overrides)
             composed = compose(config_name=name, overrides=for_hydra)
         for override in OverridesParser.create().parse_overrides(ours):
-            OmegaConf.update(composed, override.key_or_group, override.value())
+            OmegaConf.update(composed, override.key_or_group, override.value(), force_add=True)
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise ConfigError([Problem(key, NO_VALUE, "is required", f"add {key}=...") for key in missing])

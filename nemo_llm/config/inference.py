@@ -29,10 +29,9 @@ class SamplingConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSource(Section):
-    """A trained model and where it runs."""
+class ModelPlace(Section):
+    """Where and how trained models run."""
 
-    checkpoint: NonEmptyStr
     parallelism: ParallelismConfig
     dtype: Literal["fp32", "bf16", "fp16"] | None
     accelerator: Literal["auto", "cpu", "cuda"]
@@ -40,9 +39,10 @@ class ModelSource(Section):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateConfig(ModelSource):
+class GenerateConfig(ModelPlace):
     """``python -m nemo_llm.generate``."""
 
+    checkpoint: NonEmptyStr
     text: str | list[str] | None
     text_file: NonEmptyStr | None
     output: NonEmptyStr | None
@@ -58,3 +58,13 @@ class GenerateConfig(ModelSource):
             raise ConfigError(
                 [Problem("text", self.text, f"give either text or text_file, received {received}", 'add text="..."')]
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatConfig(ModelPlace):
+    """``python -m nemo_llm.chat``."""
+
+    checkpoint: NonEmptyStr
+    system: str | None
+    chat_template: NonEmptyStr | None
+    sampling: SamplingConfig

@@ -10,7 +10,14 @@ from nemo_llm.config.peft import PeftConfig
 from nemo_llm.config.performance import PerformanceConfig
 from nemo_llm.config.precision import PrecisionConfig
 from nemo_llm.config.section import Section
-from nemo_llm.config.services import CheckpointConfig, ClusterConfig, ExpManagerConfig, SampleConfig, TaskConfig
+from nemo_llm.config.services import (
+    CheckpointConfig,
+    ClusterConfig,
+    EvaluationConfig,
+    ExpManagerConfig,
+    SampleConfig,
+    TaskConfig,
+)
 from nemo_llm.config.trainer import RunSection, TrainerConfig
 
 
@@ -31,4 +38,5 @@ class RunConfig(Section):
     exp_manager: ExpManagerConfig
     cluster: ClusterConfig
     sample: SampleConfig
+    evaluation: EvaluationConfig
     peft: PeftConfig | None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nemo_llm.config.section import NonEmptyStr, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from nemo_llm.config.section import NonEmptyStr, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +51,18 @@ class ClusterConfig(Section):
     gpu_memory_gib: PositiveFloat | None
     peak_tflops: PositiveFloat | None
     environment: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig(Section):
+    """Tasks and texts that are measured while a model trains."""
+
+    interval: PositiveInt | None
+    tasks: dict[str, NonEmptyStr | list[NonEmptyStr]]
+    task_shots: dict[str, NonEmptyStr]
+    num_fewshot: NonNegativeInt | None
+    texts: NonEmptyStr | list[NonEmptyStr] | None
+    limit: PositiveInt | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -43,15 +43,22 @@ def rolling_windows(tokens: list[int], prefix: int, window: int, context: int) -
 
 
 def measure_perplexity(
-    scorer: Scorer, name: str, documents: list[str], window: int | None = None, context: int = 1
+    scorer: Scorer,
+    name: str,
+    documents: list[str],
+    window: int | None = None,
+    context: int = 1,
+    prefix: int | None = None,
 ) -> PerplexityResult:
     """Score every token of every document.
 
-    The first token is predicted from the token that begins a text, else from the one that ends a document.
+    The first token is predicted from ``prefix``, else from the token that begins a text, else from the one that ends a
+    document.
     """
     window = min(window or scorer.max_length, scorer.max_length)
     tokenizer = scorer.tokenizer
-    prefix = tokenizer.eod_id if tokenizer.bos_id is None else tokenizer.bos_id
+    if prefix is None:
+        prefix = tokenizer.eod_id if tokenizer.bos_id is None else tokenizer.bos_id
     encoded = tokenizer.encode_batch(documents)
     pairs = [pair for tokens in encoded for pair in rolling_windows(tokens, prefix, window, context)]
     nats = -sum(log_likelihood for log_likelihood, _ in scorer.score(pairs))

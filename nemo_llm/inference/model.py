@@ -15,10 +15,11 @@ from nemo_llm.checkpoint.manifest import verify
 from nemo_llm.checkpoint.weights import load_weights
 from nemo_llm.config import RunConfig
 from nemo_llm.config.checks import find_problems
-from nemo_llm.config.inference import ModelSource
+from nemo_llm.config.inference import ModelPlace
 from nemo_llm.config.load import compose, decode, to_dict
 from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer_from_folder
 from nemo_llm.errors import ConfigError, InputError, Problem
+from nemo_llm.inference.graphs import DecodeGraphs
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.models.kv_cache import KVCache, connect_cache, has_cacheable_attention
 from nemo_llm.parallel.runtime import ParallelRuntime
@@ -27,8 +28,8 @@ from nemo_llm.parallel.runtime import ParallelRuntime
 _GPU_SLOT_STEP = 256
 
 
-def inference_config(source: ModelSource, folder: Path, world_size: int) -> RunConfig:
-    """The configuration that builds the model of ``folder`` for ``source.parallelism``.
+def inference_config(place: ModelPlace, folder: Path, world_size: int) -> RunConfig:
+    """The configuration that builds the model of ``folder`` for ``place.parallelism``.
 
     Only the model's section and its number format come from the checkpoint, not what concerned its training.
 
@@ -40,10 +41,10 @@ def inference_config(source: ModelSource, folder: Path, world_size: int) -> RunC
     if not isinstance(saved.get("model"), dict):
         raise InputError(f"{folder / 'config.yaml'}: has no model section; expected a folder made by nemo_llm")
     trained_in = saved.get("precision", {}).get("params_dtype", "fp32")
-    dtype = source.dtype or trained_in
+    dtype = place.dtype or trained_in
     mapping = to_dict(compose(["+model=gpt_tiny", f"precision={dtype}"]))
     mapping["model"] = {**mapping["model"], **saved["model"], "transformer_impl": "torch"}
-    layout = source.parallelism
+    layout = place.parallelism
     mapping["parallelism"] = dataclasses.asdict(
         dataclasses.replace(
             layout,
@@ -56,11 +57,11 @@ def inference_config(source: ModelSource, folder: Path, world_size: int) -> RunC
             overlap_param_gather=False,
         )
     )
-    mapping["trainer"]["accelerator"] = source.accelerator
+    mapping["trainer"]["accelerator"] = place.accelerator
     mapping["trainer"]["micro_batch_size"] = 1
     mapping["trainer"]["global_batch_size"] = max(1, world_size // layout.model_parallel_size)
     # Chunks of logits stay in a CPU's cache. On a GPU the fused loss would be compiled for every number of tokens.
-    on_cpu = source.accelerator == "cpu" or not torch.cuda.is_available()
+    on_cpu = place.accelerator == "cpu" or not torch.cuda.is_available()
     mapping["performance"] |= {"fused_linear_cross_entropy": on_cpu, "cross_entropy_chunk_tokens": 256}
     mapping["performance"] |= {"gradient_accumulation_fusion": False, "fused_rope": False, "compile_layers": False}
     cfg = decode(mapping)
@@ -86,20 +87,20 @@ class LoadedFolder:
     tokenizer: Tokenizer
 
 
-def open_checkpoint(source: ModelSource, world_size: int) -> LoadedFolder:
+def open_checkpoint(place: ModelPlace, path: Path, world_size: int) -> LoadedFolder:
     """Find the checkpoint and read what is not weights.
 
     Raises:
         InputError, ConfigError, CheckpointNotFoundError: each names what is missing and the fix.
     """
-    folder = resolve_checkpoint(Path(source.checkpoint).expanduser())
+    folder = resolve_checkpoint(path)
     if not (folder / "tokenizer").is_dir():
         raise InputError(
             f"{folder}: holds no tokenizer/ folder, so that text cannot be encoded.\n      fix: copy tokenizer/ from a "
             "checkpoint of the same run, or convert the model again with its tokenizer"
         )
     return LoadedFolder(
-        folder, inference_config(source, folder, world_size), load_tokenizer_from_folder(folder / "tokenizer")
+        folder, inference_config(place, folder, world_size), load_tokenizer_from_folder(folder / "tokenizer")
     )
 
 
@@ -115,6 +116,9 @@ class InferenceModel:
         self.vocab_size = min(tokenizer.vocab_size, self.chunk.known_tokens)
         self.max_length = cfg.model.max_position_embeddings
         self.num_stages = dist.get_world_size(runtime.groups.pp)
+        # Megatron's embedding under TP and its experts wait for the device, which a recorded step must not.
+        alone = runtime.parallelism.model_parallel_size == 1 and cfg.model.moe is None
+        self.records_graphs = runtime.device.type == "cuda" and alone
         self._stage_ranks = dist.get_process_group_ranks(runtime.groups.pp)
         if not has_cacheable_attention(self.chunk):
             problem = Problem(
@@ -155,15 +159,27 @@ class InferenceModel:
     def decode(
         self, cache: KVCache, tokens: torch.Tensor, positions: torch.Tensor, longest: int
     ) -> torch.Tensor | None:
-        """One more token of each row, ``[b]`` at ``positions`` ``[b]``; logits as from `read_prompts`."""
-        cache.decode_at(positions, longest)
+        """One more token of each row, ``[b]`` at ``positions`` ``[b]``; logits as from `read_prompts`.
+
+        On a GPU the result is overwritten by the next call.
+        """
         connect_cache(self.chunk, cache)
         self.chunk.rotary_table = self._rotary_table(cache.num_slots)
         try:
+            if self.records_graphs:
+                if cache.recorded is None:
+                    cache.recorded = DecodeGraphs(self._recordable_step, cache, len(tokens), self.chunk.config)
+                return cache.recorded(tokens, positions, longest)
+            cache.decode_at(positions, longest)
             return self._logits(self._through_stages(tokens[:, None], positions[:, None]))
         finally:
             self.chunk.rotary_table = None
             connect_cache(self.chunk, None)
+
+    def _recordable_step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        logits = self._logits(self.chunk(tokens[:, None], positions[:, None], attention_mask=None))
+        assert logits is not None
+        return logits
 
     @torch.no_grad()
     def losses(self, tokens: torch.Tensor, labels: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

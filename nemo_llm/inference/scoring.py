@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from nemo_llm.config.inference import SamplingConfig
+from nemo_llm.errors import InputError
 from nemo_llm.inference.decoder import generate
 from nemo_llm.inference.model import InferenceModel
 
@@ -67,6 +68,11 @@ class ModelScorer:
             seed=0,
         )
         room = self.max_length - max_new_tokens
+        if room < 1:
+            raise InputError(
+                f"{max_new_tokens} tokens are to be generated, and the model's window is {self.max_length}: no room "
+                "for a prompt.\n      fix: ask for fewer, in the task's generation_kwargs.max_gen_toks"
+            )
         cut = [prompt[-room:] for prompt in prompts]
         return [result.text for result in generate(self.model, cut, settings, self.generate_batch_size)]
 

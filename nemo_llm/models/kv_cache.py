@@ -30,6 +30,8 @@ class KVCache:
         """Slots that decoding looks at."""
         self.positions: torch.Tensor | None = None
         """``[b]``: the slot of each row's present token while decoding; None while prompts are read."""
+        self.recorded: Any = None
+        """What inference/graphs.py recorded for this cache."""
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._masks: dict[int | None, torch.Tensor] = {}
         self._rows: torch.Tensor | None = None
@@ -42,6 +44,10 @@ class KVCache:
         """The next token of every row goes to ``positions`` ``[b]``, none of which is above ``longest``."""
         self.positions = positions
         self.seen_slots = -(-(longest + 1) // self.slot_step) * self.slot_step
+        self._masks = {}
+
+    def forget_masks(self) -> None:
+        """Make the masks anew at the next step, though nothing changed."""
         self._masks = {}
 
     def fill(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:

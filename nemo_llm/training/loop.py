@@ -13,8 +13,9 @@ from nemo_llm.config.arithmetic import padded_vocab_size
 from nemo_llm.errors import ExitCode
 from nemo_llm.planner.flops import flops_per_token
 from nemo_llm.training.checkpoint import finish_saving, save_checkpoint
+from nemo_llm.training.evaluation import read_evaluation
 from nemo_llm.training.experiment import ExperimentLogger, ExperimentRun, start_experiment
-from nemo_llm.training.metrics import MetricsFile, StepRow, ValidationRow, progress_line
+from nemo_llm.training.metrics import EvaluationRow, MetricsFile, StepRow, ValidationRow, progress_line
 from nemo_llm.training.rollback import BadSteps
 from nemo_llm.training.rundir import to_plain
 from nemo_llm.training.signals import StopReason, StopSignals
@@ -39,6 +40,7 @@ def train(run: TrainingRun) -> Ending:
     trainer, state = run.cfg.trainer, run.state
     stop_file_folder = run.run_dir if run.runtime.is_first_rank else None
     run.progress.enter("start", state.step)
+    evaluation = read_evaluation(run.cfg.evaluation)
     with (
         StopSignals(stop_file_folder, trainer.max_time_minutes) as signals,
         _Report(run) as report,
@@ -62,6 +64,10 @@ def train(run: TrainingRun) -> Ending:
                 run.progress.enter("validation")
                 with report.pause():
                     report.validation(validate(run))
+            if evaluation is not None and _due(run.cfg.evaluation.interval, state.step):
+                run.progress.enter("evaluation")
+                with report.pause():
+                    report.evaluation(evaluation.measure(run))
             if _due(run.cfg.checkpoint.save_interval, state.step) and reason is None:
                 run.progress.enter("save")
                 with report.pause():
@@ -194,6 +200,17 @@ class _Report:
                 self._experiment.log_metrics(
                     step, {f"val/{name}/loss": result.loss, f"val/{name}/accuracy": result.accuracy}
                 )
+
+    def evaluation(self, figures: dict[str, float]) -> None:
+        """Log what tasks and texts gave."""
+        step = self.run.state.step
+        if self._metrics is None:
+            return
+        for name, value in figures.items():
+            self._metrics.append(EvaluationRow(step=step, eval_name=name, eval_value=value))
+        print("evaluation: " + " | ".join(f"{name} {value:.4f}" for name, value in figures.items()), flush=True)
+        if self._experiment is not None:
+            self._experiment.log_metrics(step, {f"eval/{name}": value for name, value in figures.items()})
 
     def _start_experiment(self) -> ExperimentLogger:
         run = self.run

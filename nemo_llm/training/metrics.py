@@ -65,6 +65,15 @@ class ValidationRow:
     val_name: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationRow:
+    """One figure of a task or a text, after update number `step`."""
+
+    step: int
+    eval_name: str
+    eval_value: float
+
+
 class MetricsFile:
     """``metrics.jsonl`` of a run folder: one JSON object a line. Made on the first rank alone."""
 
@@ -74,7 +83,7 @@ class MetricsFile:
         _cut_torn_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
-    def append(self, row: StepRow | ValidationRow) -> None:
+    def append(self, row: StepRow | ValidationRow | EvaluationRow) -> None:
         """Write `row` and hand it to the operating system, so that a killed process loses nothing.
 
         Numbers that JSON does not have (NaN, infinities) are written as null.
@@ -165,7 +174,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
 
 
-def _encode(row: StepRow | ValidationRow) -> str:
+def _encode(row: StepRow | ValidationRow | EvaluationRow) -> str:
     values = dataclasses.asdict(row)
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()

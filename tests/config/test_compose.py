@@ -35,6 +35,7 @@ from nemo_llm.config.data import TokenizerConfig
 from nemo_llm.config.data_tools import compose_tool
 from nemo_llm.config.load import compose, decode, to_dict
 from nemo_llm.config.prepare import DataPrepConfig, PrepareConfig
+from nemo_llm.config.services import EvaluationConfig
 
 ALL_FILES = sorted(conf_dir().rglob("*.yaml"))
 TOOL_FILES = [path for path in ALL_FILES if path.parent.name in TOOL_GROUPS]
@@ -54,6 +55,7 @@ SECTIONS: dict[str, type] = {
     "exp_manager": ExpManagerConfig,
     "cluster": ClusterConfig,
     "sample": SampleConfig,
+    "evaluation": EvaluationConfig,
     "model/family": ModelConfig,
 }
 # What a file of a group leaves to another group.

@@ -57,7 +57,7 @@ def load(folder: str, *overrides: str) -> tuple[Any, Any]:
     from nemo_llm.parallel.runtime import start_runtime
 
     cfg = generate_config(folder, *overrides)
-    opened = open_checkpoint(cfg, dist.get_world_size())
+    opened = open_checkpoint(cfg, Path(folder), dist.get_world_size())
     return cfg, load_model(opened, start_runtime(opened.cfg), "full")
 
 

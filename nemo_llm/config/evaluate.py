@@ -1,0 +1,41 @@
+"""Configuration of ``python -m nemo_llm.evaluate``."""
+
+from dataclasses import dataclass
+
+from nemo_llm.config.inference import ModelPlace
+from nemo_llm.config.section import NonEmptyStr, NonNegativeInt, PositiveInt, Section
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassificationConfig(Section):
+    """A file of texts and labels, classified by the likelihood of the labels' words."""
+
+    file: NonEmptyStr
+    text_key: NonEmptyStr
+    label_key: NonEmptyStr
+    label_words: dict[str, NonEmptyStr] | None
+    num_fewshot: NonNegativeInt
+    shots_file: NonEmptyStr | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig(ModelPlace):
+    """What to measure and of which checkpoints."""
+
+    checkpoint: NonEmptyStr | list[NonEmptyStr]
+    every_checkpoint: bool
+    texts: NonEmptyStr | list[NonEmptyStr] | None
+    text_key: NonEmptyStr
+    window: PositiveInt | None
+    context: PositiveInt
+    tasks: dict[str, NonEmptyStr | list[NonEmptyStr]]
+    task_shots: dict[str, NonEmptyStr]
+    num_fewshot: NonNegativeInt | None
+    classification: ClassificationConfig | None
+    prompt_templates: list[NonEmptyStr]
+    limit: PositiveInt | None
+    prefix_token: NonEmptyStr | None
+    batch_size: PositiveInt
+    seed: NonNegativeInt
+    output: NonEmptyStr | None
+    report: NonEmptyStr | None

@@ -1,0 +1,180 @@
+"""Results of several models side by side: tables for the terminal, a page with tables and plots."""
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_llm.errors import InputError
+from nemo_llm.evaluation.classification import as_plain, figures_as_rows
+from nemo_llm.evaluation.suite import ModelResult
+
+_COLOURS = ("#3366aa", "#cc7722", "#338855", "#aa3355", "#7755aa", "#777777")
+Table = tuple[str, list[str], list[list[str]]]
+"""Title, names of the columns, rows."""
+
+
+def tables(results: Sequence[ModelResult]) -> list[Table]:
+    """Everything measured, a column for each model."""
+    names = [result.name for result in results]
+    found: list[Table] = []
+    if any(result.perplexity for result in results):
+        rows = []
+        for place, first in enumerate(results[0].perplexity):
+            parts = [result.perplexity[place] for result in results]
+            rows.append([f"{first.name}: bits per byte", *(f"{part.bits_per_byte:.4f}" for part in parts)])
+            rows.append([f"{first.name}: perplexity per token", *(f"{part.perplexity:.3f}" for part in parts)])
+            rows.append([f"{first.name}: tokens", *(f"{part.num_tokens:,}" for part in parts)])
+        found.append(("Perplexity", ["text", *names], rows))
+    if any(result.tasks for result in results):
+        rows = []
+        for task, figures in results[0].tasks.items():
+            for metric in figures:
+                if not _is_error(metric):
+                    cells = [_with_error(result.tasks[task], metric) for result in results]
+                    rows.append([f"{task}: {metric}", *cells])
+        found.append(("Tasks (± standard error)", ["task", *names], rows))
+    for place, shown in enumerate(results[0].classification):
+        columns = [dict(figures_as_rows(result.classification[place].figures)) for result in results]
+        rows = [[row, *(column.get(row, "") for column in columns)] for row in columns[0]]
+        found.append((f"Classification, prompt template {shown.template} (95% intervals)", ["figure", *names], rows))
+    for result in results:
+        if result.comparisons:
+            rows = [
+                [
+                    f"{part.first} - {part.second}",
+                    f"{part.difference:+.3f}",
+                    f"{part.p_value:.2g}",
+                    "yes" if part.significant else "no",
+                ]
+                for part in result.comparisons
+            ]
+            title = f"Prompt templates of {result.name} (McNemar's exact test, Holm-adjusted)"
+            found.append((title, ["templates", "accuracy", "p", "differ (5%)"], rows))
+    return found
+
+
+def as_text(results: Sequence[ModelResult]) -> str:
+    """The tables as aligned lines."""
+    blocks = []
+    for title, head, rows in tables(results):
+        widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if not place else cell.rjust(width) for place, (cell, width) in enumerate(pairs)
+            )
+            for pairs in (list(zip(row, widths, strict=True)) for row in [head, *rows])
+        ]
+        blocks.append("\n".join([title, *(f"  {line.rstrip()}" for line in lines)]))
+    return "\n\n".join(blocks)
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    figures = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+    return "  ".join([row[0].ljust(widths[0]), *figures])
+
+
+def write_json(results: Sequence[ModelResult], path: Path) -> None:
+    """All figures, each example's predictions among them."""
+    _write(path, json.dumps([as_plain(result) for result in results], indent=1, ensure_ascii=False) + "\n", "output")
+
+
+def write_html(results: Sequence[ModelResult], path: Path) -> None:
+    """One page without anything from elsewhere: tables, and a plot of every figure over steps or models."""
+    parts = [f"<h2>{html.escape(title)}</h2>{_html_table(head, rows)}" for title, head, rows in tables(results)]
+    plots = "".join(_plot(name, values, results) for name, values in _series(results).items())
+    page = f"""<!doctype html><meta charset="utf-8"><title>Evaluation</title>
+<style>body{{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;color:#222}}
+table{{border-collapse:collapse;margin:.5em 0 1.5em}}td,th{{padding:.25em .8em;border-bottom:1px solid #ddd}}
+td,th{{text-align:right}}
+td:first-child,th:first-child{{text-align:left}}figure{{display:inline-block;margin:.5em 1em .5em 0}}
+figcaption{{font-size:90%}}</style>
+<h1>Evaluation</h1><p>{html.escape(", ".join(f"{r.name}: {r.checkpoint}" for r in results))}</p>
+{"".join(parts)}<h2>Plots</h2>{plots}
+"""
+    _write(path, page, "report")
+
+
+def _series(results: Sequence[ModelResult]) -> dict[str, list[float]]:
+    """Every headline figure over the models."""
+    series: dict[str, list[float]] = {}
+    for place, first in enumerate(results[0].perplexity):
+        series[f"{first.name}: bits per byte"] = [result.perplexity[place].bits_per_byte for result in results]
+    for task, figures in results[0].tasks.items():
+        for metric in figures:
+            if not _is_error(metric) and metric != "samples":
+                series[f"{task}: {metric}"] = [float(result.tasks[task][metric]) for result in results]
+    for place, part in enumerate(results[0].classification):
+        values = [result.classification[place].figures.accuracy.value for result in results]
+        series[f"{part.template}: accuracy"] = values
+    return series
+
+
+def _plot(title: str, values: Sequence[float], results: Sequence[ModelResult]) -> str:
+    """A line over steps where all results are of one run, else bars; as SVG."""
+    width, height, left, bottom = 340, 200, 56, 26
+    low, high = min(values), max(values)
+    steps = [result.step for result in results]
+    over_steps = len(values) > 1 and None not in steps and len(set(steps)) == len(steps)
+    if not over_steps:
+        low = min(low, 0.0)
+    if high == low:
+        low, high = low - 0.5, high + 0.5
+    y = [(height - bottom) - (value - low) / (high - low) * (height - bottom - 14) for value in values]
+    axis = [
+        f'<text x="{left - 4}" y="{at}" text-anchor="end" font-size="11">{value:.4g}</text>'
+        for at, value in ((height - bottom, low), (16, high))
+    ]
+    if over_steps:
+        first, last = min(s for s in steps if s is not None), max(s for s in steps if s is not None)
+        x = [left + 6 + (s - first) / max(last - first, 1) * (width - left - 16) for s in steps if s is not None]
+        points = sorted(zip(x, y, strict=True))
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
+        marks = [f'<polyline points="{path}" fill="none" stroke="{_COLOURS[0]}" stroke-width="2"/>']
+        marks += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{_COLOURS[0]}"/>' for a, b in points]
+        marks.append(f'<text x="{width - 4}" y="{height - 8}" text-anchor="end" font-size="11">step {last}</text>')
+        marks.append(f'<text x="{left}" y="{height - 8}" font-size="11">step {first}</text>')
+    else:
+        slot = (width - left - 8) / len(values)
+        marks = []
+        for number, (result, at) in enumerate(zip(results, y, strict=True)):
+            x0 = left + 4 + number * slot
+            colour = _COLOURS[number % len(_COLOURS)]
+            marks.append(
+                f'<rect x="{x0:.1f}" y="{at:.1f}" width="{slot * 0.8:.1f}" height="{height - bottom - at:.1f}" '
+                f'fill="{colour}"><title>{html.escape(result.name)}: {values[number]:.5g}</title></rect>'
+            )
+            label = html.escape(result.name[: max(4, int(slot / 7))])
+            marks.append(f'<text x="{x0:.1f}" y="{height - 8}" font-size="11">{label}</text>')
+    return (
+        f'<figure><svg width="{width}" height="{height}" role="img">{"".join(axis + marks)}</svg>'
+        f"<figcaption>{html.escape(title)}</figcaption></figure>"
+    )
+
+
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
+    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def _is_error(metric: str) -> bool:
+    return "_stderr" in metric
+
+
+def _with_error(figures: dict[str, Any], metric: str) -> str:
+    value = figures[metric]
+    if isinstance(value, int):
+        return f"{value:,}"
+    base, _, rest = metric.partition(",")
+    error = figures.get(f"{base}_stderr{',' + rest if rest else ''}")
+    return f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
+
+
+def _write(path: Path, text: str, key: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{key}={path}: cannot be written ({error.strerror or error})") from None

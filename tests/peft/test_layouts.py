@@ -1,5 +1,7 @@
 """Every kind of adapter on every layout trains as on one process: losses and gradient norms of some steps."""
 
+from typing import Any
+
 import pytest
 
 from tests.parity.layouts import DENSE, MOE, Layout, model_overrides
@@ -48,6 +50,15 @@ def named(layouts: list[Layout], *names: str) -> list[Layout]:
     return found
 
 
+# Run on request: what they add to the others was looked at once.
+SLOW = ("TP2 SP DP2, full recompute", "PP2 EP2")
+
+
+def slow_if_listed(layout: Layout) -> Any:
+    """The layout as a test's parameter."""
+    return pytest.param(layout, marks=pytest.mark.slow) if layout.name in SLOW else layout
+
+
 DENSE_LAYOUTS = named(
     DENSE,
     "TP2",
@@ -79,14 +90,14 @@ def test_adapters_start_as_nothing_and_then_learn(single: dict[str, list]) -> No
     assert all(norm > 0 for kind in KINDS for _, norm in single[kind])
 
 
-@pytest.mark.parametrize("layout", DENSE_LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [slow_if_listed(layout) for layout in DENSE_LAYOUTS], ids=lambda layout: layout.name)
 def test_layout_equals_one_process(layout: Layout, ranks: RankPool, single: dict[str, list]) -> None:
     for rows in ranks.run(train, layout.processes, "gpt_tiny", KINDS, layout.overrides):
         for kind in KINDS:
             assert_close(kind, rows[kind], single[kind])
 
 
-@pytest.mark.parametrize("layout", MOE_LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [slow_if_listed(layout) for layout in MOE_LAYOUTS], ids=lambda layout: layout.name)
 def test_expert_layout_equals_one_process(layout: Layout, ranks: RankPool, single_moe: dict[str, list]) -> None:
     for rows in ranks.run(train, layout.processes, "moe_tiny", EXPERT_KINDS, (EXPERT_PARTS, *layout.overrides)):
         for kind in EXPERT_KINDS:

@@ -1,5 +1,6 @@
 """What can be said of the scripts and the image's parts without running a job."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,20 @@ def test_the_images_torch_is_pinned_and_a_change_is_noticed(tmp_path: Path) -> N
     done = subprocess.run(verify, check=False, capture_output=True, text=True)
     assert done.returncode == 1
     assert "torch: 1.0 became" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["+model=gpt_tiny", "optim.lrr=1"], "did you mean optim.lr?"),
+        (["--processes=two", "+model=gpt_tiny"], "take whole numbers, not two"),
+        (["--nodes=2", "+model=gpt_tiny"], "--nodes=2: no such option"),
+    ],
+)
+def test_without_slurm_a_mistake_ends_before_any_rank_starts(tmp_path: Path, words: list[str], said: str) -> None:
+    environment = {**os.environ, "NEMO_LLM_PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "slurm/local.sh"), *words, f"run.dir={tmp_path}/run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (tmp_path / "run").exists()

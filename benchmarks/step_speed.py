@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--name", default="")
+    parser.add_argument("--losses", type=Path, default=None, help="write the loss of every step to this file")
     arguments, overrides = parser.parse_known_args()
 
     from nemo_llm.config.checks import check
@@ -67,6 +69,8 @@ def main() -> None:
             json.dumps(figures(arguments.name, run, times, losses, built, peak_memory_gib(runtime.device))),
             flush=True,
         )
+        if arguments.losses is not None:
+            arguments.losses.write_text(json.dumps(losses))
     if arguments.profile:
         profile(run, train_step)
     stop_runtime()

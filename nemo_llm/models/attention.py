@@ -8,6 +8,7 @@ Shapes: ``s`` sequence, ``b`` micro-batch, ``n`` query heads and ``g`` key-value
 """
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from nemo_llm.models.context_parallel import gather_sequence, heads_to_sequence, sequence_to_heads
@@ -115,7 +117,7 @@ class CoreAttention(MegatronModule):
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         plain = mask is None and self.window is None
         allowed = None if plain else self._allowed(mask, sq, sk, query.device)
-        with self._dropout_region():
+        with self._dropout_region(), _kernel_order(query.device) if plain and sq == sk else nullcontext():
             if self.logit_softcapping is not None:
                 context = self._attend_softcapped(q, k, v, allowed)
             else:
@@ -179,6 +181,23 @@ class CoreAttention(MegatronModule):
         if self.training and self.dropout > 0.0:
             return tensor_parallel.get_cuda_rng_tracker().fork()
         return torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad()
+
+
+# On Hopper cuDNN's kernels are 1.5 times as fast as FlashAttention 2's (docs/benchmarks-gpu.md), and PyTorch 2.11 puts the
+# latter first where Transformer Engine is installed.
+_KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def _kernel_order(device: torch.device) -> Any:
+    """Which of PyTorch's kernels are tried first, in the order of their speed on this device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
+        return nullcontext()
+    return sdpa_kernel(_KERNELS, set_priority=True)
 
 
 def _layer_has_window(config: TransformerConfig, layer_number: int) -> bool:

@@ -54,11 +54,10 @@ def _split_and_rotate(
 
 
 def offer_fused_qkv() -> None:
-    """Let Megatron's ``fused_single_qkv_rope`` use our kernel where Transformer Engine's is not installed.
+    """Let Megatron's ``fused_single_qkv_rope`` use our kernel, also where Transformer Engine's is installed.
 
     megatron-core 0.16.1 takes the function from these names of its module. tests/models/test_megatron_contract.py fails
     when they are gone.
     """
-    if not attention.HAVE_FUSED_QKV_ROPE:
-        attention.HAVE_FUSED_QKV_ROPE = True
-        attention.apply_fused_qkv_rotary_pos_emb = _split_and_rotate
+    attention.HAVE_FUSED_QKV_ROPE = True
+    attention.apply_fused_qkv_rotary_pos_emb = _split_and_rotate

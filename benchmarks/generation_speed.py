@@ -38,7 +38,7 @@ def save_checkpoint(folder: Path, model: str) -> None:
     runtime = start_runtime(cfg)
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     with writing(folder / "step_00000000") as temporary:
-        save_weights(build_model_chunks(cfg, runtime, tokenizer.vocab_size), temporary)
+        save_weights(build_model_chunks(cfg, runtime, cfg.model.vocab_size or tokenizer.vocab_size), temporary)
         (temporary / "config.yaml").write_text(yaml.safe_dump(to_dict(cfg)))
         tokenizer.save(temporary / "tokenizer")
     stop_runtime()

@@ -183,8 +183,8 @@ class CoreAttention(MegatronModule):
         return torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad()
 
 
-# On Hopper cuDNN's kernels are 1.5 times as fast as FlashAttention 2's (docs/benchmarks-gpu.md), and PyTorch 2.11 puts the
-# latter first where Transformer Engine is installed.
+# On Hopper cuDNN's kernels are 1.5 times as fast as FlashAttention 2's (docs/benchmarks-gpu.md), and PyTorch 2.11 puts
+# the latter first where Transformer Engine is installed.
 _KERNELS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,

@@ -1,0 +1,139 @@
+"""The speed table of docs/benchmarks-gpu.md: any of its rows by one command, ours and the peers in turns.
+
+``python -m benchmarks.gpu_table [--rows NAME ...] [--out gpu_table.jsonl]``. Each row runs in processes of its own; a row that is
+in the file already is not run again, so a run that was stopped goes on where it stopped. Ends with the table: tokens/s and the
+ratio to the row's peer, the machine and the versions. ``--list`` prints the rows.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = [
+    "-m", "benchmarks.step_speed", "trainer.max_steps=100", "exp_manager.enabled=false", "sample.enabled=false",
+    "optim.sched.warmup_steps=10", "optim.sched.decay_steps=100",
+]  # fmt: skip
+PEER = ["-m", "benchmarks.peer_pytorch"]
+SMALL = ["+model=llama3_1b", "trainer.global_batch_size=16", "trainer.micro_batch_size=8"]
+LARGE = ["+model=llama3_8b", "parallelism.use_distributed_optimizer=true", "model.transformer_impl=torch"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: what to run on how many GPUs, and the row that it is compared with."""
+
+    command: list[str]
+    gpus: int = 1
+    peer: str | None = None
+
+
+ROWS = {
+    "1b peer": Row([*PEER, "--micro-batch", "8", "--micro-batches", "2"]),
+    "1b bf16": Row([*OURS, *SMALL, "model.transformer_impl=torch"], peer="1b peer"),
+    "1b bf16 te": Row([*OURS, *SMALL, "model.transformer_impl=transformer_engine"], peer="1b peer"),
+    "1b fp8": Row([*OURS, *SMALL, "model.transformer_impl=torch", "precision=fp8_tensorwise"], peer="1b peer"),
+    "1b fp8 te": Row([*OURS, *SMALL, "precision=fp8_delayed"], peer="1b peer"),
+    "1b bf16, two GPUs": Row(
+        [*OURS, "+model=llama3_1b", "trainer.global_batch_size=32", "trainer.micro_batch_size=8",
+         "model.transformer_impl=torch", "parallelism.use_distributed_optimizer=true"], 2, "1b bf16",
+    ),
+    "8b x12 peer 4096": Row(
+        [*PEER, "--model", "llama3_8b", "--layers", "12", "--micro-batch", "2", "--micro-batches", "4"], 2
+    ),
+    "8b x12 4096": Row(
+        [*OURS, *LARGE, "model.num_layers=12", "trainer.micro_batch_size=2", "trainer.global_batch_size=16"], 2,
+        "8b x12 peer 4096",
+    ),
+    "8b x12 peer 8192": Row(
+        [*PEER, "--model", "llama3_8b", "--layers", "12", "--seq", "8192", "--micro-batch", "1", "--micro-batches", "4"], 2
+    ),
+    "8b x12 8192": Row(
+        [*OURS, *LARGE, "model.num_layers=12", "data.seq_length=8192", "trainer.micro_batch_size=1",
+         "trainer.global_batch_size=8"], 2, "8b x12 peer 8192",
+    ),
+    "8b peer 4096": Row([*PEER, "--model", "llama3_8b", "--micro-batch", "2", "--micro-batches", "8"], 2),
+    "8b 4096": Row(
+        [*OURS, *LARGE, "trainer.micro_batch_size=1", "trainer.global_batch_size=32"], 2, "8b peer 4096"
+    ),
+}  # fmt: skip
+
+
+def run(name: str, row: Row, timeout: int, more: list[str]) -> dict:
+    """The row's RESULT, or what went wrong."""
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(row.gpus)] if row.gpus > 1 else []
+    )
+    command = [sys.executable, "-W", "ignore", *launcher, *row.command, "--name", name, *more]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"name": name, "failed": f"no result in {timeout} s"}
+    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not found:
+        return {"name": name, "failed": f"exit code {done.returncode}: {(done.stderr or done.stdout)[-400:]}"}
+    return {**json.loads(found[-1].removeprefix("RESULT ")), "name": name}
+
+
+def table(results: dict[str, dict]) -> str:
+    """Markdown, with each row's ratio to its peer."""
+    lines = ["| row | tokens/s a GPU | step ms | peak GiB | ratio |", "|---|--:|--:|--:|--:|"]
+    for name, result in results.items():
+        if "failed" in result:
+            lines.append(f"| {name} | failed: {result['failed'].splitlines()[-1][:120]} | | | |")
+            continue
+        speed, peer = result["tokens_per_second_per_device"], results.get(ROWS[name].peer or "", {})
+        ratio = f"{speed / peer['tokens_per_second_per_device']:.3f}" if "tokens_per_second_per_device" in peer else ""
+        lines.append(f"| {name} | {speed:,} | {result['step_ms']} | {result['peak_gib']} | {ratio} |")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """GPUs and versions, in one line."""
+    import torch
+
+    parts = [f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "CPU"]
+    for package in ("torch", "triton", "megatron-core", "transformer-engine"):
+        try:
+            parts.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            parts.append(f"no {package}")
+    return ", ".join(parts)
+
+
+def main() -> int:
+    """Run what is missing, print the table; 1 where a row failed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), metavar="NAME")
+    parser.add_argument("--out", type=Path, default=Path("gpu_table.jsonl"))
+    parser.add_argument("--timeout", type=int, default=300, help="seconds for a row")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument(
+        "--with", dest="more", nargs=argparse.REMAINDER, default=[], help="more arguments for every row"
+    )
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.rows) - set(ROWS))
+    if arguments.list or unknown:
+        print("\n".join([*(f"no row {name!r}; the rows are:" for name in unknown), *ROWS]))
+        return int(bool(unknown)) * 2
+    results: dict[str, dict] = {}
+    if arguments.out.exists():
+        results = {row["name"]: row for row in map(json.loads, arguments.out.read_text().splitlines())}
+    for name in arguments.rows:
+        if name in results and "failed" not in results[name]:
+            continue
+        results[name] = run(name, ROWS[name], arguments.timeout, arguments.more)
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(results[name]) + "\n")
+        print(json.dumps(results[name]), flush=True)
+    chosen = {name: results[name] for name in arguments.rows}
+    print(f"\n{machine()}\n\n{table(chosen)}")
+    return int(any("failed" in result for result in chosen.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

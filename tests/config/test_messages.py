@@ -38,7 +38,7 @@ def problems_of(*arguments: str) -> dict[str, str]:
         ("data.blend=[{name: a, weigth: 1.0}]", "data.blend[0].weigth", ["1.0", "did you mean weight"]),
         ("data.blend=[{name: a, prefix: x, weight: -1.0}]", "data.blend[0].weight", ["-1.0", "at least 0"]),
         ("model.mcore_overrides={a: [1]}", "model.mcore_overrides.a", ["[1]", "true or false"]),
-        ("peft=lora", "peft", ["'lora'"]),
+        ("rlhf=ppo", "rlhf", ["'ppo'"]),
         ("~trainer.max_steps", "trainer.max_steps", ["missing", "add trainer.max_steps="]),
         ("model.num_layers=???", "model.num_layers", ["no value yet", "add model.num_layers="]),
         ("parallelism=tp3", "parallelism", ["'tp3'", "tp2_pp2", "did you mean parallelism=tp"]),

@@ -67,6 +67,11 @@ class HfReader:
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise InputError(f"{path}: refused or damaged; {str(error).splitlines()[0]}") from None
         for name, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor):
+                kind = type(tensor).__name__
+                raise InputError(
+                    f"{path}: refused; {name} is a {kind}, and weights are tensors: is it a training state?"
+                )
             self._pickled[name] = tensor
             self.infos[name] = TensorInfo(tuple(tensor.shape), tensor.dtype)
 

@@ -110,6 +110,8 @@ def test_pickled_weights_are_not_read(hf: Path, tmp_path: Path) -> None:
     # A class of ours: Megatron lets paths be unpickled in any process where it has read a checkpoint.
     torch.save({"a": HfReader}, hf / "pytorch_model.bin")
     assert_refused(hf, tmp_path / "other", ["pytorch_model.bin", "refused"], "allow_pickle=true")
+    torch.save({"step": 3}, hf / "pytorch_model.bin")
+    assert_refused(hf, tmp_path / "other", ["pytorch_model.bin", "step is a int"], "allow_pickle=true")
 
 
 def test_existing_output_is_kept(hf: Path, tmp_path: Path) -> None:

@@ -158,6 +158,7 @@ def test_a_run_that_always_fails_is_given_up(cluster: Cluster, tmp_path: Path) -
     assert "IsADirectoryError" in output
 
 
+@pytest.mark.slow
 def test_the_self_test_measures_within_and_across_nodes(cluster: Cluster, tmp_path: Path) -> None:
     done = call(cluster, "slurm/selftest.sh", "--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=2",
                 f"--output={tmp_path}/out", "1")  # fmt: skip
@@ -182,6 +183,7 @@ def test_a_sibling_runs_its_tool_on_one_node(cluster: Cluster, tmp_path: Path) -
     assert "problems in the configuration" in (tmp_path / "out").read_text()
 
 
+@pytest.mark.slow
 def test_an_unfit_node_is_named_and_left_out(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first node's temporary folder has no room: the job requeues without the node and ends on another."""
     monkeypatch.setenv("TMPDIR", "/var/tmp")

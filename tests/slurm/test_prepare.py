@@ -19,6 +19,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow
 def test_stages_are_array_jobs_that_wait_for_each_other(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in CHAPTERS[:60] * 2])
     arguments = [

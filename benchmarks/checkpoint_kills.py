@@ -183,21 +183,26 @@ def train(run_dir: Path, log: Path, place: tuple[int, int, int], kill_at: int | 
     from nemo_llm.train import main as train_main
 
     if kill_at is not None:
-        left = [kill_at]
-
-        def count(event: str, arguments: tuple) -> None:
-            if event in FILE_EVENTS and str(run_dir) in str(arguments[0]):
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(count)
+        kill_at_file_operation(run_dir, kill_at)
     code = 1
     try:
         code = run_entry_point(train_main, [*options, f"run.dir={run_dir}", f"data.cache_dir={log.parent}/cache"])
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+def kill_at_file_operation(folder: Path, number: int) -> None:
+    """Let this process kill itself at its ``number``-th file operation in ``folder``."""
+    left = [number]
+
+    def count(event: str, arguments: tuple) -> None:
+        if event in FILE_EVENTS and str(folder) in str(arguments[0]):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
 
 
 def free_port() -> int:

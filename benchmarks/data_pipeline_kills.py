@@ -22,13 +22,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.checkpoint_kills import kill_at_file_operation, losses
 from nemo_llm.assets import resolve_path
 from nemo_llm.data.documents import read_documents
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 8
 KILLS_A_COMMAND = 3
-FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.truncate"}
 RULES = ["data_prep=dedup_only", "data_prep.minhash.n_grams=3", "tasks=5"]
 TRAINING = [
     "+model=gpt_tiny", "model.hidden_size=32", "model.ffn_hidden_size=64", "model.num_attention_heads=2", "model.num_layers=1",
@@ -164,15 +164,7 @@ def _child(command: Command, arguments: list[str], journey: Path, kill_at: int |
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     if kill_at is not None:
-        left = [kill_at]
-
-        def count(event: str, values: tuple) -> None:
-            if event in FILE_EVENTS and str(journey) in str(values[0]):
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(count)
+        kill_at_file_operation(journey, kill_at)
     code = 1
     try:
         code = command(arguments)
@@ -185,8 +177,6 @@ def _child(command: Command, arguments: list[str], journey: Path, kill_at: int |
 
 def judge(journey: Path, undisturbed: Path, numbers: list[str]) -> str:
     """Return what is wrong with a finished journey, or nothing."""
-    from benchmarks.checkpoint_kills import losses
-
     files = sorted((journey / "clean/documents").iterdir())
     found = Counter(
         re.match("#[0-9]+#", json.loads(line)["text"]).group()  # type: ignore[union-attr]

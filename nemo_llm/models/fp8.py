@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
+from nemo_llm.models.gradients import returned_gradient
+
 _SMALLEST_MAXIMUM = 1e-12  # of a tensor of zeros: its scale must stay finite
 
 
@@ -78,12 +80,9 @@ class Fp8Product(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return x_grad, None, None
         weight_grad = multiply((gradient.columns, gradient.factor), (inputs, inputs_factor), torch.float32, fast=False)
-        if not hasattr(weight, "main_grad"):
-            return x_grad, weight_grad.to(weight.dtype), None
-        weight.main_grad.add_(weight_grad)
-        weight.grad_added_to_main_grad = True
-        announced = torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
-        return x_grad, announced, None
+        if hasattr(weight, "main_grad"):
+            weight.main_grad.add_(weight_grad)
+        return x_grad, returned_gradient(weight, weight_grad), None
 
 
 class _Fp8Linear:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_llm.models.gradients import add_weight_gradient
+from nemo_llm.models.gradients import add_weight_gradient, returned_gradient
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *_gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients that the forward pass took; the incoming one is ``loss_mask`` by contract."""
         (hidden_grad,) = ctx.saved_tensors
-        return hidden_grad, _returned_gradient(ctx.weight, ctx.weight_grad, ctx.tied), None, None, None
+        return hidden_grad, returned_gradient(ctx.weight, ctx.weight_grad, ctx.tied), None, None, None
 
 
 def _new_weight_gradient(weight: torch.Tensor) -> torch.Tensor:
@@ -97,23 +97,6 @@ def _new_weight_gradient(weight: torch.Tensor) -> torch.Tensor:
     if hasattr(weight, "main_grad"):
         return weight.main_grad
     return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-
-
-def _returned_gradient(weight: torch.Tensor, gradient: torch.Tensor | None, tied: bool) -> torch.Tensor | None:
-    """What autograd is given for the weight.
-
-    Megatron's gradient hooks fire when autograd delivers something. A gradient that is in ``main_grad`` already is
-    announced by an empty one, as Megatron's own fused layers do; a weight that is the embedding of this chunk too gets
-    its delivery from there.
-    """
-    if gradient is None:
-        return None
-    if not hasattr(weight, "main_grad"):
-        return gradient.to(weight.dtype)
-    if tied:
-        return None
-    weight.grad_added_to_main_grad = True
-    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
 class _Chunk:

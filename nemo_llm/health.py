@@ -10,9 +10,11 @@ import hashlib
 import io
 import os
 import shutil
+import site
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from importlib import metadata
@@ -88,11 +90,17 @@ def judge_gpus(shown: str, wanted: int) -> list[str]:
 
 
 def fingerprint() -> str:
-    """Hash over our sources and the versions of all installed packages."""
+    """Hash over our sources and the versions of all installed packages.
+
+    Packages are looked for where the interpreter started, not in ``sys.path``: importing setuptools adds its own copies
+    of others to that.
+    """
     hashed = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         hashed.update(str(path.relative_to(_PACKAGE)).encode() + path.read_bytes())
-    versions = {f"{found.metadata['Name']}=={found.version}" for found in metadata.distributions()}
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
+    folders += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    versions = {f"{found.metadata['Name']}=={found.version}" for found in metadata.distributions(path=folders)}
     hashed.update("\n".join(sorted(versions)).encode())
     return f"python {sys.version.split()[0]} code and packages {hashed.hexdigest()[:16]}"
 

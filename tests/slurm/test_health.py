@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 
 from nemo_llm.health import disk_problems, fingerprint, judge_gpus
 from tests.test_architecture import ROOT
@@ -17,6 +18,14 @@ def test_a_node_that_is_fit_says_so_with_its_fingerprint(tmp_path: Path) -> None
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (written,) = (tmp_path / "health").iterdir()
     assert written.read_text().splitlines() == ["fit", "-", fingerprint()]
+
+
+def test_the_fingerprint_is_of_what_is_installed_not_of_what_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint()
+    monkeypatch.syspath_prepend(str(Path(setuptools.__file__).parent / "_vendor"))  # as importing setuptools does
+    assert fingerprint() == before
+    monkeypatch.setenv("PYTHONPATH", str(Path(setuptools.__file__).parent / "_vendor"))
+    assert fingerprint() != before
 
 
 def test_missing_gpus_make_a_node_unfit(tmp_path: Path) -> None:

@@ -176,7 +176,6 @@ def start_runtime(cfg: RunConfig, place: ProcessPlace | None = None) -> Parallel
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # NCCL's flight recorder keeps the last collectives, which the watchdog writes out when the run hangs.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # its name before torch 2.10
     if place.launcher == "slurm":
         _set_slurm_rendezvous()
     timeout = timedelta(minutes=cfg.trainer.first_step_timeout_minutes)

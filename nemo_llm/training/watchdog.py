@@ -8,6 +8,7 @@ is not waiting for others.
 
 import json
 import os
+import statistics
 import sys
 import threading
 import time
@@ -191,5 +192,6 @@ def straggler_report(seconds: dict[str, float], steps: int) -> str | None:
     for phase in ("data", "forward and backward", "update", "report"):
         times = sorted((own.get(phase, 0.0) / steps, rank) for rank, own in enumerate(everyone))
         slowest, rank = times[-1]
-        parts.append(f"{phase} rank {rank} {slowest:.4f} s (median {times[len(times) // 2][0]:.4f})")
+        median = statistics.median(taken for taken, _ in times)
+        parts.append(f"{phase} rank {rank} {slowest:.4f} s (median {median:.4f})")
     return f"slowest ranks of the last {steps} steps, seconds a step: " + ", ".join(parts)

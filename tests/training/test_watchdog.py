@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from nemo_llm.training.watchdog import RankState, name_late_rank
+from nemo_llm.training.progress import Progress
+from nemo_llm.training.watchdog import RankState, name_late_rank, straggler_report
+from tests.ranks import RankPool
 
 SCRIPT = """
 import os, sys, time
@@ -102,6 +106,31 @@ def test_a_step_that_outlasts_the_notice_ends_at_the_deadline(tmp_path: Path) ->
     assert process.returncode == 75, output
     assert "could not stop and save within trainer.stop_deadline_minutes = 0.02" in output
     assert (tmp_path / "run/checkpoints/step_00000002/COMPLETE").exists()
+
+
+def _slow_data_on_rank_2() -> str | None:
+    rank = int(os.environ["RANK"])
+    progress = Progress()
+    for step in range(2):
+        progress.enter("data", step)
+        time.sleep(0.5 if rank == 2 else 0.0)
+        progress.enter("update")
+        time.sleep(0.25 if rank == 1 else 0.0)
+    progress.enter("report")
+    return straggler_report(progress.take_seconds(), 2)
+
+
+def test_the_slowest_rank_of_each_phase_is_told(ranks: RankPool) -> None:
+    lines = ranks.run(_slow_data_on_rank_2, 3)
+    said = re.fullmatch(
+        r"slowest ranks of the last 2 steps, seconds a step: data rank 2 (\S+) s \(median (\S+)\), "
+        r"forward and backward rank . 0.0000 s \(median 0.0000\), update rank 1 (\S+) s \(median (\S+)\), report .*",
+        lines[0],
+    )
+    assert said, lines[0]
+    assert float(said[1]) >= 0.5 > float(said[2])
+    assert float(said[3]) >= 0.25 > float(said[4])
+    assert set(lines) == {lines[0]}
 
 
 def test_the_rank_that_waits_for_nobody_is_late() -> None:

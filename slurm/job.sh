@@ -293,9 +293,20 @@ requeue() { # does not return
     exit "$PREEMPTED"
   fi
   say "requeue${BAD_NODES:+ without $BAD_NODES}"
-  scontrol requeue "$JOB" || { say "Slurm does not requeue this job; submit it again with run.dir=$RUN_DIR"; exit "$PREEMPTED"; }
-  # Nodes to leave out can be set only now that the job waits again.
-  [ -z "$BAD_NODES" ] || scontrol update JobId="$JOB" ExcNodeList="$BAD_NODES" || say "ExcNodeList could not be set"
+  (
+    trap '' TERM # Slurm ends the processes of a requeued job, among them the one that tells of the nodes
+    scontrol requeue "$JOB" || exit 1
+    [ -z "$BAD_NODES" ] || leave_out_nodes
+  ) || { say "Slurm does not requeue this job; submit it again with run.dir=$RUN_DIR"; exit "$PREEMPTED"; }
   pause 60
   exit "$PREEMPTED"
+}
+
+leave_out_nodes() { # possible only while the job waits again, which it does a moment after the requeue
+  local try
+  for try in $(seq 20); do
+    ! scontrol update JobId="$JOB" ExcNodeList="$BAD_NODES" || return 0
+    sleep 0.5
+  done
+  say "ExcNodeList could not be set ($try times)"
 }

@@ -9,6 +9,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
 
 from nemo_llm.checkpoint.weights import model_state
+from nemo_llm.models.head import HEAD_PREFIX
 
 _CHUNK_ELEMENTS = 1 << 24
 _MASK = (1 << 63) - 1
@@ -19,13 +20,16 @@ def weights_fingerprint(chunks: list[torch.nn.Module], device: torch.device) -> 
     """Sixteen hexadecimal digits; a collective of all ranks.
 
     The bits of all elements, rounded to bf16, are added up as integers, each tensor's sum times a hash of its name and
-    layer. Integer sums are the same in any order, so however ranks share a tensor.
+    layer. Integer sums are the same in any order, so however ranks share a tensor. A head does not count: it is trained
+    where the rest is frozen.
     """
     state = model_state(chunks)
     apply_factories(state)
     total = 0
     for tensor in nested_values(state):
-        if isinstance(tensor, ShardedTensor) and tensor.data is not None and is_main_replica(tensor.replica_id):
+        if not isinstance(tensor, ShardedTensor) or tensor.key.startswith(HEAD_PREFIX):
+            continue
+        if tensor.data is not None and is_main_replica(tensor.replica_id):
             layer = tensor.global_offset[: tensor.prepend_axis_num]
             digest = hashlib.sha256(f"{tensor.key}/{layer}".encode()).digest()
             total += _sum_of_bits(tensor.data) * (int.from_bytes(digest[:8], "little") | 1)

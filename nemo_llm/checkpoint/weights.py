@@ -14,11 +14,15 @@ from nemo_llm.checkpoint.agree import raise_together
 from nemo_llm.checkpoint.unpickle import check_safe
 from nemo_llm.checkpoint.writer import StateWriter
 from nemo_llm.errors import CheckpointError
+from nemo_llm.log import get_logger
+from nemo_llm.models.head import HEAD_PREFIX
 
 ADAPTER_FILE_NAME = "adapter.json"
 """In checkpoints that hold an adapter alone; nemo_llm.peft.state writes it."""
 
 _SHOWN = 6
+
+_log = get_logger(__name__)
 
 
 def model_state(chunks: list[torch.nn.Module]) -> dict:
@@ -42,10 +46,13 @@ def save_weights(chunks: list[torch.nn.Module], temporary: Path) -> None:
             plan.collect()
 
 
-def load_weights(chunks: list[torch.nn.Module], folder: Path) -> None:
+def load_weights(chunks: list[torch.nn.Module], folder: Path, new_head: bool = False) -> None:
     """Read the weights of ``folder``, whatever layout wrote it, into the chunks; a collective of all ranks.
 
     What else the checkpoint holds (optimizer state) is left alone.
+
+    Args:
+        new_head: a head of these chunks that the checkpoint of a language model lacks keeps the weights that it has.
 
     Raises:
         CheckpointError: another model: tensors that are missing there or have another shape; the same on every rank.
@@ -56,8 +63,29 @@ def load_weights(chunks: list[torch.nn.Module], folder: Path) -> None:
                 f"{folder} holds an adapter and not the weights it stands beside.\n      fix: merge them with "
                 "tools/peft_adapter.py merge, and name what that writes"
             )
-        check_same_tensors(model_state(chunks), folder)
-    apply_model_state(chunks, dist_checkpointing.load(model_state(chunks), str(folder / "state")))
+        wanted, _ = _wanted(chunks, folder, new_head)
+        check_same_tensors(wanted, folder)
+    wanted, kept = _wanted(chunks, folder, new_head)  # anew: the check took it apart
+    if any(kept.values()):
+        _log.info("%s holds no head: it starts from random weights", folder)
+    loaded = dist_checkpointing.load(wanted, str(folder / "state"))
+    for name, head in kept.items():
+        loaded[name].update(head)
+    apply_model_state(chunks, loaded)
+
+
+def _wanted(
+    chunks: list[torch.nn.Module], folder: Path, new_head: bool
+) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:
+    """What to read of ``folder``, and by chunk the weights of a head that are not to be found there."""
+    state = model_state(chunks)
+    saved = dist_checkpointing.load_tensors_metadata(str(folder / "state")) if new_head else {HEAD_PREFIX: None}
+    if any(key.startswith(HEAD_PREFIX) for key in saved):
+        return state, {}
+    return state, {
+        name: {key: part.pop(key).data for key in list(part) if key.startswith(HEAD_PREFIX)}
+        for name, part in state.items()
+    }
 
 
 def check_same_tensors(wanted: dict, folder: Path) -> None:

@@ -307,6 +307,8 @@ def check_data_files(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
                 yield from _missing_path(f"{key}[{place}].text", source.text, "text")
             if source.chat is not None:
                 yield from _missing_path(f"{key}[{place}].chat", source.chat, "text")
+            if source.labelled is not None:
+                yield from _missing_path(f"{key}[{place}].labelled", source.labelled, "text")
     if cfg.data.tokenizer.path is not None:
         yield from _missing_path("data.tokenizer.path", cfg.data.tokenizer.path, "tokenizers")
 
@@ -314,6 +316,7 @@ def check_data_files(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
 def check_fine_tuning(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
     """The task has its data, and virtual tokens leave room for others."""
     entries = blend_entries(cfg.data.blend, "data.blend")
+    yield from _check_head(cfg)
     if cfg.task.name == "sft" and all(entry.chat is None for entry in entries):
         yield Problem(
             "task.name",
@@ -328,6 +331,36 @@ def check_fine_tuning(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
             f"must be below data.seq_length = {cfg.data.seq_length}, in which they count",
             f"set it to {min(20, cfg.data.seq_length // 2)}, or raise data.seq_length",
         )
+
+
+def _check_head(cfg: RunConfig) -> Iterator[Problem]:
+    """Heads, tasks that train them and labelled texts go together."""
+    task, head = cfg.task.name, cfg.model.head
+    needed = {"classification": "[first,second]", "score": "[score]"}
+    if task not in needed and head is not None:
+        fix = "set task=classification (several names) or task=score (one), or model.head=null"
+        yield Problem("task.name", task, "predicts tokens, and the model has a head in place of its output layer", fix)
+    wrong = head is None or (len(head) == 1) != (task == "score") or len(set(head)) < len(head)
+    if task in needed and wrong:
+        rule = "needs the names of the classes, two or more" if task == "classification" else "needs one name"
+        yield Problem("model.head", head, f"task={task} {rule}", f"set model.head={needed[task]}")
+    blends = {"data.blend": cfg.data.blend}
+    blends |= {f"data.validation.{name}": blend for name, blend in cfg.data.validation.items()}
+    for key, blend in blends.items():
+        for entry in blend_entries(blend, key):
+            if task in needed and entry.labelled is None:
+                fix = "add data=labelled 'data.blend=[{name: mine, labelled: FILE}]'"
+                yield Problem(key, entry.name, f"task={task} learns from labelled texts alone", fix)
+            elif task not in needed and entry.labelled is not None:
+                fix = "set task=classification or task=score"
+                yield Problem(key, entry.name, f"holds labelled texts, and task={task} predicts tokens", fix)
+            elif entry.labelled is not None and cfg.data.labelled is None:
+                yield Problem("data.labelled", None, f"is needed by {entry.name} of {key}", "choose data=labelled")
+    unwanted = {"evaluation.interval": cfg.evaluation.interval, "sample.enabled": cfg.sample.enabled or None}
+    for key, value in unwanted.items():
+        if task in needed and value is not None:
+            off = "false" if value is True else "null"
+            yield Problem(key, value, f"needs the logits of tokens, and task={task} has none", f"set {key}={off}")
 
 
 def _missing_indexed(key: str, prefix: str) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nemo_llm.config.chat import ChatConfig
+from nemo_llm.config.labelled import LabelledConfig
 from nemo_llm.config.section import (
     Fraction,
     NonEmptyStr,
@@ -74,7 +75,7 @@ class MockConfig(Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlendSource(Section):
-    """One source of a blend: exactly one of ``prefix``, ``text``, ``chat`` and ``mock``."""
+    """One source of a blend: exactly one of ``prefix``, ``text``, ``chat``, ``labelled`` and ``mock``."""
 
     name: NonEmptyStr
     """The source's name in logs; it seeds the order, so that moved files keep theirs."""
@@ -86,14 +87,16 @@ class BlendSource(Section):
     """Raw text instead: a file, a glob, or ``asset:NAME``; tokenised once into the cache."""
     chat: str | None = None
     """Conversations instead: JSON lines or Parquet, a file or a glob; ``data.chat`` says how they are read."""
+    labelled: str | None = None
+    """Texts with labels instead, for ``task=classification`` and ``score``: JSON lines or Parquet, a file or a glob."""
     mock: MockConfig | None = None
     """Random documents instead of a file."""
 
     def __post_init__(self) -> None:
-        given = [key for key in ("prefix", "text", "chat", "mock") if getattr(self, key) is not None]
+        given = [key for key in ("prefix", "text", "chat", "labelled", "mock") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"blend source {self.name!r}: give exactly one of prefix, text, chat and mock, "
+                f"blend source {self.name!r}: give exactly one of prefix, text, chat, labelled and mock, "
                 f"received {given or 'none'}"
             )
         if self.weight == float("inf"):
@@ -154,7 +157,8 @@ class DataConfig(Section):
     """Named validation sets, each a blend of its own; evaluated in a fixed order."""
     split: str | None
     """Megatron's split, such as ``99,1``: the documents of each source, in file order, cut into contiguous training
-    and validation parts; the latter become the validation set ``split``. null: all is for training."""
+    and validation parts; the latter become the validation set ``split``. Labelled texts are split by a hash of their
+    content instead. null: all is for training."""
     seq_length: PositiveInt
     """Tokens a sample."""
     blend_by: Literal["samples", "tokens", "temperature"]
@@ -171,6 +175,8 @@ class DataConfig(Section):
     itself. Conversations never run on: for them ``concatenate`` is ``best_fit``."""
     chat: ChatConfig
     """How conversations become tokens."""
+    labelled: LabelledConfig | None = None
+    """How labelled texts become tokens."""
     fim: FimConfig | None
     """Fill-in-the-middle; null for none."""
     seq_length_ramp: SeqLengthRamp | None
@@ -206,15 +212,16 @@ class DataConfig(Section):
                 f"seq_length_ramp.start_seq_length {ramp.start_seq_length} must divide seq_length {self.seq_length}"
             )
         for key, blend in {"data.blend": self.blend, **self.validation}.items():
-            chats = [entry.name for entry in blend_entries(blend, key) if entry.chat is not None]
+            entries = blend_entries(blend, key)
+            chats = [entry.name for entry in entries if entry.chat is not None or entry.labelled is not None]
             if chats and self.packing != "none" and not self.reset_attention_mask:
                 raise ValueError(
-                    f"{key}: conversations of {chats[0]!r} would see each other inside a sample; set "
+                    f"{key}: conversations or labelled texts of {chats[0]!r} would see each other inside a sample; set "
                     "data.reset_attention_mask=true and data.reset_position_ids=true, or data.packing=none"
                 )
             if chats and self.fim is not None:
                 raise ValueError(
-                    f"{key}: fill-in-the-middle would tear the conversations of {chats[0]!r}; set data.fim=null"
+                    f"{key}: fill-in-the-middle would tear the documents of {chats[0]!r}; set data.fim=null"
                 )
 
 

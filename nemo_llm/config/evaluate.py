@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
+from nemo_llm.config.data import parse_split
 from nemo_llm.config.inference import ModelPlace
 from nemo_llm.config.section import NonEmptyStr, NonNegativeInt, PositiveInt, Section
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassificationConfig(Section):
-    """A file of texts and labels, classified by the likelihood of the labels' words."""
+    """A file of texts and labels, classified by a head, or by the likelihood of the labels' words."""
 
     file: NonEmptyStr
     text_key: NonEmptyStr
@@ -16,6 +17,11 @@ class ClassificationConfig(Section):
     label_words: dict[str, NonEmptyStr] | None
     num_fewshot: NonNegativeInt
     shots_file: NonEmptyStr | None
+    split: NonEmptyStr | None = None
+
+    def __post_init__(self) -> None:
+        if self.split is not None:
+            parse_split(self.split)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -100,6 +100,8 @@ class ModelConfig(Section):
     hf_path: str | None
     checkpoint_path: str | None
     family: str | None
+    head: tuple[NonEmptyStr, ...] | None = None
+    """Classes of a head in place of the output layer, or one name for a score; None for a language model."""
     mcore_overrides: dict[str, Scalar]
 
     @property

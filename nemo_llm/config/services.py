@@ -10,7 +10,7 @@ from nemo_llm.config.section import NonEmptyStr, NonNegativeFloat, NonNegativeIn
 class TaskConfig(Section):
     """What is optimised. `z_loss_coeff` weighs the squared log-partition of the logits (arXiv:2204.02311)."""
 
-    name: Literal["pretrain", "sft"]
+    name: Literal["pretrain", "sft", "classification", "score"]
     z_loss_coeff: NonNegativeFloat
 
 

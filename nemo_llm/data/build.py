@@ -13,6 +13,7 @@ from nemo_llm.data.cache import build_once, cache_folder, content_key
 from nemo_llm.data.chat_store import ChatStore, open_chats
 from nemo_llm.data.dataset import Source, TokenWindowDataset
 from nemo_llm.data.indexed import IndexedDataset
+from nemo_llm.data.labelled import LabelledStore, LabelRules, open_labelled
 from nemo_llm.data.packing import PackedDataset, build_packs
 from nemo_llm.data.permutation import derive_key
 from nemo_llm.data.rules import SampleRules
@@ -44,16 +45,17 @@ class DataSets:
 
 
 def build_train_and_validation(
-    config: DataConfig, tokenizer: Tokenizer, seed: int, virtual_tokens: int = 0
+    config: DataConfig, tokenizer: Tokenizer, seed: int, virtual_tokens: int = 0, classes: Sequence[str] = ()
 ) -> DataSets:
     """Open every source, check its token ids against the tokenizer, and return training and validation sources.
 
     With ``virtual_tokens`` every conversation, and every sample of running text, begins with that many negative ids.
+    ``classes`` are those of the model's head, for labelled texts.
 
     The same on every rank; ranks that start together on an empty cache build it once. Raises ConfigError and
     InputError, naming the source.
     """
-    builder = _Builder(config, tokenizer, virtual_tokens)
+    builder = _Builder(config, tokenizer, virtual_tokens, classes)
     shares = parse_split(config.split) if config.split is not None else (1.0, 0.0)
     train_entries = blend_entries(config.blend, "data.blend")
     train = builder.blend(train_entries, (0.0, shares[0]), seed, finite=False)
@@ -70,8 +72,9 @@ def build_train_and_validation(
 class _Builder:
     """Opens stores (each once) and makes blends of them."""
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, virtual_tokens: int) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, virtual_tokens: int, classes: Sequence[str]) -> None:
         self._config = config
+        self._classes = tuple(classes)
         self._virtual_tokens = virtual_tokens
         self._tokenizer = tokenizer
         self._cache = cache_folder(config.cache_dir)
@@ -94,7 +97,10 @@ class _Builder:
 
     def _source(self, entry: BlendSource, part: tuple[float, float], seed: int) -> Source:
         store = self._store(entry)
-        first, last = (round(share * store.num_documents) for share in part)
+        if isinstance(store, LabelledStore):
+            first, last = (store.first_document(share) for share in part)
+        else:
+            first, last = (round(share * store.num_documents) for share in part)
         key = derive_key("order", seed, entry.name)
         if isinstance(store, ChatStore):
             return self._packed(entry.name, store, (first, last), key, self._rules)
@@ -143,7 +149,7 @@ class _Builder:
         return phases
 
     def _store(self, entry: BlendSource) -> TokenStore:
-        place = entry.prefix or entry.text or entry.chat or f"mock {entry.mock}"
+        place = entry.prefix or entry.text or entry.chat or entry.labelled or f"mock {entry.mock}"
         if place not in self._stores:
             self._stores[place] = self._open(entry)
         return self._stores[place]
@@ -159,6 +165,12 @@ class _Builder:
             return open_text(entry.text, text_key, tokenizer, self._tokenizer, self._cache)
         if entry.chat is not None:
             return open_chats(entry.chat, self._config, self._tokenizer, self._cache, self._virtual_tokens)
+        if entry.labelled is not None:
+            labelled = self._config.labelled
+            assert labelled is not None
+            capacity, virtual = self._config.seq_length, self._virtual_tokens
+            rules = LabelRules(self._config.text_key, labelled, self._classes, capacity, virtual)
+            return open_labelled(entry.labelled, self._tokenizer, self._cache, rules)
         assert entry.prefix is not None
         dataset = IndexedDataset(entry.prefix)
         _check_tokens(dataset, entry.name, self._tokenizer, self._cache)

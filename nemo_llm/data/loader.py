@@ -21,7 +21,7 @@ class MicroBatch(TypedDict):
     """The arrays of one micro-batch, each [b, s]."""
 
     tokens: NDArray[np.int64]
-    labels: NDArray[np.int64]
+    labels: NDArray[np.int64] | NDArray[np.float32]
     loss_mask: NDArray[np.float32]
     position_ids: NDArray[np.int64]
     document_ids: NDArray[np.int32] | None
@@ -30,10 +30,12 @@ class MicroBatch(TypedDict):
 def collate(samples: list[Sample]) -> MicroBatch:
     """Stack samples into new arrays (never views of what samples share)."""
     tokens = np.stack([sample.tokens for sample in samples])
+    labels = [sample.labels for sample in samples if sample.labels is not None]
     documents = [sample.document_ids for sample in samples if sample.document_ids is not None]
     return MicroBatch(
         tokens=np.ascontiguousarray(tokens[:, :-1]),
-        labels=np.maximum(tokens[:, 1:], 0),  # virtual tokens (negative ids) are never labels that count
+        # Virtual tokens (negative ids) are never labels that count.
+        labels=np.stack(labels) if labels else np.maximum(tokens[:, 1:], 0),
         loss_mask=np.stack([sample.loss_mask for sample in samples]),
         position_ids=np.stack([sample.position_ids for sample in samples]),
         document_ids=np.stack(documents) if documents else None,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from nemo_llm.data.cache import build_once, content_key
 from nemo_llm.data.chat_store import ChatStore
+from nemo_llm.data.labelled import LabelledStore
 from nemo_llm.data.permutation import KeyedPermutation, mix64
 from nemo_llm.data.rules import SampleRules, Window
 from nemo_llm.data.sample import Sample
@@ -53,6 +54,7 @@ class PackedDataset:
         size = self.seq_length + 1
         tokens = np.full(size, self.rules.eod_id, dtype=np.int64)
         learned = np.ones(size, dtype=np.float32) if isinstance(self._store, ChatStore) else None
+        targets = np.zeros(size, dtype=np.float32) if isinstance(self._store, LabelledStore) else None
         starts, position = [], 0
         for piece in self._pieces_of(index):
             length = int(piece["length"])
@@ -60,11 +62,14 @@ class PackedDataset:
             tokens[position : position + length] = self._store.read(start, length)
             if learned is not None and isinstance(self._store, ChatStore):
                 learned[position : position + length] = self._store.read_learned(start, length)
+            if targets is not None and isinstance(self._store, LabelledStore):
+                targets[position + length - 1] = self._store.target(int(piece["document"]))
             starts.append(position)
             position += length
         if position < size - 1:
             starts.append(position)  # the padding is a document of its own
-        window = Window(tokens, np.asarray(starts, dtype=np.int64), position, runs_on=False, learned=learned)
+        at = np.asarray(starts, dtype=np.int64)
+        window = Window(tokens, at, position, runs_on=False, learned=learned, targets=targets)
         return self.rules.sample(window, mix64(self._order_key ^ mix64(index)), run_index)
 
     def documents_of(self, index: int) -> list[tuple[int, int]]:

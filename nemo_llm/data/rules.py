@@ -26,6 +26,8 @@ class Window:
     """Whether the label of a document's last token may be the next one's first (text that simply runs on)."""
     learned: NDArray[np.float32] | None = None
     """[s + 1]: 1 for tokens that are learned, where some are not (the questions of a chat)."""
+    targets: NDArray[np.float32] | None = None
+    """[s + 1]: classes or scores in the place of the tokens that are learned."""
 
 
 class SampleRules:
@@ -63,7 +65,8 @@ class SampleRules:
                 position_ids = self._positions - np.repeat(starts, lengths)
             if resets_attention:
                 document_ids = np.repeat(np.arange(len(starts), dtype=np.int32), lengths)
-        return Sample(window.tokens, loss_mask, position_ids, document_ids)
+        labels = None if window.targets is None else window.targets[1:]
+        return Sample(window.tokens, loss_mask, position_ids, document_ids, labels)
 
     def _loss_mask(self, window: Window) -> NDArray[np.float32]:
         mask = np.ones(self.seq_length, dtype=np.float32)

@@ -19,6 +19,8 @@ class Sample:
     """[s]."""
     document_ids: NDArray[np.int32] | None
     """[s]: number of the document within the sample; a token attends only to its own. None: no document mask."""
+    labels: NDArray[np.float32] | None = None
+    """[s]: classes or scores, where the label is not the next token; they count where the loss mask says so."""
 
 
 class SampleSource(Protocol):

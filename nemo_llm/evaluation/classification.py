@@ -1,4 +1,4 @@
-"""Classification without a head: the label whose words the model finds likeliest after the prompt."""
+"""Classification: by a trained head, or by the label whose words the model finds likeliest after the prompt."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from nemo_llm.data.labelled import text_ids
 from nemo_llm.data.tokenizer import Tokenizer
 from nemo_llm.errors import ConfigError, InputError, Problem
 from nemo_llm.evaluation.metrics import (
@@ -22,9 +23,10 @@ from nemo_llm.evaluation.templates import Example, PromptTemplate, choose_shots
 
 @dataclass(frozen=True)
 class TemplateResult:
-    """What one template gave: figures, and each example's prediction and log-likelihoods by label."""
+    """What one template gave: figures, and each example's prediction and log-likelihoods (or logits) by label."""
 
-    template: str
+    template: str | None
+    """None for a head, which reads the text alone."""
     figures: ClassificationFigures
     predictions: list[str]
     scores: list[dict[str, float]]
@@ -94,6 +96,31 @@ def classify(
     return TemplateResult(template.name, figures, predictions, scores)
 
 
+def classify_by_head(scorer: Scorer, examples: Sequence[Example], window: int | None) -> TemplateResult:
+    """Predict the class of every example by the largest logit of the model's head.
+
+    Raises:
+        ConfigError: a head that gives a score, or labels that are none of its classes.
+    """
+    classes = scorer.classes
+    problem = None
+    if len(classes) == 1:
+        fix = "read its error in the validation of the run that trained it"
+        problem = Problem("classification", classes[0], "the model's head gives a score and no class", fix)
+    elif unknown := sorted({example.label for example in examples} - set(classes)):
+        fix = f"name the class of each label: classification.label_words={{{unknown[0]}: {classes[0]}, ...}}"
+        problem = Problem(
+            "classification.label_words", unknown, f"are no classes of the head ({', '.join(classes)})", fix
+        )
+    if problem is not None:
+        raise ConfigError([problem])
+    logits = scorer.classify([text_ids(example.text, scorer.tokenizer)[:window] for example in examples])
+    scores = [dict(zip(classes, row, strict=True)) for row in logits]
+    predictions = [max(by_class, key=lambda name: by_class[name]) for by_class in scores]
+    figures = classification_figures([example.label for example in examples], predictions, classes)
+    return TemplateResult(None, figures, predictions, scores)
+
+
 def compare_templates(results: Sequence[TemplateResult], gold: Sequence[str]) -> list[Comparison]:
     """Every pair of templates, the more accurate one first."""
     ranked = sorted(results, key=lambda result: -result.figures.accuracy.value)
@@ -101,7 +128,7 @@ def compare_templates(results: Sequence[TemplateResult], gold: Sequence[str]) ->
     pairs = [(a, b) for place, a in enumerate(ranked) for b in ranked[place + 1 :]]
     p_values = holm_adjusted([mcnemar_p_value(right[a.template], right[b.template]) for a, b in pairs])
     return [
-        Comparison(a.template, b.template, a.figures.accuracy.value - b.figures.accuracy.value, p_value)
+        Comparison(str(a.template), str(b.template), a.figures.accuracy.value - b.figures.accuracy.value, p_value)
         for (a, b), p_value in zip(pairs, p_values, strict=True)
     ]
 
@@ -133,7 +160,7 @@ def figures_as_rows(figures: ClassificationFigures) -> list[tuple[str, str]]:
         "macro F1": figures.macro_f1,
     }
     rows += [(name, str(value)) for name, value in named.items()]
-    rows.append(("micro F1", f"{figures.micro_f1:.3f}"))
+    rows.append(("micro precision, recall, F1", f"{figures.micro_f1:.3f}"))
     rows += [
         (name, f"precision {part.precision:.3f}, recall {part.recall:.3f}, F1 {part.f1:.3f} ({part.support} examples)")
         for name, part in figures.classes.items()

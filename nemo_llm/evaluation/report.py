@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_llm.errors import InputError
 from nemo_llm.evaluation.classification import as_plain, figures_as_rows
+from nemo_llm.evaluation.confusion import confusion_picture
 from nemo_llm.evaluation.suite import ModelResult
 
 _COLOURS = ("#3366aa", "#cc7722", "#338855", "#aa3355", "#7755aa", "#777777")
@@ -38,7 +39,12 @@ def tables(results: Sequence[ModelResult]) -> list[Table]:
     for place, shown in enumerate(results[0].classification):
         columns = [dict(figures_as_rows(result.classification[place].figures)) for result in results]
         rows = [[row, *(column.get(row, "") for column in columns)] for row in columns[0]]
-        found.append((f"Classification, prompt template {shown.template} (95% intervals)", ["figure", *names], rows))
+        found.append((f"Classification by {_means(shown.template)} (95% intervals)", ["figure", *names], rows))
+        for result in results:
+            told = result.classification[place].figures
+            matrix = [[name, *map(str, row)] for name, row in zip(told.classes, told.confusion, strict=True)]
+            title = f"Confusion of {result.name}, {_means(shown.template)} (rows: true classes, columns: predictions)"
+            found.append((title, ["", *told.classes], matrix))
     for result in results:
         if result.comparisons:
             rows = [
@@ -53,6 +59,10 @@ def tables(results: Sequence[ModelResult]) -> list[Table]:
             title = f"Prompt templates of {result.name} (McNemar's exact test, Holm-adjusted)"
             found.append((title, ["templates", "accuracy", "p", "differ (5%)"], rows))
     return found
+
+
+def _means(template: str | None) -> str:
+    return "the trained head" if template is None else f"prompt template {template}"
 
 
 def as_text(results: Sequence[ModelResult]) -> str:
@@ -91,9 +101,17 @@ td,th{{text-align:right}}
 td:first-child,th:first-child{{text-align:left}}figure{{display:inline-block;margin:.5em 1em .5em 0}}
 figcaption{{font-size:90%}}</style>
 <h1>Evaluation</h1><p>{html.escape(", ".join(f"{r.name}: {r.checkpoint}" for r in results))}</p>
-{"".join(parts)}<h2>Plots</h2>{plots}
+{"".join(parts)}<h2>Plots</h2>{plots}{_confusions(results)}
 """
     _write(path, page, "report")
+
+
+def _confusions(results: Sequence[ModelResult]) -> str:
+    return "".join(
+        confusion_picture(f"{result.name}, {_means(part.template)}", list(part.figures.classes), part.figures.confusion)
+        for result in results
+        for part in result.classification
+    )
 
 
 def _series(results: Sequence[ModelResult]) -> dict[str, list[float]]:
@@ -107,7 +125,7 @@ def _series(results: Sequence[ModelResult]) -> dict[str, list[float]]:
                 series[f"{task}: {metric}"] = [float(result.tasks[task][metric]) for result in results]
     for place, part in enumerate(results[0].classification):
         values = [result.classification[place].figures.accuracy.value for result in results]
-        series[f"{part.template}: accuracy"] = values
+        series[f"{_means(part.template)}: accuracy"] = values
     return series
 
 

@@ -14,6 +14,8 @@ class Scorer(Protocol):
 
     tokenizer: Tokenizer
     max_length: int
+    classes: tuple[str, ...]
+    """Of a head in place of the output layer; empty for a language model."""
 
     def score(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
         """Score pairs of context and continuation ids; too long ones lose tokens at the context's left."""
@@ -21,4 +23,8 @@ class Scorer(Protocol):
 
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
         """The likeliest continuations, each ended before any of ``stop``; too long prompts lose tokens at the left."""
+        ...
+
+    def classify(self, inputs: Sequence[list[int]]) -> list[list[float]]:
+        """Logits of the head's classes after each input; too long ones lose tokens at the right."""
         ...

@@ -9,11 +9,13 @@ from typing import Any
 from nemo_llm.assets import resolve_path
 from nemo_llm.config.evaluate import ClassificationConfig, EvaluateConfig
 from nemo_llm.data.documents import expand_inputs, read_documents
+from nemo_llm.data.labelled import is_held_out
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.evaluation.classification import (
     Comparison,
     TemplateResult,
     classify,
+    classify_by_head,
     compare_templates,
     read_examples,
     split_shots,
@@ -97,7 +99,11 @@ def measure(suite: Suite, scorer: Scorer, name: str, checkpoint: Path, step: int
         for text, documents in suite.texts.items()
     ]
     tasks = run_tasks(scorer, suite.tasks, cfg.limit, cfg.num_fewshot, prefix) if suite.tasks else {}
-    classified = [classify(scorer, template, suite.examples, suite.shots, suite.labels) for template in suite.templates]
+    if scorer.classes and cfg.classification is not None:
+        classified = [classify_by_head(scorer, suite.examples, cfg.window)]
+    else:
+        data = (suite.examples, suite.shots, suite.labels)
+        classified = [classify(scorer, template, *data) for template in suite.templates]
     comparisons = compare_templates(classified, [example.label for example in suite.examples])
     return ModelResult(name, str(checkpoint), step, perplexity, tasks, classified, comparisons)
 
@@ -107,6 +113,11 @@ def _read_classification(
 ) -> tuple[list[Example], list[Example], list[str]]:
     keys = (section.text_key, section.label_key, section.label_words)
     examples = read_examples(Path(section.file), *keys)
+    if section.split is not None:
+        examples = [example for example in examples if is_held_out(example.text, section.split)]
+        if not examples:
+            rule = f"leaves none of the texts of {section.file} for validation"
+            raise ConfigError([Problem("classification.split", section.split, rule, "give more texts, or set null")])
     pool = read_examples(Path(section.shots_file), *keys) if section.shots_file is not None else None
     words = section.label_words
     labels = list(words.values()) if words is not None else sorted({example.label for example in examples})

@@ -19,6 +19,7 @@ _PLAIN: Mapping[str, Any] = {
     "embedding_multiplier": None,
     "softmax_scale": None,
     "layer_spec": None,
+    "head": None,
     "norm_placement": "pre",
     "parallel_residual": False,
     "qk_layernorm": False,

@@ -116,6 +116,7 @@ class InferenceModel:
         self.vocab_size = min(tokenizer.vocab_size, self.chunk.known_tokens)
         self.max_length = cfg.model.max_position_embeddings
         self.num_stages = dist.get_world_size(runtime.groups.pp)
+        self.classes: tuple[str, ...] = cfg.model.head or ()
         # Megatron's embedding under TP and its experts wait for the device, which a recorded step must not.
         alone = runtime.parallelism.model_parallel_size == 1 and cfg.model.moe is None
         self.records_graphs = runtime.device.type == "cuda" and alone
@@ -134,7 +135,12 @@ class InferenceModel:
         return self.runtime.device
 
     def new_cache(self, num_slots: int) -> KVCache:
-        """A cache for one batch whose sequences do not exceed ``num_slots``."""
+        """A cache for one batch whose sequences do not exceed ``num_slots``.
+
+        Raises:
+            ConfigError: the model has a head and cannot continue a text.
+        """
+        self._need_tokens()
         return KVCache(num_slots, 1 if self.device.type == "cpu" else _GPU_SLOT_STEP)
 
     @torch.no_grad()
@@ -189,7 +195,11 @@ class InferenceModel:
             tokens: ``[b, s]``, padded at the right.
             labels: ``[n]``, of the places ``wanted``.
             wanted: ``[n]``, numbers ``position * b + row``.
+
+        Raises:
+            ConfigError: the model has a head and gives tokens no likelihood.
         """
+        self._need_tokens()
         rows, length = tokens.shape
         positions = torch.arange(length, device=tokens.device).expand(rows, length)
         self.chunk.output_positions = wanted
@@ -198,12 +208,41 @@ class InferenceModel:
             result = self._through_stages(tokens, positions, labels[None])
         finally:
             self.chunk.output_positions = None
+        return self._from_last_stage(result, (2, 1, len(labels)))[:, 0]
+
+    @torch.no_grad()
+    def head_logits(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """What the head says at the last token of each row: ``[b, classes]`` float32 on every rank.
+
+        Args:
+            tokens: ``[b, s]``, padded at the right.
+            lengths: ``[b]``, tokens of each row.
+        """
+        rows, length = tokens.shape
+        positions = torch.arange(length, device=tokens.device).expand(rows, length)
+        self.chunk.output_positions = (lengths - 1) * rows + torch.arange(rows, device=tokens.device)
+        try:
+            result = self._through_stages(tokens, positions)
+        finally:
+            self.chunk.output_positions = None
+        # The output is [1, b, classes]: Megatron's first dimension is the position, which here numbers the rows.
+        return self._from_last_stage(result, (1, rows, len(self.classes)))[0]
+
+    def _from_last_stage(self, result: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+        """A float32 output of the last stage, on every rank."""
         if self.num_stages > 1:
             if result is None:
-                result = torch.empty(2, 1, len(labels), dtype=torch.float32, device=self.device)
+                result = torch.empty(shape, dtype=torch.float32, device=self.device)
+            result = result.contiguous()
             dist.broadcast(result, self.runtime.last_stage_rank, group=self.runtime.groups.pp)
         assert result is not None
-        return result[:, 0]
+        return result
+
+    def _need_tokens(self) -> None:
+        if self.classes:
+            rule = "a head in place of the output layer tells classes or scores and knows no tokens"
+            fix = "ask for classification=..., or name a checkpoint of a language model"
+            raise ConfigError([Problem("model.head", list(self.classes), rule, fix)])
 
     def agree(self, tokens: torch.Tensor | None, rows: int) -> torch.Tensor:
         """The tokens ``[rows]`` that the last stage's first rank chose, on every rank."""

@@ -24,6 +24,7 @@ class ModelScorer:
         self.tokenizer = model.tokenizer
         self.max_length = model.max_length
         self.generate_batch_size = generate_batch_size
+        self.classes = model.classes
 
     def score(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation after its context, and whether greedy decoding would give it.
@@ -76,6 +77,17 @@ class ModelScorer:
         cut = [prompt[-room:] for prompt in prompts]
         return [result.text for result in generate(self.model, cut, settings, self.generate_batch_size)]
 
+    def classify(self, inputs: Sequence[list[int]]) -> list[list[float]]:
+        """Logits of the head's classes after each input; too long ones lose tokens at the right, as in training."""
+        by_input: dict[tuple[int, ...], list[float]] = {}
+        cut = [tuple(tokens[: self.max_length]) for tokens in inputs]
+        device = self.model.device
+        for batch in self._batches(list(dict.fromkeys(cut))):
+            lengths = torch.tensor([len(tokens) for tokens in batch], device=device)
+            logits = self.model.head_logits(_padded(batch).to(device), lengths)
+            by_input.update(zip(batch, logits.tolist(), strict=True))
+        return [by_input[tokens] for tokens in cut]
+
     def _batches(self, inputs: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
         """Inputs of similar length together, the longest first: when memory does not suffice, it shows at once."""
         limit = _TOKENS_OF_A_BATCH[self.model.device.type]
@@ -91,11 +103,16 @@ class ModelScorer:
     def _losses(
         self, batch: list[tuple[int, ...]], labels: list[int], wanted: list[int]
     ) -> tuple[list[float], list[float]]:
-        padded = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)
-        for row, tokens in enumerate(batch):
-            padded[row, : len(tokens)] = torch.tensor(tokens)
         device = self.model.device
         losses, hits = self.model.losses(
-            padded.to(device), torch.tensor(labels, device=device), torch.tensor(wanted, device=device)
+            _padded(batch).to(device), torch.tensor(labels, device=device), torch.tensor(wanted, device=device)
         )
         return losses.double().tolist(), hits.tolist()
+
+
+def _padded(batch: list[tuple[int, ...]]) -> torch.Tensor:
+    """[b, s], zeros at the right; the longest row comes first."""
+    padded = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)
+    for row, tokens in enumerate(batch):
+        padded[row, : len(tokens)] = torch.tensor(tokens)
+    return padded

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo_llm.config import ModelConfig
 from nemo_llm.config.arithmetic import padded_vocab_size
 from nemo_llm.models.cross_entropy import VocabParallelCrossEntropy
+from nemo_llm.models.head import ScoreHead, head_losses
 from nemo_llm.models.linear_cross_entropy import LinearCrossEntropy, LossInputs, LossRule
 from nemo_llm.models.rope_scaling import ScaledRotaryEmbedding
 
@@ -66,7 +67,7 @@ class LanguageModel(GPTModel):
             position_embedding_type=model.position_embedding_type,
             rotary_base=model.rotary_base,
             rotary_percent=model.rotary_percent,
-            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights and model.head is None,
             **stage,
         )
         if model.rope_scaling is not None:
@@ -82,9 +83,22 @@ class LanguageModel(GPTModel):
         """Where logits or losses are wanted, as numbers ``position * b + row``; None: everywhere. For inference."""
         self.rotary_table: torch.Tensor | None = None
         """Angles ``[longest, 1, r]`` by position, while tokens are decoded at positions of their own; else None."""
-        if self.post_process:
-            # GPTModel of megatron-core 0.16.1 builds the layer itself and lets nobody choose its class.
+        self.post_process: bool
+        self.score: ScoreHead | None = None
+        # GPTModel of megatron-core 0.16.1 builds the output layer itself and lets nobody choose its class.
+        if self.post_process and model.head is not None:
+            del self.output_layer
+            self.score = ScoreHead(config, len(model.head), self.pg_collection)
+        elif self.post_process:
             self.output_layer.__class__ = OutputLayer
+
+    def sharded_state_dict(self, *arguments: Any, **settings: Any) -> dict:
+        """As Megatron's, which looks for an output layer in every chunk that ends a model; a head stands for none."""
+        ends_model, self.post_process = self.post_process, self.post_process and self.score is None
+        try:
+            return super().sharded_state_dict(*arguments, **settings)
+        finally:
+            self.post_process = ends_model
 
     def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **settings: Any) -> tuple:
         """Embedding and rotary angles; the angles of ``position_ids`` while tokens are decoded.
@@ -112,6 +126,9 @@ class LanguageModel(GPTModel):
         """
         if self.output_positions is not None and self.post_process:
             hidden_states = hidden_states.flatten(0, 1)[self.output_positions][:, None]
+        if self.score is not None:
+            logits = self.score(hidden_states)
+            return logits.transpose(0, 1) if labels is None else head_losses(logits, labels, self.training)
         if not self.post_process or labels is None or loss_mask is None or self.fused_chunk_tokens is None:
             settings["loss_mask"] = loss_mask
             return super()._postprocess(hidden_states, *inputs, labels=labels, **settings)

@@ -14,6 +14,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.utils import unwrap_model
 from torch import nn
 
+from nemo_llm.models.head import HEAD_PREFIX, ScoreHead
+
 KEY_PREFIX = "adapter."
 
 
@@ -127,5 +129,13 @@ def adapted_modules(chunks: list[torch.nn.Module]) -> Iterator[Any]:
 
 
 def adapter_state(chunks: list[torch.nn.Module]) -> dict[str, ShardedTensor]:
-    """All that is trained, as sharded tensors by their names: no layout, nothing frozen."""
-    return {shard.key: shard for module in adapted_modules(chunks) for _, shard in module.adapter.shards()}
+    """All that is trained, as sharded tensors by their names: no layout, nothing frozen. A head is trained too."""
+    state = {shard.key: shard for module in adapted_modules(chunks) for _, shard in module.adapter.shards()}
+    for head in heads(chunks):
+        state |= head.sharded_state_dict(KEY_PREFIX + HEAD_PREFIX)
+    return state
+
+
+def heads(chunks: list[torch.nn.Module]) -> list[ScoreHead]:
+    """The head in place of the output layer, where these chunks have one."""
+    return [whole.score for whole in map(unwrap_model, chunks) if whole.score is not None]

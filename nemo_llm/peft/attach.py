@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.utils import get_model_config, unwrap_model
 
 from nemo_llm.checkpoint.agree import raise_together
@@ -14,7 +15,7 @@ from nemo_llm.config.peft import LINEAR_KINDS, PeftConfig
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.initialize import fill_normal
 from nemo_llm.parallel.runtime import ParallelRuntime
-from nemo_llm.peft.adapter import Adapter, adapted_modules, put_on_embedding, put_on_linear
+from nemo_llm.peft.adapter import Adapter, adapted_modules, adapter_state, heads, put_on_embedding, put_on_linear
 from nemo_llm.peft.linear import LinearPlace, Part, find_linears
 from nemo_llm.peft.linear_adapter import BottleneckAdapter, Ia3Adapter, LinearAdapter
 from nemo_llm.peft.lora import LoraAdapter, LoraSettings
@@ -33,6 +34,8 @@ def attach_peft(cfg: RunConfig, chunks: list[torch.nn.Module], runtime: Parallel
     assert cfg.peft is not None
     for chunk in chunks:
         chunk.requires_grad_(False)
+    for head in heads(chunks):  # new, as the adapters are
+        head.requires_grad_(True)
     if cfg.peft.kind in LINEAR_KINDS:
         _attach_to_linears(cfg.peft, chunks, runtime)
     else:
@@ -45,12 +48,8 @@ def attach_peft(cfg: RunConfig, chunks: list[torch.nn.Module], runtime: Parallel
 
 def count_parameters(chunks: list[torch.nn.Module], runtime: ParallelRuntime) -> int:
     """Trained parameters of the whole model, each counted once; a collective of all ranks."""
-    trained = 0
-    for module in adapted_modules(chunks):
-        for name, placement in module.adapter.placements.items():
-            size = getattr(module.adapter, name).numel()
-            first = placement.replica == 0 and (placement.split_dim is not None or placement.split[0] == 0)
-            trained += size if first else 0
+    shards = adapter_state(chunks).values()
+    trained = sum(shard.data.numel() for shard in shards if is_main_replica(shard.replica_id))
     counts = torch.tensor(trained, dtype=torch.int64, device=runtime.device)
     dist.all_reduce(counts)
     return int(counts.item())

@@ -12,7 +12,8 @@ from nemo_llm.checkpoint.agree import raise_together
 from nemo_llm.checkpoint.weights import ADAPTER_FILE_NAME, check_same_tensors
 from nemo_llm.config.peft import PeftConfig
 from nemo_llm.errors import CheckpointError
-from nemo_llm.peft.adapter import adapted_modules, adapter_state
+from nemo_llm.models.head import HEAD_PREFIX
+from nemo_llm.peft.adapter import KEY_PREFIX, adapted_modules, adapter_state, heads
 
 
 def write_description(folder: Path, peft: PeftConfig, base_fingerprint: str) -> None:
@@ -71,3 +72,5 @@ def apply_adapter_state(chunks: list[torch.nn.Module], loaded: dict[str, torch.T
     for module in adapted_modules(chunks):
         for name, shard in module.adapter.shards():
             getattr(module.adapter, name).copy_(loaded[shard.key])
+    for head in heads(chunks):
+        head.weight.copy_(loaded[f"{KEY_PREFIX}{HEAD_PREFIX}weight"])

@@ -30,7 +30,7 @@ def matmul_weights(model: ModelConfig, padded_vocab_size: int) -> int:
     attention = hidden * (model.num_attention_heads + 2 * model.num_query_groups) * channels
     attention += model.num_attention_heads * channels * hidden
     matrices = 3 if model.gated_linear_unit else 2
-    total = hidden * padded_vocab_size
+    total = hidden * (padded_vocab_size if model.head is None else len(model.head))
     for number in range(model.num_layers):
         inner = model.ffn_hidden_size
         if model.moe is not None and is_moe_layer(model, number):

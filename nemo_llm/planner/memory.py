@@ -103,7 +103,8 @@ def _rank_memory(
     in_flight: float,
     padded_vocab_size: int,
 ) -> RankMemory:
-    dense, experts = local_parameters(layout, chunks, counted, cfg.model.share_embeddings_and_output_weights)
+    tied = cfg.model.share_embeddings_and_output_weights and cfg.model.head is None
+    dense, experts = local_parameters(layout, chunks, counted, tied)
     weights = dense + experts
     element = DTYPE_BYTES[cfg.precision.params_dtype]
     parameters = weights * element

@@ -35,7 +35,7 @@ class ModelParameters:
         word_embeddings: embedding matrix, padded rows included.
         position_embeddings: learned positions, 0 without them.
         final_norm: the norm behind the last layer.
-        output_layer: output matrix, 0 where it is the embedding.
+        output_layer: output matrix, 0 where it is the embedding; a head where the model has one.
         active: parameters that one token passes through (all of a dense model).
     """
 
@@ -63,7 +63,7 @@ def count_parameters(model: ModelConfig, padded_vocab_size: int) -> ModelParamet
         word_embeddings=word_embeddings,
         position_embeddings=model.max_position_embeddings * model.hidden_size if learned else 0,
         final_norm=norm_parameters(model, model.hidden_size),
-        output_layer=0 if model.share_embeddings_and_output_weights else word_embeddings,
+        output_layer=_output_parameters(model, word_embeddings),
         active=0,
     )
     if model.moe is None:
@@ -74,6 +74,12 @@ def count_parameters(model: ModelConfig, padded_vocab_size: int) -> ModelParamet
     return ModelParameters(
         layers, word_embeddings, counted.position_embeddings, counted.final_norm, counted.output_layer, active
     )
+
+
+def _output_parameters(model: ModelConfig, word_embeddings: int) -> int:
+    if model.head is not None:
+        return len(model.head) * model.hidden_size
+    return 0 if model.share_embeddings_and_output_weights else word_embeddings
 
 
 def is_moe_layer(model: ModelConfig, number: int) -> bool:

@@ -77,7 +77,7 @@ def build_loaders(
     """
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     virtual_tokens = 0 if cfg.peft is None else cfg.peft.virtual_tokens
-    sets = build_train_and_validation(cfg.data, tokenizer, cfg.trainer.seed, virtual_tokens)
+    sets = build_train_and_validation(cfg.data, tokenizer, cfg.trainer.seed, virtual_tokens, cfg.model.head or ())
     train = DeviceBatches(sets.train, cfg, runtime, cfg.data.prefetch)
     validation = {
         name: DeviceBatches(PaddedSource(source), cfg, runtime, prefetch=0)

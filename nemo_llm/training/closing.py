@@ -70,6 +70,13 @@ def _compare_with_unigram(run: TrainingRun, name: str, loss: float) -> str:
     source = run.validation[name].source
     count = min(len(source), run.cfg.trainer.val_steps * run.cfg.trainer.global_batch_size)
     samples = (source[index] for index in range(count))
+    classes = run.cfg.model.head
+    if classes is not None:
+        if len(classes) == 1:
+            return f"validation {name}: mean squared error {loss:.4f}"
+        labels = (sample.labels[sample.loss_mask > 0] for sample in samples if sample.labels is not None)
+        entropy = unigram_entropy_nats(count_tokens(labels, len(classes)))
+        return f"validation {name}: loss {loss:.4f} nats; entropy of its labels {entropy:.4f} nats"
     counts = count_tokens((sample.tokens[1:][sample.loss_mask > 0] for sample in samples), run.tokenizer.vocab_size)
     entropy = unigram_entropy_nats(counts)
     return (

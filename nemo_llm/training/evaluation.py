@@ -72,6 +72,7 @@ class TrainingScorer:
         self.run = run
         self.tokenizer = run.tokenizer
         self.max_length = run.cfg.data.seq_length
+        self.classes: tuple[str, ...] = ()
 
     def score(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether greedy decoding would give it; a collective of all ranks."""
@@ -97,6 +98,10 @@ class TrainingScorer:
     def generate(self, *_: Any, **_settings: Any) -> list[str]:
         """Not while training: `read_evaluation` refuses tasks that need it."""
         raise AssertionError("generation in the loop")
+
+    def classify(self, *_: Any) -> list[list[float]]:
+        """Not while training: validation gives loss and accuracy of a head."""
+        raise AssertionError("a head in the loop")
 
     def _micro_batch(self, requests: Sequence[tuple[list[int], list[int]]], size: int) -> dict[str, torch.Tensor]:
         """[size, seq_length], padded with rows and tokens that count for nothing, cut for context parallelism."""

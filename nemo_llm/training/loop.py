@@ -191,9 +191,11 @@ class _Report:
             self._metrics.append(
                 ValidationRow(step=step, val_loss=result.loss, val_accuracy=result.accuracy, val_name=name)
             )
+            counted = "tokens" if self.run.cfg.model.head is None else "texts"
+            right = "next-token accuracy" if counted == "tokens" else "accuracy"
             print(
-                f"validation {name}: loss {result.loss:.4f} | next-token accuracy {result.accuracy:.1%} | "
-                f"{result.num_tokens} tokens",
+                f"validation {name}: loss {result.loss:.4f} | {right} {result.accuracy:.1%} | "
+                f"{result.num_tokens} {counted}",
                 flush=True,
             )
             if self._experiment is not None:

@@ -90,5 +90,5 @@ def load_first_weights(cfg: RunConfig, runtime: ParallelRuntime, chunks: list[to
     """Read the weights that ``checkpoint.init_from`` names into the chunks; a collective of all ranks."""
     assert cfg.checkpoint.init_from is not None
     folder = newest_good(cfg, runtime, [resolve_checkpoint(Path(cfg.checkpoint.init_from))])
-    load_weights(chunks, folder)
+    load_weights(chunks, folder, new_head=True)
     _log.info("weights from %s", folder)

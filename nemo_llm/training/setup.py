@@ -30,8 +30,9 @@ from nemo_llm.training.state import TrainingRun, TrainState
 
 _log = get_logger(__name__)
 
-# Fine-tuning on conversations is next-token prediction too: which tokens count is in the loss mask of the data.
-FORWARD_STEPS = {"pretrain": pretrain.forward_step, "sft": pretrain.forward_step}
+# One forward step for all: which tokens count is in the loss mask of the data, and what they are compared with in its
+# labels: the next token, or what a head in place of the output layer is to say.
+FORWARD_STEPS = dict.fromkeys(("pretrain", "sft", "classification", "score"), pretrain.forward_step)
 
 
 def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:

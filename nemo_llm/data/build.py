@@ -99,6 +99,12 @@ class _Builder:
         store = self._store(entry)
         if isinstance(store, LabelledStore):
             first, last = (store.first_document(share) for share in part)
+            if first == last:
+                shares = f"{part[0]:g} to {part[1]:g}"
+                raise InputError(
+                    f"source {entry.name}: the hashes of its {store.num_documents} texts leave the part from {shares} "
+                    "empty; give more texts, another data.split, or null and a set under data.validation"
+                )
         else:
             first, last = (round(share * store.num_documents) for share in part)
         key = derive_key("order", seed, entry.name)

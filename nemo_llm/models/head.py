@@ -8,7 +8,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 HEAD_PREFIX = "score."
-"""Of the head's names in checkpoints; also what Hugging Face's ``...ForSequenceClassification`` models call theirs."""
+"""Begins the head's names in checkpoints; what Hugging Face's ``...ForSequenceClassification`` models call theirs."""
 
 
 class ScoreHead(MegatronModule):

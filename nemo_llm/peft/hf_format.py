@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from nemo_llm.checkpoint.inspect import read_tensors, tensors
 from nemo_llm.errors import CheckpointError, InputError
-from nemo_llm.peft.adapter import KEY_PREFIX, adapted_modules
+from nemo_llm.models.head import HEAD_PREFIX
+from nemo_llm.peft.adapter import KEY_PREFIX, adapted_modules, heads
 from nemo_llm.peft.state import read_description
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -35,6 +36,7 @@ _LEAVES = {
     "ia3": "ia3_l",
 }
 _PREFIX = "base_model.model."
+_HEAD = f"{HEAD_PREFIX}weight"  # by the same name on both sides
 
 
 def export_adapter(checkpoint: Path, output: Path, base_model: str | None) -> dict[str, Any]:
@@ -60,9 +62,10 @@ def export_adapter(checkpoint: Path, output: Path, base_model: str | None) -> di
 
 def to_hf_weights(state: Mapping[str, torch.Tensor], peft: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """PEFT's tensors by PEFT's names, from ours by ours (without the prefix ``adapter.``)."""
+    found = {_PREFIX + _HEAD: state[_HEAD]} if _HEAD in state else {}
+    state = {name: tensor for name, tensor in state.items() if name != _HEAD}
     if peft["kind"] in ("prompt_tuning", "p_tuning"):
-        return {"prompt_embeddings": _prompt_table(state)}
-    found = {}
+        return {**found, "prompt_embeddings": _prompt_table(state)}
     for name, tensor in state.items():
         module, leaf = _hf_module(name), name.rpartition(".")[2]
         if leaf == "ia3":
@@ -93,7 +96,9 @@ def _hf_module(name: str) -> str:
 
 
 def _hf_config(peft: Mapping[str, Any], state: Mapping[str, torch.Tensor], base_model: str | None) -> dict[str, Any]:
-    common = {"base_model_name_or_path": base_model, "task_type": "CAUSAL_LM", "inference_mode": True}
+    task = "SEQ_CLS" if _HEAD in state else "CAUSAL_LM"
+    common = {"base_model_name_or_path": base_model, "task_type": task, "inference_mode": True}
+    state = {name: tensor for name, tensor in state.items() if name != _HEAD}
     kind = peft["kind"]
     if kind in ("prompt_tuning", "p_tuning"):
         vectors = state["prompt.vectors"]
@@ -137,6 +142,10 @@ def load_hf_adapter(chunks: list[torch.nn.Module], folder: Path, kind: str) -> N
             f"{kind}: choose the kind that fits"
         )
     saved = load_file(folder / WEIGHTS_FILE)
+    for head in heads(chunks):
+        if _PREFIX + _HEAD not in saved or saved[_PREFIX + _HEAD].shape != head.weight.shape:
+            raise InputError(f"{folder / WEIGHTS_FILE} has no {_PREFIX}{_HEAD} of shape {list(head.weight.shape)}")
+        head.weight.copy_(saved[_PREFIX + _HEAD])
     for module in adapted_modules(chunks):
         for name, shard in module.adapter.shards():
             ours = shard.key.removeprefix(KEY_PREFIX)

@@ -55,7 +55,7 @@ def test_two_models_side_by_side(models: list[str], data: Path, tmp_path: Path) 
         assert len(model["comparisons"]) == 1
     assert two["perplexity"][0]["perplexity"] == pytest.approx(257, rel=0.2), "small weights know nothing"
     page = (tmp_path / "all.html").read_text()
-    assert page.count("<svg") == 1 + 2 + 2
+    assert page.count("<svg") == 1 + 2 + 2 + 4, "plots, and a confusion matrix of each model and template"
     assert "http" not in page, "the page needs nothing from elsewhere"
 
 

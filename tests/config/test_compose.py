@@ -61,7 +61,11 @@ SECTIONS: dict[str, type] = {
 # What a file of a group leaves to another group.
 ELSEWHERE = {"optim": {"sched"}, "data": {"tokenizer"}}
 # data=blend is for the user's own files, so a source has to be named.
-NEEDS = {"data/blend": ["data.blend=[1.0,/data/mine]"], "data/chat": ["data.blend=[{name: a, chat: a.jsonl}]"]}
+NEEDS = {
+    "data/blend": ["data.blend=[1.0,/data/mine]"],
+    "data/chat": ["data.blend=[{name: a, chat: a.jsonl}]"],
+    "data/labelled": ["data.blend=[{name: a, labelled: a.jsonl}]"],
+}
 # Files that read a folder: tests/config/test_derived.py composes them.
 FROM_FOLDER = {"from_hf", "from_checkpoint"}
 

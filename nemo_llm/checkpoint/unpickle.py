@@ -52,6 +52,67 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
+class Inert:
+    """In the place of an object of a class that is not allowed: takes whatever a pickle does to it and does nothing."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        del arguments, keywords
+
+    def __setstate__(self, state: Any) -> None:
+        del state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        del key, value
+
+    def append(self, value: Any) -> None:
+        """Ignored."""
+
+    def extend(self, values: Any) -> None:
+        """Ignored."""
+
+
+_TENSOR_CLASSES = {
+    "collections": {"OrderedDict"},
+    "argparse": {"Namespace"},
+    "torch": {"Size", "device"},
+    "torch._utils": {"_rebuild_tensor_v2", "_rebuild_parameter"},
+}
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _TENSOR_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        return Inert
+
+
+class _InertPickle:
+    """What ``torch.load`` asks of a pickle module; with it nothing that a file names is imported or called."""
+
+    __name__ = "inert"
+    Unpickler = _InertUnpickler
+    load = staticmethod(lambda file, **settings: _InertUnpickler(file, **settings).load())
+
+
+def load_inert(path: Path) -> Any:
+    """A file of ``torch.save`` by another program: tensors, plain containers and Namespaces; an `Inert` for the rest.
+
+    Unlike ``weights_only`` it reads files with objects of any class (Megatron-LM saves its whole command line, enums of
+    every version among it) and lets none of them do anything.
+
+    Raises:
+        CheckpointDamagedError: it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_InertPickle, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointDamagedError(f"{path}: missing") from None
+    except Exception as error:  # pickle raises whatever a damaged stream leads it to
+        raise CheckpointDamagedError(f"{path}: damaged; {type(error).__name__}: {error}") from None
+
+
 def read_metadata(state: Path) -> Any:
     """PyTorch's ``Metadata`` of a distributed checkpoint.
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from nemo_llm.config.section import NonEmptyStr, PositiveFloat, PositiveInt, Section
 
-Format = Literal["hf", "nemo_llm"]
+Format = Literal["hf", "nemo_llm", "megatron"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +26,7 @@ class ConvertConfig(Section):
     layer_by_layer: bool
     max_shard_mib: PositiveInt
     family: str | None
+    tokenizer: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -137,6 +137,31 @@ def import_file(path: Path, kind: str) -> Imported:
     return _import_megatron(read_arguments(text))
 
 
+def import_nemo_model(path: Path) -> dict[str, Any]:
+    """Keys of our model section from ``model_config.yaml`` of a ``.nemo`` archive.
+
+    Raises:
+        InputError: it cannot be read, or says something of the model that was not taken over.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = {"model": OmegaConf.to_container(OmegaConf.create(text), resolve=False)}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise InputError(f"{path.name}: not readable as YAML: {error}") from None
+    result = _import_nemo(_flatten(tree))
+    of_model = [row for row in result.rows if row.became == "unmapped" and row.text.startswith("model.")]
+    if of_model:
+        raise InputError(f"{path.name}: cannot be taken over:\n  " + "\n  ".join(str(row) for row in of_model))
+    section: dict[str, Any] = {}
+    for key, value in result.keys.items():
+        first, _, rest = key.partition(".")
+        if first != "model":
+            continue
+        parent, _, leaf = rest.rpartition(".")
+        (section.setdefault(parent, {}) if parent else section)[leaf] = value
+    return section
+
+
 def _import_nemo(given: Mapping[str, Any]) -> Imported:
     result = Imported()
     # NeMo's defaults where a launcher file says nothing (megatron_gpt_config.yaml).

@@ -1,7 +1,7 @@
 """The gate of every conversion: the same tokens through Hugging Face's model and ours, logits compared in float32."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,11 +101,23 @@ class Outputs:
 
 
 def compare(hf_folder: Path, our_folder: Path, settings: GateSettings) -> GateReport:
-    """Run both models, one after the other, on CPU in float32."""
-    tokens, is_text = _tokens(our_folder, hf_folder, settings.tokens)
-    theirs = run_theirs(hf_folder, tokens)
-    ours = run_ours(our_folder, tokens)
-    return judge(theirs, ours, settings, is_text)
+    """Run transformers' model and ours, one after the other, on CPU in float32."""
+    config = read_hf_config(hf_folder)
+    longest = config.get("max_position_embeddings") or config.get("n_positions")
+    limits = {"vocab_size": config["vocab_size"], "max_position_embeddings": longest}
+    return compare_with(lambda tokens: run_theirs(hf_folder, tokens), limits, our_folder, settings)
+
+
+def compare_with(
+    run: Callable[[torch.Tensor], Outputs], limits: Mapping[str, Any], our_folder: Path, settings: GateSettings
+) -> GateReport:
+    """Run another program's model and ours, one after the other, on CPU in float32.
+
+    Args:
+        limits: ``vocab_size`` and ``max_position_embeddings`` (None: unknown) of the model.
+    """
+    tokens, is_text = _tokens(our_folder, limits, settings.tokens)
+    return judge(run(tokens), run_ours(our_folder, tokens), settings, is_text)
 
 
 def judge(theirs: Outputs, ours: Outputs, settings: GateSettings, is_text: bool) -> GateReport:
@@ -141,16 +153,15 @@ def _place(number: int) -> str:
     return "the embedding" if number == 0 else f"layer {number - 1}"
 
 
-def _tokens(our_folder: Path, hf_folder: Path, length: int) -> tuple[torch.Tensor, bool]:
+def _tokens(our_folder: Path, limits: Mapping[str, Any], length: int) -> tuple[torch.Tensor, bool]:
     """Two rows of token ids [2, length], and whether they are text."""
-    config = read_hf_config(hf_folder)
-    length = min(length, config.get("max_position_embeddings") or config.get("n_positions") or length)
+    length = min(length, limits["max_position_embeddings"] or length)
     if (our_folder / "tokenizer").is_dir():
         ids = load_tokenizer_from_folder(our_folder / "tokenizer").encode(_TEXT * (1 + length // 20))
-        if max(ids) < config["vocab_size"]:
+        if max(ids) < limits["vocab_size"]:
             return torch.tensor([ids[:length], ids[7 : 7 + length]]), True
     generator = torch.Generator().manual_seed(_SEED)
-    return torch.randint(config["vocab_size"], (2, length), generator=generator), False
+    return torch.randint(limits["vocab_size"], (2, length), generator=generator), False
 
 
 def run_theirs(folder: Path, tokens: torch.Tensor) -> Outputs:
@@ -193,6 +204,11 @@ def run_ours(folder: Path, tokens: torch.Tensor) -> Outputs:
 
 def forward_ours(chunk: Any, tokens: torch.Tensor) -> Outputs:
     """Logits and the residual stream of one chunk that is the whole model."""
+    return forward_megatron(chunk, tokens, chunk.finish_logits)
+
+
+def forward_megatron(chunk: Any, tokens: torch.Tensor, finish: Callable[[torch.Tensor], torch.Tensor]) -> Outputs:
+    """As `forward_ours`, of any ``GPTModel``; ``finish`` is what its logits go through."""
     hidden: list[torch.Tensor] = []
 
     def keep(_module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
@@ -205,8 +221,7 @@ def forward_ours(chunk: Any, tokens: torch.Tensor) -> Outputs:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     chunk.eval()
     with torch.no_grad():
-        logits = chunk(tokens, positions, attention_mask=None)
-        logits = chunk.finish_logits(logits).float()
+        logits = finish(chunk(tokens, positions, attention_mask=None)).float()
     for handle in handles:
         handle.remove()
     return Outputs(logits, hidden)

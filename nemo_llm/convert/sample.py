@@ -19,20 +19,17 @@ from nemo_llm.families.spec import Link
 _MAX_SHARD_BYTES = 1 << 40
 
 
-def choose_layers(model: Mapping[str, Any], count: int) -> list[int]:
-    """About ``count`` layers, spread over the model; whole periods where windows alternate from layer to layer."""
-    layers, period = model["num_layers"], model["window_attn_skip_freq"] or 1
-    periods = layers // period
-    wanted = max(1, min(count // period, periods))
-    starts = sorted({round(n * (periods - 1) / max(wanted - 1, 1)) for n in range(wanted)})
-    return [start * period + place for start in starts for place in range(period)]
-
-
 def write_samples(mapped: Mapped, hf: Path, ours: Path, layers: Sequence[int], folder: Path) -> tuple[Path, Path]:
     """Write the chosen layers of both models, renumbered, below ``folder``; returns the two folders."""
     small = Mapped.of(mapped.family, {**mapped.model, "num_layers": len(layers)})
     pairs = list(_pairs(mapped, small, layers))
     return _write_hf(small, pairs, hf, folder / "hf", layers), _write_ours(pairs, ours, folder / "ours", small.model)
+
+
+def write_our_sample(mapped: Mapped, ours: Path, layers: Sequence[int], folder: Path) -> Path:
+    """As `write_samples`, of our model alone."""
+    small = Mapped.of(mapped.family, {**mapped.model, "num_layers": len(layers)})
+    return _write_ours(list(_pairs(mapped, small, layers)), ours, folder / "ours", small.model)
 
 
 def _pairs(large: Mapped, small: Mapped, layers: Sequence[int]) -> Iterator[tuple[Link, Link]]:

@@ -34,6 +34,8 @@ def _shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         "mlp.linear_fc2.post_layernorm.weight": (hidden,),
         **_mlp("mlp.", hidden, model["ffn_hidden_size"], halves),
     }
+    for name in ("q_layernorm", "k_layernorm"):
+        shapes[f"self_attention.{name}.bias"] = (channels,)
     for name in ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."):
         shapes |= {f"{name}weight": (hidden,), f"{name}bias": (hidden,)}
     if model["moe"] is not None:

@@ -14,7 +14,8 @@ class Rule:
         theirs: names in the Hugging Face folder that make up one slice of it; ``{layer}`` and ``{expert}`` are
             numbers from 0.
         transform: what makes one of the other (`nemo_llm.convert.transforms`).
-        when: fields of the model section, or ``not <field>``, that must all be true for the line to count.
+        when: fields of the model section, ``not <field>`` or ``<field>=<text>``, that must all hold for the line to
+            count.
     """
 
     ours: str
@@ -116,5 +117,7 @@ def _link(rule: Rule, index: tuple[int, ...], axes: tuple[int, ...]) -> Link:
 
 
 def _holds(condition: str, model: Mapping[str, Any]) -> bool:
-    name = condition.removeprefix("not ")
+    name, equals, value = condition.removeprefix("not ").partition("=")
+    if equals:
+        return bool(model[name] == value)
     return bool(model[name]) != condition.startswith("not ")

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from nemo_llm.checkpoint.folder import read_config
 from nemo_llm.config.convert_tool import ConvertConfig
 from nemo_llm.config.data_tools import compose_tool
-from nemo_llm.convert import convert as convert_module
+from nemo_llm.convert import common
+from nemo_llm.convert.common import choose_layers
 from nemo_llm.convert.convert import convert
 from nemo_llm.convert.gate import GateSettings, Outputs, judge
+from nemo_llm.convert.hf import compare_folders
 from nemo_llm.convert.hf_files import HfReader
 from nemo_llm.convert.mapping import Mapped
-from nemo_llm.convert.sample import choose_layers
 from nemo_llm.errors import CheckpointError, InputError
 from nemo_llm.families.registry import FAMILIES
 from tests.convert.cases import CASES, make_hf_model
@@ -129,7 +130,7 @@ def test_input_is_not_overwritten(hf: Path) -> None:
 
 def test_full_disk_is_seen_before_writing(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A full disk cannot be had here: a need that no disk meets takes its place.
-    monkeypatch.setattr(convert_module, "_SPARE_BYTES", 1 << 60)
+    monkeypatch.setattr(common, "SPARE_BYTES", 1 << 60)
     assert_refused(hf, tmp_path / "out", ["MiB free"])
 
 
@@ -211,7 +212,7 @@ def _convert_sampled(folder: str) -> tuple[list[int], str, str]:
         arguments = ["source_format=hf", "target_format=nemo_llm", f"input={source}", f"output={damaged}", layers]
         cfg = compose_tool("convert_checkpoint", ConvertConfig, arguments)
         try:
-            convert_module._gate(cfg, mapped, (source, damaged), damaged)
+            compare_folders(cfg, mapped, (source, damaged), damaged)
             answers.append("passed")
         except CheckpointError as error:
             answers.append(str(error))

@@ -1,0 +1,176 @@
+"""What every way of conversion shares: writing a checkpoint of ours, the gate, the report beside the weights."""
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import torch
+import yaml
+from tqdm import tqdm
+
+from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, commit
+from nemo_llm.config import RunConfig
+from nemo_llm.config.convert_tool import ConvertConfig
+from nemo_llm.config.load import to_dict
+from nemo_llm.convert.gate import GateReport, GateSettings
+from nemo_llm.convert.hf_files import TensorInfo
+from nemo_llm.convert.mapping import Mapped
+from nemo_llm.convert.native_files import NativeWriter
+from nemo_llm.data.tokenizer import load_tokenizer
+from nemo_llm.errors import InputError
+from nemo_llm.log import get_logger
+
+_log = get_logger(__name__)
+
+REPORT_NAME = "conversion.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SPARE_BYTES = 64 << 20
+_MEMORY_SHARE = 0.6  # the rest is for activations, logits and others on the machine
+_SAMPLED_LAYERS = 6
+
+
+class Reader(Protocol):
+    """Tensors of another program by their names."""
+
+    infos: dict[str, TensorInfo]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a conversion did."""
+
+    output: Path
+    num_bytes: int
+    seconds: float
+    gate: GateReport | None
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The weights of a checkpoint of ours that is not committed yet."""
+
+    temporary: Path
+    num_bytes: int
+    seconds: float
+    entries: Mapping[str, dict[str, Any]]
+
+    def commit(self, cfg: ConvertConfig, mapped: Mapped, report: GateReport | None, output: Path) -> Outcome:
+        """Let the checkpoint appear."""
+        write_report(self.temporary, cfg, mapped, report)
+        commit(self.temporary, output, dict(self.entries))
+        return Outcome(output, self.num_bytes, self.seconds, report)
+
+
+def write_ours(cfg: ConvertConfig, mapped: Mapped, reader: Reader, temporary: Path) -> Written:
+    """Write the weights, one slice at a time."""
+    began = time.monotonic()
+    wanted = DTYPES[cfg.dtype] if cfg.dtype else None
+    total = sum(_size(reader.infos[name], wanted) for link in mapped.links for name in link.names)
+    check_room(temporary, total)
+    with NativeWriter(temporary / "state") as writer, progress(total) as bar:
+        for link in mapped.links:
+            slice_ = mapped.to_ours(link, [reader.read(name) for name in link.names])
+            slice_ = slice_ if wanted is None else slice_.to(wanted)
+            writer.write(link.key, link.index, link.axes, slice_)
+            bar.update(slice_.numel() * slice_.element_size())
+    return Written(temporary, total, time.monotonic() - began, writer.entries)
+
+
+def finish_ours(run: RunConfig, temporary: Path, has_tokenizer: bool, source: Path) -> None:
+    """Configuration and tokenizer beside the weights."""
+    text = yaml.safe_dump(to_dict(run), sort_keys=False, width=120)
+    (temporary / CONFIG_FILE_NAME).write_text(text, encoding="utf-8")
+    if has_tokenizer:
+        load_tokenizer(run.data.tokenizer).save(temporary / "tokenizer")
+    else:
+        _log.warning("%s has no tokenizer.json: the checkpoint gets no tokenizer", source)
+
+
+def gate(
+    cfg: ConvertConfig,
+    mapped: Mapped,
+    run: Callable[[list[int] | None, GateSettings, Path], GateReport],
+    written: Path,
+) -> GateReport | None:
+    """Compare both models, whole or a sample of their layers; None where that was not asked for.
+
+    Args:
+        run: compares these layers (all: None); the folder is for what it needs on the way.
+        written: what appears if they agree.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if not cfg.verify:
+        return None
+    settings = GateSettings(cfg.verify_tokens, cfg.tolerance, cfg.layer_by_layer)
+    count = cfg.verify_layers or _layers_that_fit(mapped)
+    with tempfile.TemporaryDirectory(dir=written.parent, prefix=f"{written.name}.gate.") as scratch:
+        if count >= mapped.model["num_layers"]:
+            report = run(None, settings, Path(scratch))
+        else:
+            layers = choose_layers(mapped.model, count)
+            report = replace(run(layers, settings, Path(scratch)), sampled_layers=layers)
+    report.raise_if_different(f"{written.name}: removed")
+    return report
+
+
+def choose_layers(model: Mapping[str, Any], count: int) -> list[int]:
+    """About ``count`` layers, spread over the model; whole periods where windows alternate from layer to layer."""
+    layers, period = model["num_layers"], model["window_attn_skip_freq"] or 1
+    periods = layers // period
+    wanted = max(1, min(count // period, periods))
+    starts = sorted({round(n * (periods - 1) / max(wanted - 1, 1)) for n in range(wanted)})
+    return [start * period + place for start in starts for place in range(period)]
+
+
+def _layers_that_fit(mapped: Mapped) -> int:
+    """All layers, or a sample where the model in float32 would take most of the free memory."""
+    elements = sum(math.prod(shape) for shape in mapped.our_shapes().values())
+    fits = 4 * elements < _MEMORY_SHARE * psutil.virtual_memory().available
+    return mapped.model["num_layers"] if fits else _SAMPLED_LAYERS
+
+
+def write_report(folder: Path, cfg: ConvertConfig, mapped: Mapped, report: GateReport | None) -> None:
+    """What was converted and how it compared, beside the weights."""
+    content = {
+        "source_format": cfg.source_format,
+        "target_format": cfg.target_format,
+        "family": mapped.family.model_type,
+        "tensors": len(mapped.links),
+        "gate": None if report is None else asdict(report),
+    }
+    (folder / REPORT_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        InputError: says how much is missing.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed + SPARE_BYTES:
+        raise InputError(
+            f"{folder.parent}: the result takes {needed / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB free"
+        )
+
+
+def _size(info: TensorInfo, dtype: torch.dtype | None) -> int:
+    return info.num_bytes if dtype is None else TensorInfo(info.shape, dtype).num_bytes
+
+
+def progress(total: int) -> Any:
+    """A bar on terminals."""
+    return tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None, leave=False)

@@ -1,0 +1,136 @@
+"""Hugging Face folder to checkpoint and back: one tensor at a time, proven before the result becomes visible."""
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_llm.checkpoint.folder import resolve_checkpoint
+from nemo_llm.config.convert_tool import ConvertConfig
+from nemo_llm.config.derived import as_hydra
+from nemo_llm.config.load import compose, to_dict
+from nemo_llm.convert.common import DTYPES, Outcome, check_room, finish_ours, gate, progress, write_ours, write_report
+from nemo_llm.convert.gate import GateReport, GateSettings, compare, saved_model
+from nemo_llm.convert.gguf import unpack_gguf
+from nemo_llm.convert.hf_files import HfReader, write_safetensors
+from nemo_llm.convert.mapping import Mapped
+from nemo_llm.convert.native_files import NativeReader
+from nemo_llm.convert.sample import write_samples
+from nemo_llm.data.tokenizer import COMPANIONS, load_tokenizer_from_folder
+from nemo_llm.errors import InputError
+from nemo_llm.families.registry import FAMILIES, family_for, family_of, hf_config, read_hf_config
+from nemo_llm.log import get_logger
+
+_log = get_logger(__name__)
+
+_DTYPE_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def hf_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
+    """A Hugging Face folder, or a GGUF file, becomes a committed checkpoint of weights alone."""
+    if source.suffix == ".gguf" and source.is_file():
+        with tempfile.TemporaryDirectory(dir=temporary.parent, prefix=f".{output.name}.gguf.") as unpacked:
+            unpack_gguf(source, Path(unpacked) / output.name)
+            return hf_to_ours(cfg, Path(unpacked) / output.name, temporary, output)
+    has_tokenizer = (source / "tokenizer.json").is_file()
+    overrides = ["+model=from_hf", f"model.hf_path={as_hydra(str(source.resolve()))}", "precision=fp32"]
+    run = compose([*overrides, *([] if has_tokenizer else ["tokenizer=byte"])])
+    model = to_dict(run)["model"]
+    mapped = Mapped.of(family_of(read_hf_config(source), str(source)), model)
+    with HfReader(source, cfg.allow_pickle) as reader:
+        mapped.check_theirs(reader.infos, str(source))
+        written = write_ours(cfg, mapped, reader, temporary)
+    finish_ours(run, temporary, has_tokenizer, source)
+    report = compare_folders(cfg, mapped, (source, temporary), temporary)
+    return written.commit(cfg, mapped, report, output)
+
+
+def ours_to_hf(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
+    """A checkpoint of ours becomes a folder that plain transformers loads."""
+    folder = resolve_checkpoint(source)
+    model = saved_model(folder)
+    if cfg.family is not None and cfg.family not in FAMILIES:
+        raise InputError(f"family={cfg.family}: not known; known are {', '.join(FAMILIES)}")
+    model["family"] = cfg.family or model.get("family")
+    family = family_for(model)
+    mapped = Mapped.of(family, model)
+    reader = NativeReader(folder / "state")
+    mapped.check_ours(reader.infos, str(folder))
+    wanted = DTYPES[cfg.dtype] if cfg.dtype else None
+    infos = mapped.their_infos({key: wanted or info.dtype for key, info in reader.infos.items()})
+    total = sum(info.num_bytes for info in infos.values())
+    shutil.rmtree(temporary / "state")
+    check_room(temporary, total)
+    began = time.monotonic()
+    with progress(total) as bar:
+        write_safetensors(temporary, infos, _their_tensors(mapped, reader, bar), cfg.max_shard_mib << 20)
+    seconds = time.monotonic() - began
+    _write_hf_companions(temporary, folder, hf_config(family, model), next(iter(infos.values())).dtype)
+    report = compare_folders(cfg, mapped, (temporary, folder), temporary)
+    write_report(temporary, cfg, mapped, report)
+    if output.exists():
+        shutil.rmtree(output)
+    temporary.rename(output)
+    return Outcome(output, total, seconds, report)
+
+
+def _their_tensors(mapped: Mapped, reader: NativeReader, bar: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for link in mapped.links:
+        parts = mapped.to_theirs(link, reader.read(link.key, link.index))
+        for name, part in zip(link.names, parts, strict=True):
+            yield name, part
+            bar.update(part.numel() * part.element_size())
+
+
+def _write_hf_companions(target: Path, folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """``config.json``, the tokenizer and what else came with it."""
+    tokenizer = folder / "tokenizer"
+    # null, not absent: some families' defaults are ids that this vocabulary need not have.
+    config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config["dtype"] = config["torch_dtype"] = _DTYPE_WORDS[dtype]
+    if tokenizer.is_dir():
+        config.update(_special_ids(tokenizer))
+        names = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
+        for path in sorted(tokenizer.iterdir()):
+            if path.name in (*COMPANIONS, "tokenizer.json") or path.name in names:
+                shutil.copyfile(path, target / names.get(path.name, path.name))
+        if not (target / "tokenizer_config.json").exists():
+            _write_tokenizer_config(tokenizer, target)
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _special_ids(tokenizer: Path) -> dict[str, Any]:
+    """Ids that generation needs, as the generation config that came with the tokenizer has them."""
+    path = tokenizer / "generation_config.json"
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    loaded = load_tokenizer_from_folder(tokenizer)
+    return {"eos_token_id": loaded.eod_id, "bos_token_id": loaded.bos_id}
+
+
+def _write_tokenizer_config(tokenizer: Path, target: Path) -> None:
+    """For tokenizers that never had one: which class reads the files, and the token that ends a text."""
+    loaded = load_tokenizer_from_folder(tokenizer)
+    gpt2 = (target / "merges.txt").exists()
+    if not gpt2 and not (target / "tokenizer.json").exists():
+        _log.warning("the checkpoint's tokenizer has no form that Hugging Face reads: the folder gets none")
+        return
+    config = {"tokenizer_class": "GPT2TokenizerFast" if gpt2 else "PreTrainedTokenizerFast"}
+    config |= {key: loaded.decode([loaded.eod_id]) for key in ("eos_token", "pad_token")}
+    (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def compare_folders(cfg: ConvertConfig, mapped: Mapped, folders: tuple[Path, Path], written: Path) -> GateReport | None:
+    """The gate between (their folder, ours), of which ``written`` is new."""
+    hf, ours = folders
+
+    def run(layers: list[int] | None, settings: GateSettings, scratch: Path) -> GateReport:
+        return compare(*(folders if layers is None else write_samples(mapped, hf, ours, layers, scratch)), settings)
+
+    return gate(cfg, mapped, run, written)

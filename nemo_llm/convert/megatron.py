@@ -1,0 +1,107 @@
+"""Megatron-LM's, Megatron-Bridge's and NeMo's checkpoints to ours; ours to Megatron-LM's."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_llm.checkpoint.folder import resolve_checkpoint
+from nemo_llm.config import RunConfig
+from nemo_llm.config.convert_tool import ConvertConfig
+from nemo_llm.config.derived import as_hydra
+from nemo_llm.config.load import compose, to_dict
+from nemo_llm.convert.common import DTYPES, Outcome, check_room, finish_ours, gate, progress, write_ours, write_report
+from nemo_llm.convert.gate import GateReport, GateSettings, compare_with, saved_model
+from nemo_llm.convert.mapping import Mapped
+from nemo_llm.convert.megatron_files import Source, open_megatron, write_megatron
+from nemo_llm.convert.megatron_model import run_megatron
+from nemo_llm.convert.native_files import NativeReader
+from nemo_llm.convert.sample import write_our_sample
+from nemo_llm.data.tokenizer import load_tokenizer
+from nemo_llm.errors import InputError
+from nemo_llm.families.mcore import LOCAL_NAMES, MCORE, fields_of_section
+
+
+def megatron_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
+    """A checkpoint of Megatron's kind becomes a committed checkpoint of weights alone."""
+    given = None if cfg.tokenizer is None else Path(cfg.tokenizer).expanduser()
+    if given is not None and not (given / "tokenizer.json").is_file():
+        raise InputError(f"tokenizer={given}: holds no tokenizer.json; name a folder with a Hugging Face tokenizer")
+    with open_megatron(source, None if given is None else _vocab_size(given), temporary.parent) as opened:
+        tokenizer = given or opened.tokenizer
+        run = _run_config(opened.model, source.name.partition(".")[0], tokenizer)
+        mapped = Mapped.of(MCORE, to_dict(run)["model"])
+        mapped.check_theirs(opened.reader.infos, str(source))
+        written = write_ours(cfg, mapped, opened.reader, temporary)
+        finish_ours(run, temporary, tokenizer is not None, source)
+        report = _compare(cfg, mapped, opened, temporary, temporary)
+    return written.commit(cfg, mapped, report, output)
+
+
+def ours_to_megatron(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
+    """A checkpoint of ours becomes a folder that Megatron-LM's ``--load`` takes."""
+    folder = resolve_checkpoint(source)
+    model = saved_model(folder)
+    fields_of_section(model)  # refuses what Megatron-Core cannot build
+    mapped = Mapped.of(MCORE, model)
+    reader = NativeReader(folder / "state")
+    mapped.check_ours(reader.infos, str(folder))
+    wanted = DTYPES[cfg.dtype] if cfg.dtype else None
+    infos = mapped.their_infos({key: wanted or info.dtype for key, info in reader.infos.items()})
+    total = sum(info.num_bytes for info in infos.values())
+    check_room(temporary, total)
+    shutil.rmtree(temporary / "state")
+    began = time.monotonic()
+    with progress(total) as bar:
+        write_megatron(temporary, model, _slices(mapped, reader, wanted, bar))
+    seconds = time.monotonic() - began
+    if (folder / "tokenizer").is_dir():
+        shutil.copytree(folder / "tokenizer", temporary / "tokenizer")
+    with open_megatron(temporary, None, temporary.parent) as opened:
+        report = _compare(cfg, mapped, opened, folder, temporary)
+    write_report(temporary, cfg, mapped, report)
+    if output.exists():
+        shutil.rmtree(output)
+    temporary.rename(output)
+    return Outcome(output, total, seconds, report)
+
+
+def _slices(mapped: Mapped, reader: NativeReader, dtype: torch.dtype | None, bar: Any) -> Iterator[tuple]:
+    """Megatron's names are ours: each slice goes over as it is."""
+    for link in mapped.links:
+        slice_ = reader.read(link.key, link.index)
+        slice_ = slice_ if dtype is None else slice_.to(dtype)
+        yield link.key, link.index, link.axes, slice_
+        if link.key in LOCAL_NAMES:
+            yield LOCAL_NAMES[link.key], link.index, link.axes, slice_
+        bar.update(slice_.numel() * slice_.element_size())
+
+
+def _run_config(model: dict[str, Any], name: str, tokenizer: Path | None) -> RunConfig:
+    keys = {"name": name or "imported", **model}
+    overrides = ["+model=gpt_tiny", *(f"++model.{key}={as_hydra(value)}" for key, value in keys.items())]
+    if tokenizer is None:
+        return compose([*overrides, "tokenizer=byte"])
+    return compose([*overrides, "tokenizer=from_hf", f"model.hf_path={as_hydra(str(tokenizer.resolve()))}"])
+
+
+def _vocab_size(tokenizer: Path) -> int:
+    where = f"model.hf_path={as_hydra(str(tokenizer.resolve()))}"
+    return load_tokenizer(compose(["+model=gpt_tiny", "tokenizer=from_hf", where]).data.tokenizer).vocab_size
+
+
+def _compare(cfg: ConvertConfig, mapped: Mapped, theirs: Source, ours: Path, written: Path) -> GateReport | None:
+    """The gate between Megatron-Core's own model and ours."""
+
+    def run(layers: list[int] | None, settings: GateSettings, scratch: Path) -> GateReport:
+        folder = ours if layers is None else write_our_sample(mapped, ours, layers, scratch)
+
+        def outputs(tokens: torch.Tensor) -> Any:
+            return run_megatron(theirs.reader, theirs.fields, layers, tokens)
+
+        return compare_with(outputs, mapped.model, folder, settings)
+
+    return gate(cfg, mapped, run, written)

@@ -8,7 +8,12 @@ import pytest
 import torch
 import yaml
 
+from nemo_llm.checkpoint.unpickle import Inert, load_inert
+from nemo_llm.convert.megatron_files import open_megatron
+from nemo_llm.errors import CheckpointDamagedError, InputError
+from nemo_llm.families.mcore import arguments_of_fields, fields_of_arguments, fields_of_section, section_of_fields
 from tests.convert.megatron_world import (
+    arguments_of,
     load_in_megatron,
     logits_of_ours,
     save_as_megatron,

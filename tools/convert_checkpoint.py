@@ -9,11 +9,15 @@ appears whole or not at all.
 
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
 from nemo_llm.config.convert_tool import ConvertConfig
 from nemo_llm.config.data_tools import compose_tool
 from nemo_llm.errors import ExitCode, NemoLlmError
 from nemo_llm.log import configure_logging
+
+if TYPE_CHECKING:
+    from nemo_llm.convert.common import Outcome
 
 
 def main(arguments: list[str]) -> int:
@@ -25,9 +29,7 @@ def main(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore")  # Megatron says at every start what is not installed
     try:
         cfg = compose_tool("convert_checkpoint", ConvertConfig, arguments)
-        from nemo_llm.convert.convert import convert  # torch takes seconds to import, which --help need not pay
-
-        outcome = convert(cfg)
+        outcome = _convert(cfg)
     except NemoLlmError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -35,6 +37,17 @@ def main(arguments: list[str]) -> int:
     print(f"{outcome.output}: {outcome.num_bytes / 2**20:,.1f} MiB in {outcome.seconds:.1f} s ({rate:,.0f} MiB/s)")
     print(outcome.gate if outcome.gate is not None else "gate: not run (verify=false)")
     return ExitCode.DONE
+
+
+def _convert(cfg: ConvertConfig) -> "Outcome":
+    # Imported here: torch takes seconds, which --help need not pay.
+    if "peft" in (cfg.source_format, cfg.target_format):
+        from nemo_llm.training.adapters import convert_adapter
+
+        return convert_adapter(cfg)
+    from nemo_llm.convert.convert import convert
+
+    return convert(cfg)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import Literal
 
 from nemo_llm.config.section import NonEmptyStr, PositiveFloat, PositiveInt, Section
 
-Format = Literal["hf", "nemo_llm", "megatron"]
+Format = Literal["hf", "nemo_llm", "megatron", "peft"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +27,7 @@ class ConvertConfig(Section):
     max_shard_mib: PositiveInt
     family: str | None
     tokenizer: str | None
+    base: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,5 +37,5 @@ class ImportConfig(Section):
     input: NonEmptyStr
     output: NonEmptyStr
     name: str | None
-    format: Literal["auto", "nemo", "megatron"]
+    format: Literal["auto", "nemo", "megatron", "peft"]
     overwrite: bool

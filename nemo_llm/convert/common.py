@@ -72,6 +72,20 @@ class Written:
         return Outcome(output, self.num_bytes, self.seconds, report)
 
 
+def paths_of(cfg: ConvertConfig) -> tuple[Path, Path]:
+    """Input and output.
+
+    Raises:
+        InputError: an output that must not be replaced.
+    """
+    source, output = Path(cfg.input).expanduser(), Path(cfg.output).expanduser()
+    if output.exists() and not cfg.overwrite:
+        raise InputError(f"output={output}: exists already; name another folder, or give overwrite=true")
+    if output.exists() and output.resolve() == source.resolve():
+        raise InputError(f"output={output}: is the input as well")
+    return source, output
+
+
 def write_ours(cfg: ConvertConfig, mapped: Mapped, reader: Reader, temporary: Path) -> Written:
     """Write the weights, one slice at a time."""
     began = time.monotonic()

@@ -1,11 +1,10 @@
 """Weights from one format to another; the output folder appears whole, proven, or not at all."""
 
 import shutil
-from pathlib import Path
 
 from nemo_llm.checkpoint.folder import begin
 from nemo_llm.config.convert_tool import ConvertConfig
-from nemo_llm.convert.common import Outcome
+from nemo_llm.convert.common import Outcome, paths_of
 from nemo_llm.convert.hf import hf_to_ours, ours_to_hf
 from nemo_llm.convert.megatron import megatron_to_ours, ours_to_megatron
 from nemo_llm.errors import InputError
@@ -25,11 +24,7 @@ def convert(cfg: ConvertConfig) -> Outcome:
         InputError: an input that cannot be converted, an output that exists.
         CheckpointError: a damaged checkpoint, or models whose logits differ.
     """
-    source, output = Path(cfg.input).expanduser(), Path(cfg.output).expanduser()
-    if output.exists() and not cfg.overwrite:
-        raise InputError(f"output={output}: exists already; name another folder, or give overwrite=true")
-    if output.exists() and output.resolve() == source.resolve():
-        raise InputError(f"output={output}: is the input as well")
+    source, output = paths_of(cfg)
     way = WAYS.get((cfg.source_format, cfg.target_format))
     if way is None:
         known = ", ".join(f"{first} to {second}" for first, second in WAYS)

@@ -105,19 +105,27 @@ def compare(hf_folder: Path, our_folder: Path, settings: GateSettings) -> GateRe
     config = read_hf_config(hf_folder)
     longest = config.get("max_position_embeddings") or config.get("n_positions")
     limits = {"vocab_size": config["vocab_size"], "max_position_embeddings": longest}
-    return compare_with(lambda tokens: run_theirs(hf_folder, tokens), limits, our_folder, settings)
+    sides = Sides(lambda tokens: run_theirs(hf_folder, tokens), lambda tokens: run_ours(our_folder, tokens))
+    return compare_sides(sides, limits, our_folder, settings)
 
 
-def compare_with(
-    run: Callable[[torch.Tensor], Outputs], limits: Mapping[str, Any], our_folder: Path, settings: GateSettings
-) -> GateReport:
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """The two models that are compared: each takes token ids [b, s]."""
+
+    theirs: Callable[[torch.Tensor], Outputs]
+    ours: Callable[[torch.Tensor], Outputs]
+
+
+def compare_sides(sides: Sides, limits: Mapping[str, Any], text_folder: Path, settings: GateSettings) -> GateReport:
     """Run another program's model and ours, one after the other, on CPU in float32.
 
     Args:
         limits: ``vocab_size`` and ``max_position_embeddings`` (None: unknown) of the model.
+        text_folder: a checkpoint of ours with the tokenizer, if there is one.
     """
-    tokens, is_text = _tokens(our_folder, limits, settings.tokens)
-    return judge(run(tokens), run_ours(our_folder, tokens), settings, is_text)
+    tokens, is_text = _tokens(text_folder, limits, settings.tokens)
+    return judge(sides.theirs(tokens), sides.ours(tokens), settings, is_text)
 
 
 def judge(theirs: Outputs, ours: Outputs, settings: GateSettings, is_text: bool) -> GateReport:
@@ -166,11 +174,20 @@ def _tokens(our_folder: Path, limits: Mapping[str, Any], length: int) -> tuple[t
 
 def run_theirs(folder: Path, tokens: torch.Tensor) -> Outputs:
     """Plain transformers."""
+    return forward_theirs(load_theirs(folder), tokens)
+
+
+def load_theirs(folder: Path) -> Any:
+    """Transformers' model of a folder, in float32."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+
+def forward_theirs(model: Any, tokens: torch.Tensor) -> Outputs:
+    """Logits and the residual stream of a model of transformers, or of one that peft has put an adapter on."""
     hidden: list[torch.Tensor] = []
 
     def keep(_module: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -14,7 +14,7 @@ from nemo_llm.config.convert_tool import ConvertConfig
 from nemo_llm.config.derived import as_hydra
 from nemo_llm.config.load import compose, to_dict
 from nemo_llm.convert.common import DTYPES, Outcome, check_room, finish_ours, gate, progress, write_ours, write_report
-from nemo_llm.convert.gate import GateReport, GateSettings, compare_with, saved_model
+from nemo_llm.convert.gate import GateReport, GateSettings, Sides, compare_sides, run_ours, saved_model
 from nemo_llm.convert.mapping import Mapped
 from nemo_llm.convert.megatron_files import Source, open_megatron, write_megatron
 from nemo_llm.convert.megatron_model import run_megatron
@@ -102,6 +102,7 @@ def _compare(cfg: ConvertConfig, mapped: Mapped, theirs: Source, ours: Path, wri
         def outputs(tokens: torch.Tensor) -> Any:
             return run_megatron(theirs.reader, theirs.fields, layers, tokens)
 
-        return compare_with(outputs, mapped.model, folder, settings)
+        sides = Sides(outputs, lambda tokens: run_ours(folder, tokens))
+        return compare_sides(sides, mapped.model, folder, settings)
 
     return gate(cfg, mapped, run, written)

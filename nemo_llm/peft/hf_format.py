@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nemo_llm.checkpoint.inspect import read_tensors, tensors
@@ -125,6 +126,57 @@ def _hf_config(peft: Mapping[str, Any], state: Mapping[str, torch.Tensor], base_
         "bias": "none",
         "target_modules": modules,
     }
+
+
+def section_of_folder(folder: Path) -> dict[str, Any]:
+    """Keys of the ``peft`` section that describe the adapter in a folder of Hugging Face PEFT.
+
+    Raises:
+        InputError: not such a folder, or an adapter that is not built here.
+    """
+    try:
+        settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        saved = load_file(folder / WEIGHTS_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder}: not readable as an adapter of Hugging Face PEFT: {error}") from None
+    kind = {"LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "prompt_tuning"}.get(settings["peft_type"])
+    refused = {
+        "peft_type": kind is None,
+        "alpha_pattern": bool(settings.get("alpha_pattern")),
+        "bias": settings.get("bias", "none") != "none",
+        "modules_to_save": bool(settings.get("modules_to_save")),
+    }
+    for key, is_refused in refused.items():
+        if is_refused:
+            raise InputError(f"{folder / CONFIG_FILE}: {key}={settings[key]!r} is not built here")
+    if kind == "prompt_tuning":
+        return {"kind": kind, "num_virtual_tokens": settings["num_virtual_tokens"]}
+    modules = {_our_module(name, folder): tensor.shape[0] for name, tensor in saved.items() if _is_first(name)}
+    if kind == "ia3":
+        return {"kind": kind, "target_modules": list(modules)}
+    usual = Counter(modules.values()).most_common(1)[0][0]
+    return {
+        "kind": "dora" if settings.get("use_dora") else kind,
+        "target_modules": list(modules),
+        "rank": usual,
+        "ranks": {module: rank for module, rank in modules.items() if rank != usual},
+        "alpha": float(settings["lora_alpha"]),
+        "dropout": float(settings.get("lora_dropout") or 0.0),
+        "use_rslora": bool(settings.get("use_rslora")),
+    }
+
+
+def _is_first(name: str) -> bool:
+    return name.endswith((_LEAVES["lora_a"], _LEAVES["ia3"]))
+
+
+def _our_module(name: str, folder: Path) -> str:
+    """``base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight`` -> our module's whole name."""
+    names = {theirs: ours for ours, theirs in _MODULES.items()}
+    match = re.fullmatch(rf"{re.escape(_PREFIX)}model\.layers\.(\d+)\.(\w+\.\w+)\..+", name)
+    if match is None or match[2] not in names:
+        raise InputError(f"{folder / WEIGHTS_FILE}: {name} belongs to no layer that has an adapter here")
+    return f"decoder.layers.{match[1]}.{names[match[2]]}"
 
 
 @torch.no_grad()

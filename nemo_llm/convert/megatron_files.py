@@ -15,6 +15,7 @@ import yaml
 
 from nemo_llm.checkpoint.unpickle import load_inert
 from nemo_llm.config.import_config import import_nemo_model
+from nemo_llm.config.load import compose, to_dict
 from nemo_llm.convert.hf_files import TensorInfo
 from nemo_llm.convert.native_files import NativeReader, NativeWriter
 from nemo_llm.errors import InputError
@@ -214,7 +215,7 @@ def _fields_of_yaml(path: Path, section: str) -> dict[str, Any]:
 
 
 def _open_nemo1(folder: Path, vocab_size: int | None, named: Path) -> Source:
-    model = import_nemo_model(folder / "model_config.yaml")
+    model = _completed(import_nemo_model(folder / "model_config.yaml"))
     states = [path.parent for path in folder.rglob(".metadata")]
     single = folder / "model_weights.ckpt"
     if states:
@@ -228,6 +229,13 @@ def _open_nemo1(folder: Path, vocab_size: int | None, named: Path) -> Source:
     if not any(key.startswith("model.decoder.") for key in keys):
         raise InputError(f"{named}: its tensors are not named as Megatron-Core names them (model.decoder...): too old")
     return _source("NeMo 1", tensors, None, vocab_size, model)
+
+
+def _completed(section: dict[str, Any]) -> dict[str, Any]:
+    """With what NeMo's configuration has no word for: the values that leave things as they are."""
+    plain = to_dict(compose(["+model=moe_tiny"]))["model"]
+    moe = {**plain["moe"], **section["moe"]} if "moe" in section else None
+    return {**plain, **section, "moe": moe}
 
 
 def _source(

@@ -58,6 +58,10 @@ class Inert:
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         del arguments, keywords
 
+    def __call__(self, *arguments: Any, **keywords: Any) -> "Inert":
+        del arguments, keywords
+        return Inert()
+
     def __setstate__(self, state: Any) -> None:
         del state
 

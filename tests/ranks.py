@@ -3,6 +3,7 @@
 A fork server imports the training code a single time; each rank is forked from it, so four ranks cost one import.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -67,6 +68,7 @@ def _serve(link: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: collecting after each call then takes milliseconds
     while True:
         try:
             (module, name), arguments, rank, world_size, store = link.recv()
@@ -85,6 +87,7 @@ def _call_in_world(module: str, name: str, arguments: tuple, store: str) -> Any:
     from datetime import timedelta
 
     import torch.distributed as dist
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     from nemo_llm.parallel import cuda_on_cpu
     from nemo_llm.parallel.runtime import stop_runtime
@@ -102,3 +105,6 @@ def _call_in_world(module: str, name: str, arguments: tuple, store: str) -> Any:
         return getattr(importlib.import_module(module), name)(*arguments)
     finally:
         stop_runtime()
+        # Models are cycles that hold their process groups, three threads each that wake up all the time.
+        RotaryEmbedding.forward.cache_clear()
+        gc.collect()

@@ -23,6 +23,8 @@ from nemo_llm.evaluation.scorer import Scorer
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 _DEFAULT_NEW_TOKENS = 256
+# The seed that lm-eval itself draws solved examples with, so that prompts are the same.
+_FEWSHOT_SEED = 1234
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,20 @@ def run_tasks(
 
 
 def evaluate(lm: Any, files: Sequence[TaskFile], limit: int | None, num_fewshot: int | None) -> dict[str, Any]:
-    """What lm-eval's ``simple_evaluate`` returns for an ``LM`` (ours or another) on these files."""
+    """What lm-eval's ``evaluate`` returns for an ``LM`` (ours or another) on these files.
+
+    Not through ``simple_evaluate``, which reads each of the 14,000 task files that come with lm-eval and asks pip about
+    its environment: half a minute at every evaluation while training.
+    """
     lm_eval = _import_lm_eval()
+    from lm_eval.tasks import TaskManager
+
     tasks = [build_task(file, num_fewshot) for file in files]
+    for task in tasks:
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    loaded = TaskManager(include_defaults=False).load(tasks)
     with _first_local_rank():
-        return lm_eval.simple_evaluate(model=lm, tasks=tasks, limit=limit, log_samples=True, bootstrap_iters=1000)
+        return lm_eval.evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=True, bootstrap_iters=1000)
 
 
 def build_task(file: TaskFile, num_fewshot: int | None) -> Any:

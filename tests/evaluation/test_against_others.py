@@ -36,10 +36,15 @@ def theirs(ranks: RankPool, folder: str, files: dict[str, str]) -> dict:
     return ranks.run(run_theirs, 1, folder, files)[0]
 
 
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    [(1, "parallelism=single"), (2, "parallelism=tp2"), (2, "parallelism=pp2"), (2, "parallelism=dp")],
+    ids=["one process", "TP2", "PP2", "DP2"],
+)
 def test_every_score_equals_lm_evals_hugging_face_backend(
-    ranks: RankPool, folder: str, files: dict[str, str], theirs: dict
+    ranks: RankPool, folder: str, files: dict[str, str], theirs: dict, processes: int, layout: str
 ) -> None:
-    for ours in ranks.run(run_ours, 1, folder, files):
+    for ours in ranks.run(run_ours, processes, folder, files, layout):
         assert set(ours["samples"]) == set(theirs["samples"]) == set(files)
         for task, rows in theirs["samples"].items():
             for (number, name, expected), (our_number, our_name, found) in zip(

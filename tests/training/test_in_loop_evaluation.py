@@ -77,10 +77,22 @@ def test_evaluation_changes_nothing(ranks: RankPool, folder: str) -> None:
     assert measured == plain
 
 
-def test_figures_are_named(ranks: RankPool, folder: str) -> None:
-    figures = ranks.run(figures_on, 1, folder, [])[0]
-    assert set(figures) == {f"{folder}/text.txt/bits_per_byte", "blimp/acc"}
-    assert figures[f"{folder}/text.txt/bits_per_byte"] > 1
+@pytest.fixture(scope="module")
+def alone(ranks: RankPool, folder: str) -> dict[str, float]:
+    return ranks.run(figures_on, 1, folder, [])[0]
+
+
+def test_figures_are_named(alone: dict[str, float], folder: str) -> None:
+    assert set(alone) == {f"{folder}/text.txt/bits_per_byte", "blimp/acc"}
+    assert alone[f"{folder}/text.txt/bits_per_byte"] > 1
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "pp2_vp2", "cp2", "dp"])
+def test_every_layout_measures_what_one_process_does(
+    ranks: RankPool, folder: str, alone: dict[str, float], layout: str
+) -> None:
+    for figures in ranks.run(figures_on, 2, folder, [f"parallelism={layout}"]):
+        assert figures == pytest.approx(alone, rel=1e-5)
 
 
 def test_bad_keys_are_said_before_training(tmp_path: Path) -> None:

@@ -258,8 +258,15 @@ def saved_model(folder: Path) -> dict[str, Any]:
 @contextmanager
 def our_model(folder: Path) -> Iterator[Any]:
     """The model of a checkpoint's configuration in float32 on this process alone, weights not loaded."""
+    with float32_model(saved_model(folder)) as chunk:
+        yield chunk
+
+
+@contextmanager
+def float32_model(model: Mapping[str, Any]) -> Iterator[Any]:
+    """The model of a model section in float32 on this process alone."""
     base = compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "precision=fp32"])
-    cfg = decode({**to_dict(base), "model": saved_model(folder)})
+    cfg = decode({**to_dict(base), "model": dict(model)})
     own_world = not dist.is_initialized()
     runtime = start_runtime(cfg)
     # Megatron is imported after the runtime has put the CPU in the place of CUDA, where there is none.

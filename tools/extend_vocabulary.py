@@ -1,0 +1,54 @@
+"""Add tokens to a trained model and its tokenizer, before training goes on with texts that have them.
+
+    python tools/extend_vocabulary.py BASE OUTPUT --tokens TOKENS.txt
+
+``BASE`` is a run or a checkpoint (tools/convert_checkpoint.py makes one of a Hugging Face folder), ``TOKENS.txt`` has a
+token a line. ``OUTPUT`` is a checkpoint of weights for +model=from_checkpoint, every other tool, and export.
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from nemo_llm.errors import ExitCode, InputError, NemoLlmError
+from nemo_llm.log import configure_logging
+
+
+def main(arguments: list[str]) -> int:
+    """Run the tool; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path, metavar="BASE")
+    parser.add_argument("output", type=Path, metavar="OUTPUT")
+    parser.add_argument("--tokens", type=Path, required=True, metavar="FILE", help="a token a line")
+    parser.add_argument(
+        "--start",
+        choices=("pieces", "mean"),
+        default="pieces",
+        help="new rows: the mean of the tokens that the word was written with so far, or of all tokens",
+    )
+    parser.add_argument("--special", action="store_true", help="control tokens, never read from ordinary text")
+    options = parser.parse_args(arguments)
+    configure_logging()
+    warnings.filterwarnings("ignore", module=r"megatron\.")  # it says at every start what is not installed
+    try:
+        tokens = _read(options.tokens)
+        from nemo_llm.convert.vocabulary import extend_vocabulary
+
+        size = extend_vocabulary(options.base, options.output, tokens, options.start, options.special)
+    except NemoLlmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{options.output}: {len(tokens)} tokens more, a vocabulary of {size:,}")
+    return ExitCode.DONE
+
+
+def _read(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--tokens {path}: cannot be read ({error})") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -63,8 +63,10 @@ def logits_bytes(cfg: RunConfig, padded_vocab_size: int) -> float:
     in the format of the logits.
     """
     own_format = DTYPE_BYTES[cfg.precision.params_dtype]
-    rows = tokens_per_rank(cfg) * padded_vocab_size / cfg.parallelism.tensor_model_parallel_size
-    return rows * (own_format + 4 + 4 + (own_format if own_format < 4 else 0))
+    width = padded_vocab_size / cfg.parallelism.tensor_model_parallel_size
+    if cfg.model.head is not None:  # whole on every rank
+        width = len(cfg.model.head)
+    return tokens_per_rank(cfg) * width * (own_format + 4 + 4 + (own_format if own_format < 4 else 0))
 
 
 def _attention_bytes(cfg: RunConfig) -> float:

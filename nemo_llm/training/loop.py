@@ -191,11 +191,11 @@ class _Report:
             self._metrics.append(
                 ValidationRow(step=step, val_loss=result.loss, val_accuracy=result.accuracy, val_name=name)
             )
-            counted = "tokens" if self.run.cfg.model.head is None else "texts"
-            right = "next-token accuracy" if counted == "tokens" else "accuracy"
+            head = self.run.cfg.model.head
+            right = f"{'next-token ' if head is None else ''}accuracy {result.accuracy:.1%} | "
             print(
-                f"validation {name}: loss {result.loss:.4f} | {right} {result.accuracy:.1%} | "
-                f"{result.num_tokens} {counted}",
+                f"validation {name}: loss {result.loss:.4f} | {right if head is None or len(head) > 1 else ''}"
+                f"{result.num_tokens} {'tokens' if head is None else 'texts'}",
                 flush=True,
             )
             if self._experiment is not None:

@@ -73,6 +73,7 @@ def test_experts_in_every_second_layer_and_a_shared_one() -> None:
         ({"qk_layernorm": True}, 4 * 2 * 32),
         ({"normalization": "LayerNorm"}, (4 * 2 + 1) * 192),
         ({"share_embeddings_and_output_weights": False}, 2048 * 192),
+        ({"head": ("ham", "spam", "neither")}, 3 * 192),
         ({"position_embedding_type": "learned_absolute"}, 1024 * 192),
         ({"gated_linear_unit": False}, -4 * 192 * 512),
         ({"kv_channels": 64}, 4 * 192 * 32 * (6 + 2 * 2 + 6)),

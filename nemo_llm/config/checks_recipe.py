@@ -266,6 +266,20 @@ def check_rope_scaling(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
             )
 
 
+def check_rotary_local_base(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+    """Rotary angles of layers with a window need both."""
+    model = cfg.model
+    if model.rotary_local_base is None:
+        return
+    for key, value, missing in (
+        ("model.position_embedding_type", model.position_embedding_type, model.position_embedding_type != "rope"),
+        ("model.window_size", model.window_size, model.window_size is None),
+    ):
+        if missing:
+            rule = "model.rotary_local_base turns positions in layers with a window"
+            yield Problem(key, value, rule, "set model.rotary_local_base=null")
+
+
 def check_loggers(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
     """Loggers that are asked for are installed, and have what they need."""
     manager = cfg.exp_manager
@@ -396,6 +410,7 @@ RECIPE_CHECKS = (
     check_mixture,
     check_layer_spec,
     check_rope_scaling,
+    check_rotary_local_base,
     check_loggers,
     check_resume,
     check_data_files,

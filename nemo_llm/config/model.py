@@ -71,6 +71,7 @@ class ModelConfig(Section):
     rotary_base: PositiveFloat
     rotary_percent: Fraction
     rope_scaling: RopeScaling | None
+    rotary_local_base: PositiveFloat | None
     normalization: Literal["RMSNorm", "LayerNorm"]
     layernorm_epsilon: PositiveFloat
     layernorm_zero_centered_gamma: bool

@@ -70,6 +70,26 @@ _ROPE_INTEGERS = {"original_max_position_embeddings"}
 _ROPE_TYPES = ("llama3", "linear", "yarn", "dynamic")
 
 
+def flattened(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config.json`` with the keys of earlier versions in the place of what transformers 5 says by type of layer.
+
+    Raises:
+        InputError: rotary positions that are scaled in layers with a window.
+    """
+    flat = dict(config)
+    types = config.get("layer_types") or ()
+    if "full_attention" in types:
+        flat.setdefault("sliding_window_pattern", types.index("full_attention") + 1)
+    nested = config.get("rope_parameters") or {}
+    if "full_attention" in nested:
+        far, near = dict(nested["full_attention"]), nested["sliding_attention"]
+        if near.get("rope_type", "default") != "default":
+            raise InputError(f"rope_parameters: {near} in layers with a window is not built")
+        flat |= {"rope_parameters": None, "rope_theta": far.pop("rope_theta"), "rope_scaling": far}
+        flat["rope_local_base_freq"] = near["rope_theta"]
+    return flat
+
+
 def decode_rope(config: Mapping[str, Any], percent: tuple[str, float] | None) -> dict[str, Any]:
     """``rotary_base``, ``rotary_percent`` and ``rope_scaling`` of the model section.
 

@@ -228,6 +228,24 @@ GEMMA2 = Family(
     their_constants={"attention_bias": False},
 )
 
+GEMMA3 = Family(
+    name="Gemma 3 (text)",
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    constants={
+        **{key: value for key, value in GEMMA2.constants.items() if key != "window_attn_skip_freq"},
+        "qk_layernorm": True,
+        "qk_layernorm_scope": "head",
+    },
+    fields=(
+        *GEMMA2.fields,
+        Field("window_attn_skip_freq", "sliding_window_pattern", default=6),
+        Field("rotary_local_base", "rope_local_base_freq", "float", default=10000.0),
+    ),
+    tensors=GEMMA2.tensors,
+    their_constants={"attention_bias": False, "use_bidirectional_attention": False},
+)
+
 PHI3 = Family(
     name="Phi 3",
     model_type="phi3",

@@ -138,6 +138,7 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
 _OURS_ALONE: Mapping[str, Any] = {
     "norm_placement": "pre",
     "parallel_residual": False,
+    "rotary_local_base": None,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "embedding_multiplier": None,

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_llm.errors import InputError
 from nemo_llm.families import layer_norm, llama_like
-from nemo_llm.families.codecs import CODECS, decode_rope, encode_rope
+from nemo_llm.families.codecs import CODECS, decode_rope, encode_rope, flattened
 from nemo_llm.families.spec import Family
 
 # Keys that a family leaves out of its tables where it has none of what they name.
@@ -24,6 +24,7 @@ _PLAIN: Mapping[str, Any] = {
     "parallel_residual": False,
     "qk_layernorm": False,
     "window_size": None,
+    "rotary_local_base": None,
 }
 
 FAMILIES = {
@@ -37,6 +38,7 @@ FAMILIES = {
         llama_like.QWEN3_MOE,
         llama_like.OLMO2,
         llama_like.GEMMA2,
+        llama_like.GEMMA3,
         llama_like.PHI3,
         layer_norm.GPT2,
         layer_norm.GPT_NEOX,
@@ -92,6 +94,7 @@ def model_section(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key, value in family.their_constants.items():
         if config.get(key, value) != value:
             raise InputError(f"{where}: {key}={config[key]!r} is not built; {family.name} is converted with {value!r}")
+    config = flattened(config)
     section: dict[str, Any] = {"family": family.model_type}
     for key, value in family.constants.items():
         _put(section, key, value)
@@ -107,7 +110,19 @@ def model_section(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise InputError(f"{where}: {field.theirs}: {error}") from None
     if section["position_embedding_type"] == "rope":
         section.update(_rope(family, config, where))
+    _check_layer_types(config, section, where)
     return section
+
+
+def _check_layer_types(config: Mapping[str, Any], section: Mapping[str, Any], where: str) -> None:
+    """Layers with a window must be those that ``window_size`` and ``window_attn_skip_freq`` make."""
+    given = config.get("layer_types")
+    window, skip = section.get("window_size"), section.get("window_attn_skip_freq")
+    windows = [window is not None and (skip is None or number % skip != 0) for number in range(1, len(given or ()) + 1)]
+    if given and given != ["sliding_attention" if has else "full_attention" for has in windows]:
+        raise InputError(
+            f"{where}: layer_types={given} is not built: every n-th layer sees everything, the others a window"
+        )
 
 
 def _default(default: Any, config: Mapping[str, Any]) -> Any:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -181,6 +182,20 @@ class CoreAttention(MegatronModule):
         if self.training and self.dropout > 0.0:
             return tensor_parallel.get_cuda_rng_tracker().fork()
         return torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad()
+
+
+class LocalRotaryAttention(SelfAttention):
+    """One layer of a model that has other rotary angles in layers with a window (Gemma 3, arXiv:2503.19786)."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *inputs: Any, **settings: Any
+    ) -> Any:
+        """As Megatron's; ``rotary_pos_emb`` [..., 2r] are those of layers without a window, then the others."""
+        angles = settings.get("rotary_pos_emb")
+        if angles is not None:
+            far, near = angles.chunk(2, -1)
+            settings["rotary_pos_emb"] = near if _layer_has_window(self.config, self.layer_number) else far
+        return super().forward(hidden_states, attention_mask, *inputs, **settings)
 
 
 # On Hopper cuDNN's kernels are 1.5 times as fast as FlashAttention 2's (docs/benchmarks-gpu.md), and PyTorch 2.11 puts

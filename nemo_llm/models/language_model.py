@@ -17,7 +17,7 @@ from nemo_llm.config.arithmetic import padded_vocab_size
 from nemo_llm.models.cross_entropy import VocabParallelCrossEntropy
 from nemo_llm.models.head import ScoreHead, head_losses
 from nemo_llm.models.linear_cross_entropy import LinearCrossEntropy, LossInputs, LossRule
-from nemo_llm.models.rope_scaling import ScaledRotaryEmbedding
+from nemo_llm.models.rope_scaling import LocalRotaryEmbedding, ScaledRotaryEmbedding
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -70,7 +70,9 @@ class LanguageModel(GPTModel):
             share_embeddings_and_output_weights=model.share_embeddings_and_output_weights and model.head is None,
             **stage,
         )
-        if model.rope_scaling is not None:
+        if model.rotary_local_base is not None:
+            self.rotary_pos_emb = LocalRotaryEmbedding(model, self.pg_collection.cp)
+        elif model.rope_scaling is not None:
             self.rotary_pos_emb = ScaledRotaryEmbedding(model, self.pg_collection.cp)
         if self.pre_process and model.embedding_multiplier is not None:
             factor = model.embedding_multiplier

@@ -4,6 +4,7 @@ Megatron-Core has Llama 3's way with fixed constants; here every number comes fr
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,26 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
             frequencies = self._frequencies(self.base * grown ** (self.channels / (self.channels - 2)))
         positions = torch.arange(max_seq_len, device=frequencies.device, dtype=frequencies.dtype) + offset
         return torch.outer(positions, frequencies)
+
+
+class LocalRotaryEmbedding(RotaryEmbedding):
+    """Two sets of angles side by side in the last dimension: of layers that see everything, of those with a window.
+
+    Args:
+        model: our model section, which has a ``rotary_local_base``.
+        cp_group: context-parallel ranks.
+    """
+
+    def __init__(self, model: ModelConfig, cp_group: Any) -> None:
+        settings = {"kv_channels": model.head_dim, "rotary_percent": model.rotary_percent, "cp_group": cp_group}
+        super().__init__(rotary_base=model.rotary_local_base, **settings)
+        scaled = model.rope_scaling is not None
+        plain = partial(RotaryEmbedding, rotary_base=model.rotary_base, **settings)
+        self.far: RotaryEmbedding = ScaledRotaryEmbedding(model, cp_group) if scaled else plain()
+
+    def forward(self, *inputs: Any, **settings: Any) -> torch.Tensor:
+        """[s/cp, 1, 1, 2r]"""
+        return torch.cat((self.far(*inputs, **settings), super().forward(*inputs, **settings)), -1)
 
 
 def scale_frequencies(frequencies: torch.Tensor, scaling: RopeScaling, base: float) -> torch.Tensor:

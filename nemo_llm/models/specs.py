@@ -33,7 +33,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from nemo_llm.config import ModelConfig, RunConfig
 from nemo_llm.errors import ConfigError, Problem
-from nemo_llm.models.attention import CoreAttention
+from nemo_llm.models.attention import CoreAttention, LocalRotaryAttention
 from nemo_llm.models.fp8 import LINEARS
 from nemo_llm.models.fused_layer import FusedLayer
 from nemo_llm.models.norm import Norm
@@ -116,6 +116,7 @@ def _keys_of_own_layers(model: ModelConfig) -> list[str]:
         "norm_placement": model.norm_placement != "pre",
         "qk_layernorm_scope": model.qk_layernorm and model.qk_layernorm_scope != "head",
         "parallel_residual": model.parallel_residual,
+        "rotary_local_base": model.rotary_local_base is not None,
         "attn_logit_softcapping": model.attn_logit_softcapping is not None,
     }
     return [f"model.{key}" for key, wanted in asked.items() if wanted]
@@ -161,7 +162,7 @@ def _torch_layer_spec(parts: TorchBackend, config: TransformerConfig, moe: bool,
         submodules=TransformerLayerSubmodules(
             input_layernorm=pre_norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=SelfAttention if model.rotary_local_base is None else LocalRotaryAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=parts.column_parallel_linear(),

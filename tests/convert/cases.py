@@ -46,6 +46,17 @@ TRAINED_ON_8 = {"original_max_position_embeddings": 8}
 LLAMA3_ROPE = {**ROPE, **TRAINED_ON_8, "rope_type": "llama3", "low_freq_factor": 0.5, "high_freq_factor": 2.0}
 DYNAMIC = {**ROPE, "rope_type": "dynamic"}
 ROTATED_HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+GEMMA3 = {
+    "head_dim": 16,
+    "sliding_window": 7,
+    "sliding_window_pattern": 2,
+    "query_pre_attn_scalar": 48,
+    "num_hidden_layers": 4,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+}
 GPT2 = {
     "vocab_size": VOCABULARY,
     "n_embd": 32,
@@ -81,6 +92,7 @@ CASES = [
     _case("qwen3_moe norm_topk_prob", "Qwen3MoeConfig", experts=True, norm_topk_prob=True, **QWEN_MOE),
     _case("olmo2", "Olmo2Config"),
     _case("gemma2", "Gemma2Config", head_dim=16, sliding_window=7, query_pre_attn_scalar=48, num_hidden_layers=4),
+    _case("gemma3", "Gemma3TextConfig", **GEMMA3),
     _case("phi3", "Phi3Config"),
     Case("gpt2", "GPT2Config", GPT2),
     _case("gpt_neox", "GPTNeoXConfig"),

@@ -14,6 +14,11 @@ from typing import Any
 
 import yaml
 
+try:
+    from yaml import CSafeLoader as _SafeLoader  # twenty times as fast
+except ImportError:  # PyYAML without libyaml
+    from yaml import SafeLoader as _SafeLoader  # type: ignore[assignment]
+
 from nemo_llm.checkpoint.manifest import COMPLETE, manifest_digest, verify, write_manifest
 from nemo_llm.errors import CheckpointNotFoundError, InputError
 
@@ -136,7 +141,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE_NAME
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_SafeLoader)
     except FileNotFoundError:
         raise InputError(f"{path}: missing; expected a folder made by nemo_llm.train") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

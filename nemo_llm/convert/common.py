@@ -5,17 +5,18 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import psutil
 import torch
 import yaml
 from tqdm import tqdm
 
-from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, commit
+from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, begin, commit, temporary_of
 from nemo_llm.config import RunConfig
 from nemo_llm.config.convert_tool import ConvertConfig
 from nemo_llm.config.load import to_dict
@@ -25,9 +26,12 @@ from nemo_llm.convert.mapping import Mapped
 from nemo_llm.convert.native_files import NativeWriter
 from nemo_llm.data.tokenizer import load_tokenizer
 from nemo_llm.errors import InputError
+from nemo_llm.families.spec import Link
 from nemo_llm.log import get_logger
 
 _log = get_logger(__name__)
+
+T = TypeVar("T")
 
 REPORT_NAME = "conversion.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,6 +90,33 @@ def paths_of(cfg: ConvertConfig) -> tuple[Path, Path]:
     return source, output
 
 
+def begin_or_continue(cfg: ConvertConfig, source: Path, output: Path) -> Path:
+    """The hidden folder to write in: that of the same conversion which was killed, or a new one.
+
+    What it was begun from is noted beside it (`forget_beginning`): files of another size or time begin anew.
+    """
+    temporary, note = temporary_of(output), _note_of(output)
+    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    content = json.dumps({"conversion": asdict(cfg), "files": states})
+    if note.is_file() and temporary.is_dir() and note.read_text(encoding="utf-8") == content:
+        _log.info("%s: continues where an earlier conversion was stopped", temporary)
+        return temporary
+    begin(output)
+    note.write_text(content, encoding="utf-8")
+    return temporary
+
+
+def forget_beginning(output: Path) -> None:
+    """Remove what `begin_or_continue` made, where it is still there: not after a kill, but after anything else."""
+    shutil.rmtree(temporary_of(output), ignore_errors=True)
+    _note_of(output).unlink(missing_ok=True)
+
+
+def _note_of(output: Path) -> Path:
+    return output.with_name(f".{output.name}.begun.json")
+
+
 def write_ours(cfg: ConvertConfig, mapped: Mapped, reader: Reader, temporary: Path) -> Written:
     """Write the weights, one slice at a time."""
     began = time.monotonic()
@@ -93,12 +124,30 @@ def write_ours(cfg: ConvertConfig, mapped: Mapped, reader: Reader, temporary: Pa
     total = sum(_size(reader.infos[name], wanted) for link in mapped.links for name in link.names)
     check_room(temporary, total)
     with NativeWriter(temporary / "state") as writer, progress(total) as bar:
-        for link in mapped.links:
-            slice_ = mapped.to_ours(link, [reader.read(name) for name in link.names])
-            slice_ = slice_ if wanted is None else slice_.to(wanted)
+        for link, slice_ in ahead(_slices(mapped, reader, writer.num_done, wanted)):
             writer.write(link.key, link.index, link.axes, slice_)
             bar.update(slice_.numel() * slice_.element_size())
     return Written(temporary, total, time.monotonic() - began, writer.entries)
+
+
+def _slices(
+    mapped: Mapped, reader: Reader, num_done: int, dtype: torch.dtype | None
+) -> Iterator[tuple[Link, torch.Tensor]]:
+    """Our slices in the order of the table; of the first ``num_done`` shape and type alone."""
+    for number, link in enumerate(mapped.links):
+        read = reader.read if number >= num_done else lambda name: reader.infos[name].meta()
+        slice_ = mapped.to_ours(link, [read(name) for name in link.names])
+        yield link, slice_ if dtype is None else slice_.to(dtype)
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; the next is made by another thread while one is used."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming: Future[Any] = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
 
 
 def finish_ours(run: RunConfig, temporary: Path, has_tokenizer: bool, source: Path) -> None:

@@ -1,10 +1,7 @@
 """Weights from one format to another; the output folder appears whole, proven, or not at all."""
 
-import shutil
-
-from nemo_llm.checkpoint.folder import begin
 from nemo_llm.config.convert_tool import ConvertConfig
-from nemo_llm.convert.common import Outcome, paths_of
+from nemo_llm.convert.common import Outcome, begin_or_continue, forget_beginning, paths_of
 from nemo_llm.convert.hf import hf_to_ours, ours_to_hf
 from nemo_llm.convert.megatron import megatron_to_ours, ours_to_megatron
 from nemo_llm.errors import InputError
@@ -30,10 +27,10 @@ def convert(cfg: ConvertConfig) -> Outcome:
         known = ", ".join(f"{first} to {second}" for first, second in WAYS)
         raise InputError(f"{cfg.source_format} to {cfg.target_format}: no such conversion; there are {known}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = begin(output)
+    temporary = begin_or_continue(cfg, source, output)
     try:
         return way(cfg, source, temporary, output)
     except OSError as error:
         raise InputError(f"{error.filename or output}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        forget_beginning(output)

@@ -14,10 +14,20 @@ from nemo_llm.checkpoint.folder import resolve_checkpoint
 from nemo_llm.config.convert_tool import ConvertConfig
 from nemo_llm.config.derived import as_hydra
 from nemo_llm.config.load import compose, to_dict
-from nemo_llm.convert.common import DTYPES, Outcome, check_room, finish_ours, gate, progress, write_ours, write_report
+from nemo_llm.convert.common import (
+    DTYPES,
+    Outcome,
+    ahead,
+    check_room,
+    finish_ours,
+    gate,
+    progress,
+    write_ours,
+    write_report,
+)
 from nemo_llm.convert.gate import GateReport, GateSettings, compare, saved_model
 from nemo_llm.convert.gguf import unpack_gguf
-from nemo_llm.convert.hf_files import HfReader, write_safetensors
+from nemo_llm.convert.hf_files import HfReader, write_safetensors, written_names
 from nemo_llm.convert.mapping import Mapped
 from nemo_llm.convert.native_files import NativeReader
 from nemo_llm.convert.sample import write_samples
@@ -64,11 +74,13 @@ def ours_to_hf(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
     wanted = DTYPES[cfg.dtype] if cfg.dtype else None
     infos = mapped.their_infos({key: wanted or info.dtype for key, info in reader.infos.items()})
     total = sum(info.num_bytes for info in infos.values())
-    shutil.rmtree(temporary / "state")
+    shutil.rmtree(temporary / "state", ignore_errors=True)
     check_room(temporary, total)
     began = time.monotonic()
     with progress(total) as bar:
-        write_safetensors(temporary, infos, _their_tensors(mapped, reader, bar), cfg.max_shard_mib << 20)
+        done = written_names(temporary, infos, cfg.max_shard_mib << 20)
+        tensors = ahead(_their_tensors(mapped, reader, done))
+        write_safetensors(temporary, infos, _counted(tensors, bar), cfg.max_shard_mib << 20)
     seconds = time.monotonic() - began
     _write_hf_companions(temporary, folder, hf_config(family, model), next(iter(infos.values())).dtype)
     report = compare_folders(cfg, mapped, (temporary, folder), temporary)
@@ -79,12 +91,21 @@ def ours_to_hf(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
     return Outcome(output, total, seconds, report)
 
 
-def _their_tensors(mapped: Mapped, reader: NativeReader, bar: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _their_tensors(mapped: Mapped, reader: NativeReader, done: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Their tensors in the order of the table; of those in ``done`` shape and type alone."""
     for link in mapped.links:
-        parts = mapped.to_theirs(link, reader.read(link.key, link.index))
-        for name, part in zip(link.names, parts, strict=True):
-            yield name, part
-            bar.update(part.numel() * part.element_size())
+        if done.issuperset(link.names):
+            info = reader.infos[link.key]
+            slice_ = torch.empty(info.shape[len(link.index) :], dtype=info.dtype, device="meta")
+        else:
+            slice_ = reader.read(link.key, link.index)
+        yield from zip(link.names, mapped.to_theirs(link, slice_), strict=True)
+
+
+def _counted(tensors: Iterator[tuple[str, torch.Tensor]], bar: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors:
+        yield name, tensor
+        bar.update(tensor.numel() * tensor.element_size())
 
 
 def _write_hf_companions(target: Path, folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:

@@ -1,6 +1,7 @@
 """Hugging Face folders as files: tensors read one at a time, and written in shards whose headers are known before."""
 
 import json
+import os
 import pickle
 import struct
 from collections.abc import Iterable, Iterator
@@ -143,20 +144,52 @@ def write_safetensors(
     Args:
         infos: every tensor, in the order in which ``tensors`` brings them.
     """
-    shards = plan_shards(infos, max_shard_bytes)
-    count = len(shards)
-    names = [WHOLE_NAME] if count == 1 else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+    shards = _named_shards(infos, max_shard_bytes)
     stream = iter(tensors)
-    for file_name, members in zip(names, shards, strict=True):
+    for file_name, members in shards.items():
         _write_shard(folder / file_name, {name: infos[name] for name in members}, stream)
-    if count > 1:
-        weight_map = {name: file for file, members in zip(names, shards, strict=True) for name in members}
+    if len(shards) > 1:
+        weight_map = {name: file for file, members in shards.items() for name in members}
         total = sum(info.num_bytes for info in infos.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(path: Path, infos: dict[str, TensorInfo], stream: Iterator[tuple[str, torch.Tensor]]) -> None:
+def _named_shards(infos: dict[str, TensorInfo], max_shard_bytes: int) -> dict[str, list[str]]:
+    shards = plan_shards(infos, max_shard_bytes)
+    count = len(shards)
+    names = [WHOLE_NAME] if count == 1 else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+    return dict(zip(names, shards, strict=True))
+
+
+def written_names(folder: Path, infos: dict[str, TensorInfo], max_shard_bytes: int) -> set[str]:
+    """Tensors that `write_safetensors` has written whole to ``folder`` before it was killed."""
+    found: set[str] = set()
+    for file_name, members in _named_shards(infos, max_shard_bytes).items():
+        found.update(_written(folder / file_name, {name: infos[name] for name in members}))
+    return found
+
+
+def _written(path: Path, infos: dict[str, TensorInfo]) -> list[str]:
+    header, position = _header(infos), 0
+    try:
+        size = path.stat().st_size - len(header)
+        with path.open("rb") as file:
+            if file.read(len(header)) != header:
+                return []
+    except FileNotFoundError:
+        return []
+    names = []
+    for name, info in infos.items():
+        position += info.num_bytes
+        if position > size:
+            break
+        names.append(name)
+    return names
+
+
+def _header(infos: dict[str, TensorInfo]) -> bytes:
+    """The beginning of a safetensors file that holds these tensors in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, info in infos.items():
@@ -169,13 +202,24 @@ def _write_shard(path: Path, infos: dict[str, TensorInfo], stream: Iterator[tupl
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight
-    with path.open("wb", buffering=0) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, info in infos.items():
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_shard(path: Path, infos: dict[str, TensorInfo], stream: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Write one file, or what of it is missing: tensors that are there already come without numbers."""
+    done = _written(path, infos)
+    header = _header(infos)
+    with path.open("r+b" if done else "wb", buffering=0) as file:
+        if not done:
+            file.write(header)
+        file.truncate(len(header) + sum(infos[name].num_bytes for name in done))
+        file.seek(0, os.SEEK_END)
+        for number, (name, info) in enumerate(infos.items()):
             given, tensor = next(stream)
             assert given == name, f"expected {name}, received {given}"
             assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)} is not {info.shape}"
-            _write_all(file, tensor.to(info.dtype).contiguous())
+            if number >= len(done):
+                _write_all(file, tensor.to(info.dtype).contiguous())
 
 
 def _write_all(file: Any, tensor: torch.Tensor) -> None:

@@ -53,7 +53,8 @@ def ours_to_megatron(cfg: ConvertConfig, source: Path, temporary: Path, output: 
     infos = mapped.their_infos({key: wanted or info.dtype for key, info in reader.infos.items()})
     total = sum(info.num_bytes for info in infos.values())
     check_room(temporary, total)
-    shutil.rmtree(temporary / "state")
+    for left in temporary.iterdir():  # one that was killed begins anew
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     began = time.monotonic()
     with progress(total) as bar:
         write_megatron(temporary, model, _slices(mapped, reader, wanted, bar))

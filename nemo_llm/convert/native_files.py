@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from nemo_llm.checkpoint.manifest import BlockHasher
 from nemo_llm.checkpoint.unpickle import read_metadata
@@ -38,16 +40,31 @@ _METADATA_JSON = {
     "common_backend_version": 1,
 }
 _FILE_NAME = "__0_0.distcp"
+_JOURNAL_NAME = "written.log"
+"""Ends of the slices in the file, while it is written: a conversion that was killed goes on from there."""
+_READ_BYTES = 16 << 20
+_SYNC_BYTES = 64 << 20
 # Megatron's linear layers keep an entry of their own beside the weights (Transformer Engine's scales; here none).
 _WITH_EXTRA_STATE = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 
 
 class HashedFile:
-    """A file that is only appended to, hashed on the way; what ``torch.save`` asks of a file."""
+    """A file that is only appended to, hashed on the way; what ``torch.save`` asks of a file.
 
-    def __init__(self, path: Path) -> None:
-        self._raw = path.open("wb", buffering=0)
+    Args:
+        keep: bytes at its start that are there already and stay.
+    """
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
         self._hasher = BlockHasher()
+        self._raw = path.open("r+b" if keep else "wb", buffering=0)
+        while self._hasher.num_bytes < keep:
+            self._hasher.update(self._raw.read(min(keep - self._hasher.num_bytes, _READ_BYTES)))
+        self._raw.truncate(keep)
+        # The disk works while the next slices are read: what is left to wait for at the end is little.
+        self._background = ThreadPoolExecutor(1)
+        self._syncing: Future[None] | None = None
+        self._synced = keep
 
     def write(self, data: Any) -> int:
         """Append bytes; all of them are written on return."""
@@ -56,7 +73,15 @@ class HashedFile:
         written = 0
         while written < len(view):
             written += self._raw.write(view[written:])
+        if self.tell() - self._synced > _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+            self._wait()
+            self._synced = self.tell()
+            self._syncing = self._background.submit(os.fdatasync, self._raw.fileno())
         return written
+
+    def _wait(self) -> None:
+        if self._syncing is not None:
+            self._syncing.result()
 
     def tell(self) -> int:
         """Bytes written."""
@@ -67,9 +92,13 @@ class HashedFile:
 
     def close(self, sync: bool) -> dict[str, Any]:
         """Close the file, brought to the disk if asked; returns its manifest entry."""
-        if sync:
-            os.fsync(self._raw.fileno())
-        self._raw.close()
+        try:
+            if sync:
+                self._wait()
+                os.fsync(self._raw.fileno())
+        finally:
+            self._background.shutdown()
+            self._raw.close()
         return self._hasher.entry()
 
 
@@ -126,7 +155,11 @@ class NativeReader:
 
 
 class NativeWriter:
-    """Writes one ``state`` folder, slice by slice. Use as a context manager; the end writes ``.metadata``."""
+    """Writes one ``state`` folder, slice by slice. Use as a context manager; the end writes ``.metadata``.
+
+    In a folder where a writer was killed the same calls in the same order continue: slices that are there already need
+    their shapes and types alone (`has_next`).
+    """
 
     def __init__(self, state: Path) -> None:
         self.state = state
@@ -134,7 +167,14 @@ class NativeWriter:
         """Manifest entries of the files, hashed as they were written."""
         self._places: dict[MetadataIndex, Any] = {}
         self._described: dict[str, Any] = {}
-        self._file = HashedFile(state / _FILE_NAME)
+        self._done = _read_journal(state)
+        keep = self._done[-1][-1] if self._done else 0
+        self.num_done = len(self._done)
+        """Slices that are in the file already."""
+        self._done.reverse()  # the first is taken from the end
+        self._replayed = 0
+        self._file = HashedFile(state / _FILE_NAME, keep)
+        self._journal = (state / _JOURNAL_NAME).open("a" if keep else "w", encoding="utf-8", buffering=1)
 
     def write(self, key: str, index: tuple[int, ...], axes: tuple[int, ...], tensor: torch.Tensor) -> None:
         """Write the slice at ``index`` of leading axes of sizes ``axes``."""
@@ -145,30 +185,55 @@ class NativeWriter:
             properties = TensorProperties(dtype=tensor.dtype)
             self._described[key] = TensorStorageMetadata(properties, torch.Size((*axes, *tensor.shape)), [])
         self._described[key].chunks.append(ChunkStorageMetadata(offsets, sizes))
-        content = tensor.view(sizes)
-        if content.untyped_storage().nbytes() != content.numel() * content.element_size():
-            content = content.clone()  # of a view, torch.save would write all that it is a view of
-        self._append(MetadataIndex(key, offsets), content)
+        indices = [MetadataIndex(key, offsets)]
         if key.endswith(_WITH_EXTRA_STATE):
             place = f"shard_{'.'.join(map(str, index))}_{'.'.join(map(str, axes))}"
-            name = f"{key.removesuffix('weight')}_extra_state/{place}"
-            self._described[name] = BytesStorageMetadata()
-            self._append(MetadataIndex(name), [None])
+            indices.append(MetadataIndex(f"{key.removesuffix('weight')}_extra_state/{place}"))
+            self._described[indices[1].fqn] = BytesStorageMetadata()
+        start = self._replayed if self._done else self._file.tell()
+        ends = self._done.pop() if self._done else self._append(tensor.view(sizes), len(indices))
+        self._replayed = ends[-1]
+        for entry, end in zip(indices, ends, strict=True):
+            self._places[entry] = _StorageInfo(_FILE_NAME, start, end - start)
+            start = end
 
-    def _append(self, index: MetadataIndex, content: Any) -> None:
-        start = self._file.tell()
-        torch.save(content, self._file)
-        self._places[index] = _StorageInfo(_FILE_NAME, start, self._file.tell() - start)
+    def _append(self, content: torch.Tensor, count: int) -> list[int]:
+        """Write a tensor and, where ``count`` is 2, an empty extra state; returns where each ends."""
+        if content.untyped_storage().nbytes() != content.numel() * content.element_size():
+            content = content.clone()  # of a view, torch.save would write all that it is a view of
+        ends = []
+        for thing in (content, [None])[:count]:
+            torch.save(thing, self._file)
+            ends.append(self._file.tell())
+        self._journal.write(" ".join(map(str, ends)) + "\n")
+        return ends
 
     def __enter__(self) -> "NativeWriter":
+        # The manifest has better hashes than the CRC of torch's archives, which no reader compares.
+        self._crc_before = get_crc32_options()
+        set_crc32_options(False)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        set_crc32_options(self._crc_before)
+        self._journal.close()
         entry = self._file.close(sync=kind is None)
         if kind is not None:
             return
+        (self.state / _JOURNAL_NAME).unlink()
         self.entries[f"state/{_FILE_NAME}"] = entry
         metadata = Metadata(self._described, None, self._places, StorageMeta(), "1.0.0")
         (self.state / ".metadata").write_bytes(pickle.dumps(metadata))
         torch.save({}, self.state / "common.pt")
         (self.state / "metadata.json").write_text(json.dumps(_METADATA_JSON), encoding="utf-8")
+
+
+def _read_journal(state: Path) -> list[list[int]]:
+    """Ends of the slices that were written whole, in their order."""
+    try:
+        lines = (state / _JOURNAL_NAME).read_text(encoding="utf-8").split("\n")[:-1]  # the last may be cut
+        size = (state / _FILE_NAME).stat().st_size
+    except FileNotFoundError:
+        return []
+    ends = [[int(word) for word in line.split()] for line in lines]
+    return [slice_ for slice_ in ends if slice_[-1] <= size]

@@ -12,11 +12,12 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from nemo_llm.errors import InputError
 
@@ -66,16 +67,71 @@ def raise_bad(record: BadRecord) -> None:
     raise BadRecordError(record)
 
 
+def as_path(name: str) -> Path:
+    """Return a local path, or one in object storage for a URL such as ``s3://bucket/folder``, by fsspec's file systems.
+
+    Raises:
+        InputError: what reads such URLs is not installed, or the URL is malformed.
+    """
+    if "://" not in name:
+        return Path(name).expanduser()
+    try:
+        from upath import UPath
+
+        path = UPath(name)
+        _ = path.fs  # imports what the protocol needs
+    except ImportError as error:
+        raise InputError(f"{name}: {error}\n      fix: pip install 'nemo_llm[storage]'") from error
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from error
+    return cast(Path, path)  # it has what is used of a Path here
+
+
 def expand_inputs(pattern: str) -> list[Path]:
-    """Return the files that a path, a folder (all files below it) or a glob names, sorted; InputError if none."""
-    path = Path(pattern).expanduser()
-    if path.is_file():
-        return [path]
-    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    files = sorted(file for file in found if file.is_file())
+    """Return the files that a path, a folder (all files below it) or a glob names, sorted; InputError if none.
+
+    All of them may be URLs of object storage (`as_path`).
+    """
+    path = as_path(pattern)
+    try:
+        files = _find_files(path, pattern)
+    except OSError as error:
+        raise InputError(f"{pattern}: cannot be listed ({error})") from error
+    except Exception as error:  # clients of object storage have exceptions of their own, for missing credentials say
+        if isinstance(path, Path):
+            raise
+        raise InputError(f"{pattern}: cannot be listed ({type(error).__name__}: {error})") from error
     if not files:
         raise InputError(f"{pattern}: no such file, and no file matches it as a pattern")
     return files
+
+
+def _find_files(path: Path, pattern: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found: Iterable[Path] = path.rglob("*")
+    elif isinstance(path, Path):
+        found = map(Path, glob.glob(str(path), recursive=True))
+    else:
+        wild = re.search(r"[*?\[]", pattern)
+        folder = pattern[: wild.start()].rpartition("/")[0] if wild else pattern
+        found = as_path(folder).glob(pattern[len(folder) + 1 :]) if wild else ()
+    return sorted((file for file in found if file.is_file()), key=str)
+
+
+def file_state(path: Path) -> tuple[int, int]:
+    """Bytes, and time of change in nanoseconds (0 where the storage tells none)."""
+    if not isinstance(path, Path):
+        path.fs.invalidate_cache()
+    stat = path.stat()
+    return stat.st_size, round(stat.st_mtime * 1e9) if not isinstance(path, Path) else stat.st_mtime_ns
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """Open a file as it is, local or in object storage, for reading lines and seeking."""
+    stream = path.open("rb")
+    return stream if isinstance(path, Path) else io.BufferedReader(stream, _BLOCK_BYTES)
 
 
 def file_format(path: Path) -> str:
@@ -90,14 +146,14 @@ def open_stream(path: Path) -> IO[bytes]:
     """Open a file for reading bytes, decompressed by its ending."""
     match path.suffix:
         case ".gz":
-            return gzip.open(path, "rb")  # type: ignore[return-value]
+            return gzip.open(open_bytes(path), "rb")  # type: ignore[return-value]
         case ".bz2":
-            return bz2.open(path, "rb")
+            return bz2.open(open_bytes(path), "rb")
         case ".xz":
-            return lzma.open(path, "rb")
+            return lzma.open(open_bytes(path), "rb")
         case ".zst":
             return io.BufferedReader(_ZstdFile(path), _BLOCK_BYTES)
-    return path.open("rb")
+    return open_bytes(path)
 
 
 class _ZstdFile(io.RawIOBase):
@@ -108,7 +164,7 @@ class _ZstdFile(io.RawIOBase):
 
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._frame = self._new_frame()
-        self._file = path.open("rb")
+        self._file = open_bytes(path)
         self._ready = b""
         self._in_frame = False
 
@@ -230,7 +286,7 @@ def _parquet_rows(path: Path, text_key: str, on_bad: OnBad, keep: tuple[str, ...
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as parquet:
+        with open_bytes(path) as stream, pyarrow.parquet.ParquetFile(stream) as parquet:
             if text_key not in parquet.schema_arrow.names:
                 raise InputError(f"{path}: no column {text_key!r}, it has {', '.join(parquet.schema_arrow.names)}")
             columns = [text_key, *(name for name in keep if name in parquet.schema_arrow.names)]

@@ -25,6 +25,7 @@ from typing import Any
 
 import nemo_llm
 from nemo_llm.data.cache import file_sha256, write_json_atomically
+from nemo_llm.data.documents import as_path
 from nemo_llm.data.encoder import build_encoder
 from nemo_llm.data.index_plan import IndexPlan, IndexSettings, make_plan
 from nemo_llm.data.index_worker import ShardReport, ShardTokeniser, run_in_worker, start_worker
@@ -312,7 +313,7 @@ def _write_manifest(partial: Path, plan: IndexPlan, tokenizer: Tokenizer, journa
         "bad_records": journal.report.bad,
         "bad_examples": journal.report.bad_examples,
         "sources": [
-            {"path": file, "bytes": size, "sha256": file_sha256(Path(file))} for file, size, _ in plan.inputs.files
+            {"path": file, "bytes": size, "sha256": file_sha256(as_path(file))} for file, size, _ in plan.inputs.files
         ],
         "identity": plan.identity(),
     }

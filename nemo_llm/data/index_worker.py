@@ -11,7 +11,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_llm.data.documents import BadRecord, BadRecordError, plain_text_blocks
+from nemo_llm.data.documents import BadRecord, BadRecordError, as_path, plain_text_blocks
 from nemo_llm.data.encoder import DocumentEncoder, build_encoder
 from nemo_llm.data.index_plan import IndexSettings
 from nemo_llm.data.indexed import token_dtype
@@ -89,7 +89,7 @@ class ShardTokeniser:
         writer.add(self.encoder.encode(texts), characters)
 
     def _stream(self, shard: Shard, writer: "_ShardWriter", report: ShardReport) -> None:
-        blocks = _Counted(plain_text_blocks(Path(shard.file), self._settings.encoding))
+        blocks = _Counted(plain_text_blocks(as_path(shard.file), self._settings.encoding))
         try:
             writer.add_pieces(self.encoder.encode_blocks(blocks))
         except BadRecordError as error:

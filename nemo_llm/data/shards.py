@@ -14,8 +14,11 @@ from nemo_llm.data.documents import (
     COMPRESSION,
     BadRecord,
     Document,
+    as_path,
     expand_inputs,
     file_format,
+    file_state,
+    open_bytes,
     open_stream,
     parse_json_line,
     parse_text_line,
@@ -64,30 +67,28 @@ class Inputs:
     def check_unchanged(self, what: str) -> None:
         """Raise InputError if a file has changed since; ``what`` is what was being done to it: ``indexed``."""
         for file, size, changed in self.files:
-            stat = Path(file).stat()
-            if (stat.st_size, stat.st_mtime_ns) != (size, changed):
+            if file_state(as_path(file)) != (size, changed):
                 raise InputError(f"{file}: changed while it was {what}; pass restart=true and run again")
 
 
 def cut_inputs(patterns: list[str], text_format: TextFormat) -> Inputs:
     """Cut files, folders and globs into shards; raises InputError for missing files or an encoding unknown here."""
     _check_encoding(text_format.encoding)
-    files = sorted({file.resolve() for pattern in patterns for file in expand_inputs(pattern)})
-    stats = [file.stat() for file in files]
-    total = sum(stat.st_size for stat in stats)
+    files = sorted({file.resolve() for pattern in patterns for file in expand_inputs(pattern)}, key=str)
+    states = [file_state(file) for file in files]
+    total = sum(size for size, _ in states)
     shard_bytes = min(_MAX_SHARD_BYTES, max(_MIN_SHARD_BYTES, total // 64))
     shards = [
         shard
-        for file, stat in zip(files, stats, strict=True)
-        for shard in _shards_of(file, stat.st_size, shard_bytes, text_format)
+        for file, (size, _) in zip(files, states, strict=True)
+        for shard in _shards_of(file, size, shard_bytes, text_format)
     ]
-    state = tuple((str(file), stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True))
-    return Inputs(state, tuple(shards))
+    return Inputs(tuple((str(file), *state) for file, state in zip(files, states, strict=True)), tuple(shards))
 
 
 def is_stream(shard: Shard, text_format: TextFormat) -> bool:
     """Return whether a shard is one plain text document, to be read as a stream."""
-    return shard.stop is None and text_format.plain_text == "file" and file_format(Path(shard.file)) == "text"
+    return shard.stop is None and text_format.plain_text == "file" and file_format(as_path(shard.file)) == "text"
 
 
 def read_shard(shard: Shard, text_format: TextFormat) -> Iterator[Document | BadRecord]:
@@ -95,7 +96,7 @@ def read_shard(shard: Shard, text_format: TextFormat) -> Iterator[Document | Bad
 
     A document's ``line`` counts from the beginning of its shard; a bad record's from that of its file.
     """
-    path = Path(shard.file)
+    path = as_path(shard.file)
     if shard.stop is not None:
         yield from _read_lines(path, shard.start, shard.stop, text_format)
         return
@@ -127,7 +128,7 @@ def _shards_of(file: Path, size: int, shard_bytes: int, text_format: TextFormat)
 
 
 def _read_lines(path: Path, start: int, stop: int, text_format: TextFormat) -> Iterator[Document | BadRecord]:
-    with path.open("rb") as stream:
+    with open_bytes(path) as stream:
         first = _first_line(stream, start, stop)
         stream.seek(first)
         number, position = 0, first
@@ -166,7 +167,7 @@ def _first_line(stream: IO[bytes], start: int, stop: int) -> int:
 
 def _count_lines(path: Path, stop: int) -> int:
     count = 0
-    with path.open("rb") as stream:
+    with open_bytes(path) as stream:
         while stop and (block := stream.read(min(stop, 1 << 22))):
             count += block.count(b"\n")
             stop -= len(block)

@@ -12,7 +12,7 @@ from pathlib import Path
 from nemo_llm.assets import ASSET_PREFIX, resolve_path
 from nemo_llm.config.prepare import DataPrepConfig, LanguageRule, PrepareConfig
 from nemo_llm.data.cache import content_key, file_sha256
-from nemo_llm.data.documents import expand_inputs
+from nemo_llm.data.documents import as_path, expand_inputs
 from nemo_llm.data.shards import Inputs, Shard, TextFormat, cut_inputs
 from nemo_llm.errors import InputError
 
@@ -99,7 +99,7 @@ class PreparePlan:
             "save_dropped": self.save_dropped,
             "tasks": len(self.tasks),
             "language_model": self.language_model and file_sha256(Path(self.language_model)),
-            "evaluation_sets": [[file_sha256(Path(file)) for file in files] for files in self.evaluation_files],
+            "evaluation_sets": [[file_sha256(as_path(file)) for file in files] for files in self.evaluation_files],
             "inputs": [list(entry) for entry in self.inputs.files],
         }
 

@@ -102,6 +102,34 @@ class HashedFile:
         return self._hasher.entry()
 
 
+class _Part(io.RawIOBase):
+    """Some bytes of an open file as a file of their own, which ``torch.load`` reads straight into tensors."""
+
+    def __init__(self, descriptor: int, start: int, length: int) -> None:
+        super().__init__()
+        self._descriptor, self._start, self._length = descriptor, start, length
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
+        count = os.preadv(self._descriptor, [view], self._start + self._at)
+        self._at += count
+        return count
+
+
 class NativeReader:
     """Slices of the tensors of one ``state`` folder, whatever layout wrote it.
 
@@ -146,10 +174,9 @@ class NativeReader:
     def _load(self, place: Any) -> torch.Tensor:
         path = self.state / place.relative_path
         try:
-            with path.open("rb") as file:
-                file.seek(place.offset)
-                content = file.read(place.length)
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            with path.open("rb", buffering=0) as file:
+                part = _Part(file.fileno(), place.offset, place.length)
+                return torch.load(part, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointDamagedError(f"{path}: damaged; {error}") from None
 

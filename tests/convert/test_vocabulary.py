@@ -35,6 +35,19 @@ def extend(folder: str) -> dict[str, Any]:
     return found
 
 
+def extend_by_control_token(folder: str) -> tuple[bool, float]:
+    """Whether ordinary text gives the control token, and how far its row is from the mean of all; one process."""
+    from nemo_llm.checkpoint.inspect import read_tensors
+    from nemo_llm.convert.vocabulary import extend_vocabulary
+    from nemo_llm.data.tokenizer import load_tokenizer_from_folder
+
+    extend_vocabulary(Path(folder) / "ours", Path(folder) / "control", ["<|tool|>"], "mean", special=True)
+    tokenizer = load_tokenizer_from_folder(Path(folder) / "control" / "tokenizer")
+    ((_, rows),) = read_tensors(Path(folder) / "control", ["output_layer.weight"])
+    assert tokenizer.token_id("<|tool|>") == 2048
+    return 2048 in tokenizer.encode("a <|tool|> b"), float((rows[2048] - rows[:2048].mean(0)).abs().max())
+
+
 def train_on(folder: str) -> tuple[float, float]:
     """Training goes on from it, on two ranks that share the vocabulary: first and last loss."""
     from nemo_llm.config.load import compose
@@ -105,7 +118,7 @@ def test_a_vocabulary_grows(ranks: RankPool, tmp_path: Path) -> None:
     assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0] == len(new) == 2051
 
 
-def test_tokens_that_cannot_be_added(ranks: RankPool, tmp_path: Path) -> None:
+def test_tokens_that_cannot_be_added_and_control_tokens(ranks: RankPool, tmp_path: Path) -> None:
     from tools.extend_vocabulary import main
 
     make_hf_model(tmp_path / "hf")
@@ -114,3 +127,6 @@ def test_tokens_that_cannot_be_added(ranks: RankPool, tmp_path: Path) -> None:
     assert main([f"{tmp_path}/ours", f"{tmp_path}/more", "--tokens", f"{tmp_path}/known.txt"]) == 2
     assert main([f"{tmp_path}/ours", f"{tmp_path}/more", "--tokens", f"{tmp_path}/none.txt"]) == 2
     assert not (tmp_path / "more").exists()
+    in_text, distance = ranks.run(extend_by_control_token, 1, str(tmp_path))[0]
+    assert not in_text
+    assert distance < 1e-6

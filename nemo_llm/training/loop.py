@@ -186,22 +186,17 @@ class _Report:
         self.run.state.validation_loss = next((result.loss for result in results.values()), None)
         if self._metrics is None:
             return
+        head, step = self.run.cfg.model.head, self.run.state.step
         for name, result in results.items():
-            step = self.run.state.step
-            self._metrics.append(
-                ValidationRow(step=step, val_loss=result.loss, val_accuracy=result.accuracy, val_name=name)
-            )
-            head = self.run.cfg.model.head
-            right = f"{'next-token ' if head is None else ''}accuracy {result.accuracy:.1%} | "
-            print(
-                f"validation {name}: loss {result.loss:.4f} | {right if head is None or len(head) > 1 else ''}"
-                f"{result.num_tokens} {'tokens' if head is None else 'texts'}",
-                flush=True,
-            )
+            accuracy = result.accuracy if head is None or len(head) > 1 else None  # a score is neither right nor wrong
+            self._metrics.append(ValidationRow(step=step, val_loss=result.loss, val_accuracy=accuracy, val_name=name))
+            right = "" if accuracy is None else f"{'next-token ' * (head is None)}accuracy {accuracy:.1%} | "
+            counted = f"{result.num_tokens} {'tokens' if head is None else 'texts'}"
+            print(f"validation {name}: loss {result.loss:.4f} | {right}{counted}", flush=True)
             if self._experiment is not None:
-                self._experiment.log_metrics(
-                    step, {f"val/{name}/loss": result.loss, f"val/{name}/accuracy": result.accuracy}
-                )
+                figures = {"loss": result.loss, "accuracy": accuracy}
+                known = {f"val/{name}/{figure}": value for figure, value in figures.items() if value is not None}
+                self._experiment.log_metrics(step, known)
 
     def evaluation(self, figures: dict[str, float]) -> None:
         """Log what tasks and texts gave."""

@@ -55,13 +55,13 @@ class ValidationRow:
     Attributes:
         step: number of the last update before it.
         val_loss: mean per token in nats.
-        val_accuracy: fraction of tokens whose most probable prediction was right.
+        val_accuracy: fraction of tokens whose most probable prediction was right; None where scores are learned.
         val_name: name of the set in ``data.validation``.
     """
 
     step: int
     val_loss: float
-    val_accuracy: float
+    val_accuracy: float | None
     val_name: str
 
 

@@ -19,12 +19,13 @@ _ROW, _LABEL, _WIDTH = 24, 330, 900
 def report_page(report: Mapping[str, Any]) -> str:
     """Return the page."""
     given, kept = report["input"], report["output"]
+    files = f"{given['files']:,} file{'s' * (given['files'] != 1)}"
     steps = report["steps"]
     dropped = [(f"{step['step']}: {why}", n) for step in steps for why, n in step["dropped"].items()]
     dropped.sort(key=lambda entry: -entry[1])
     parts = [
         "<h1>Prepared documents</h1>",
-        f"<p>{given['documents']:,} documents in {given['files']:,} files ({_size(given['bytes'])}) went in, "
+        f"<p>{given['documents']:,} documents in {files} ({_size(given['bytes'])}) went in, "
         f"{kept['documents']:,} ({_share(kept['documents'], given['documents'])}) came out, with "
         f"{_share(kept['characters'], given['characters'])} of the characters. {escape(report['made_by'])}.</p>",
         *(f'<p class="note">Not applied: {escape(text)}</p>' for text in report["not_applied"]),

@@ -1,5 +1,6 @@
 """Errors that users meet, and the exit code that each one ends a program with."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -14,6 +15,14 @@ class ExitCode(IntEnum):
     PREEMPTED = 75
     HANG = 76
     BUSY = 77
+
+    def of_process(self) -> int:
+        """The code to end this process with: 0 for PREEMPTED under the agent that slurm/agent.sh looks after.
+
+        torchrun's agent starts ranks anew that end with any code of their own, and shows nobody the code; the scripts
+        read the run's ``exit.json``.
+        """
+        return 0 if self is ExitCode.PREEMPTED and "NEMO_LLM_UNDER_AGENT" in os.environ else int(self)
 
 
 @dataclass(frozen=True, slots=True)

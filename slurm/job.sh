@@ -162,8 +162,8 @@ classify() { # tasks: from the ranks' own records, then from what is missing
   sort -n -k2 "$FOLDER"/rank_*.end >"$FOLDER/ends" 2>/dev/null
   CODE=0
   while read -r code _ rank host; do
-    # torchrun ends with 1 whatever a rank's code was; the program's own word is in exit.json.
-    if [ "$LAUNCHER" = torchrun ] && [ "$code" != 0 ] && [ -f "$RUN_DIR/exit.json" ]; then
+    # torchrun ends with 0 or 1 whatever a rank's code was; the program's own word is in exit.json.
+    if [ "$LAUNCHER" = torchrun ] && [ -f "$RUN_DIR/exit.json" ]; then
       code=$(sed -n 's/^ "code": \([0-9]*\),.*/\1/p' "$RUN_DIR/exit.json")
     fi
     [ "$code" != 0 ] || continue

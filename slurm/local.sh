@@ -42,19 +42,22 @@ overrides+=("run.dir=$run_dir")
 "$python" -W ignore -m nemo_llm.train "${overrides[@]}" trainer.check_only=true trainer.devices="$processes" || exit
 
 newest() { find "$run_dir/checkpoints" -maxdepth 2 -name COMPLETE -path '*/step_*' 2>/dev/null | sort | tail -n 1; }
+# shellcheck source=agent.sh
+. "$home/slurm/agent.sh"
 child=
 told=
 # shellcheck disable=SC2317,SC2329  # called by the traps
 stop() {
   told=1
-  [ -z "$child" ] || kill -TERM "$child" 2>/dev/null
+  [ -z "$child" ] || tell_ranks "$child" TERM
 }
 trap stop TERM INT USR1
 failures=0
 while :; do
   before=$(newest)
   rm -f "$run_dir/exit.json"
-  "$python" -m torch.distributed.run --standalone --nproc-per-node="$processes" -m nemo_llm.train "${overrides[@]}" &
+  # In a session of its own: Ctrl-C comes to this script alone.
+  setsid "$python" -m torch.distributed.run --standalone --nproc-per-node="$processes" -m nemo_llm.train "${overrides[@]}" &
   child=$!
   while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done
   child=

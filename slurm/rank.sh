@@ -14,11 +14,19 @@ rank=${SLURM_PROCID:-0}
 printf -v name '%s/rank_%04d' "$folder" "$rank"
 child=
 signalled=0
+# shellcheck disable=SC2329  # called by pass_on
+tell() { kill -s "$2" "$1" 2>/dev/null; }
+if [[ " $* " == *" torch.distributed.run "* ]]; then
+  # shellcheck source=agent.sh
+  . "$(dirname "${BASH_SOURCE[0]}")/agent.sh" || exit 1
+  # shellcheck disable=SC2329
+  tell() { tell_ranks "$@"; }
+fi
 # Signals that come before the program has its handlers end it; the job knows that it sent them.
 # shellcheck disable=SC2317,SC2329  # called by the traps
 pass_on() {
   signalled=1
-  [ -z "$child" ] || kill -s "$1" "$child" 2>/dev/null
+  [ -z "$child" ] || tell "$child" "$1"
 }
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM

@@ -87,7 +87,6 @@ def _call_in_world(module: str, name: str, arguments: tuple, store: str) -> Any:
     from datetime import timedelta
 
     import torch.distributed as dist
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     from nemo_llm.parallel import cuda_on_cpu
     from nemo_llm.parallel.runtime import stop_runtime
@@ -105,6 +104,16 @@ def _call_in_world(module: str, name: str, arguments: tuple, store: str) -> Any:
         return getattr(importlib.import_module(module), name)(*arguments)
     finally:
         stop_runtime()
-        # Models are cycles that hold their process groups, three threads each that wake up all the time.
-        RotaryEmbedding.forward.cache_clear()
-        gc.collect()
+        _give_back()
+
+
+def _give_back() -> None:
+    """Let go of the models of a call: they hold its process groups, three threads each that wake up all the time."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+
+    RotaryEmbedding.forward.cache_clear()
+    for left in gc.get_objects():
+        if isinstance(left, MoETokenDispatcher):
+            vars(left).clear()  # it keeps the last step's graph, which holds the hooks of Megatron's DDP unseen by gc
+    gc.collect()

@@ -52,8 +52,8 @@ def run_entry_point(
         if not is_first_rank():
             # A launcher ends all processes as soon as one has failed: the first rank must get to print before that.
             time.sleep(_FIRST_RANK_GRACE_SECONDS)
-        return error.exit_code
-    return ExitCode.DONE if code is None else code
+        return ExitCode(error.exit_code).of_process()
+    return ExitCode.DONE if code is None else ExitCode(code).of_process()
 
 
 def load(overrides: Sequence[str], extra_folder: Path | None = None) -> RunConfig:

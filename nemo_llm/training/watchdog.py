@@ -119,7 +119,7 @@ class Watchdog:
         )
         print(sentence, file=sys.stderr, flush=True)
         write_exit(self._run_dir, ExitCode.PREEMPTED, sentence, self._progress.step)
-        os._exit(ExitCode.PREEMPTED)
+        os._exit(ExitCode.PREEMPTED.of_process())
 
     def _end(self, slow: bool) -> None:
         """Say where this rank is, let the lowest live rank speak, and end."""

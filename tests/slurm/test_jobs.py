@@ -58,6 +58,11 @@ def losses(run_dir: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
+def all_steps(run_dir: Path) -> list[int]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if "loss" in row]
+
+
 def attempts(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "slurm/attempts.jsonl").read_text().splitlines()]
 
@@ -140,10 +145,38 @@ def test_a_killed_rank_is_named_and_a_notice_requeues(cluster: Cluster, tmp_path
     assert [row["class"] for row in attempts(run_dir)] == ["failed", "preempted", "done"]
     assert [row["restart"] for row in attempts(run_dir)] == [0, 0, 1]
     assert f"first failing rank: {first['rank']} on {first['host']}, after step" in output
-    steps = [
-        json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines() if '"loss"' in line
-    ]
-    assert steps == list(range(1, 81))
+    assert all_steps(run_dir) == list(range(1, 81))
+
+
+@pytest.mark.slow
+def test_torchruns_agent_restarts_a_rank_in_the_job_and_a_notice_requeues(cluster: Cluster, tmp_path: Path) -> None:
+    import os
+    import signal
+
+    run_dir = tmp_path / "run"
+    job = submit(cluster, tmp_path, 1, 2, "trainer.max_steps=80", "checkpoint.save_interval=5", "--launcher=torchrun")
+    wait_for_step(run_dir, 6)
+    os.kill(cluster.ranks()[-1], signal.SIGKILL)
+    wait_for_step(run_dir, 20)
+    assert not (run_dir / "slurm/attempts.jsonl").exists(), "the agent restarts ranks, not the job"
+    cluster.command("scancel", "--batch", "--signal=USR1", job)
+    finish(cluster, tmp_path, job)
+    assert [(row["class"], row["restart"]) for row in attempts(run_dir)] == [("preempted", 0), ("done", 1)]
+    assert len(set(all_steps(run_dir))) == 80
+
+
+@pytest.mark.slow
+def test_a_chain_goes_on_where_requeue_is_not_allowed(cluster: Cluster, tmp_path: Path) -> None:
+    """Three jobs: the first is told to stop, the second is done, the third never starts."""
+    run_dir = tmp_path / "run"
+    first = int(submit(cluster, tmp_path, 1, 1, "trainer.max_steps=30", "--chain=3"))
+    wait_for_step(run_dir, 3)
+    cluster.command("scancel", "--batch", "--signal=USR1", str(first))
+    ended = [cluster.wait(str(job), timeout=START_SECONDS) for job in (first, first + 1, first + 2)]
+    assert [job["JobState"] for job in ended] == ["FAILED", "COMPLETED", "CANCELLED"]
+    assert ended[0]["ExitCode"] == "75:0"
+    assert [row["class"] for row in attempts(run_dir)] == ["preempted", "done"]
+    assert all_steps(run_dir) == list(range(1, 31))
 
 
 def test_a_run_that_always_fails_is_given_up(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """What can be said of the scripts and the image's parts without running a job."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from benchmarks.slurm_faults import OPTIONS
 from tests.test_architecture import ROOT
 
 BIN = Path(sys.executable).parent
@@ -28,7 +31,7 @@ def test_hadolint_finds_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "script", [path for path in SCRIPTS if path.name not in ("lib.sh", "job.sh")], ids=lambda p: p.name
+    "script", [path for path in SCRIPTS if path.name not in ("agent.sh", "lib.sh", "job.sh")], ids=lambda p: p.name
 )
 def test_every_script_has_help(script: Path) -> None:
     done = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True, check=True)
@@ -88,3 +91,27 @@ def test_without_slurm_a_mistake_ends_before_any_rank_starts(tmp_path: Path, wor
     assert done.returncode == 2
     assert said in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_without_slurm_a_stop_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """torchrun's agent would end on the signal, or start its ranks anew: it does neither, and the ranks save."""
+    environment = {**os.environ, "NEMO_LLM_PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "slurm/local.sh"), "--processes=2", *OPTIONS, f"run.dir={tmp_path}/run"]
+    command += ["trainer.max_steps=100000", "checkpoint.save_interval=null"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    process.terminate()
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, output
+    assert json.loads((tmp_path / "run/exit.json").read_text())["meaning"] == "preempted"
+    (saved,) = (tmp_path / "run/checkpoints").glob("step_*/COMPLETE")
+    step = int(saved.parent.name.removeprefix("step_"))
+    assert step == json.loads(metrics.read_text().splitlines()[-1])["step"]
+    command[-2] = f"trainer.max_steps={step + 2}"
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"loss"' in line]
+    assert steps == list(range(1, step + 3))

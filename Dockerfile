@@ -22,7 +22,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY requirements requirements
 COPY tools/image_requirements.py tools/
-# Another index for PyTorch's wheels, for example https://download.pytorch.org/whl/cpu
+# Another index for PyTorch's wheels, such as that of its CPU builds
 ARG TORCH_INDEX=
 RUN /opt/nemo_llm/bin/python tools/image_requirements.py /tmp/wanted.txt /tmp/constraints.txt \
     && /opt/nemo_llm/bin/pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \

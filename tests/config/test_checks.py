@@ -68,6 +68,8 @@ CASES: list[tuple[str, int, str, list[str], str | None]] = [
     ("model=gpt_tiny parallelism=pp2 parallelism.virtual_pipeline_model_parallel_size=1", 2,
      "parallelism.virtual_pipeline_model_parallel_size", ["1", "null"],
      "parallelism.virtual_pipeline_model_parallel_size=null"),
+    ("model=gpt_tiny model.rotary_local_base=10000", 1, "model.window_size", ["null", "layers with a window"],
+     "model.rotary_local_base=null"),
     ("model=gpt_tiny task=sft", 1, "task.name", ["sft", "no source"], "task=pretrain"),
     ("model=gpt_tiny peft=prompt_tuning peft.num_virtual_tokens=128", 1, "peft.num_virtual_tokens",
      ["128", "data.seq_length = 128"], "peft.num_virtual_tokens=20"),

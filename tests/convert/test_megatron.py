@@ -64,7 +64,7 @@ def test_arguments_survive_the_way_in_and_out(shape: str) -> None:
     section = section_of_fields(fields_of_arguments(arguments_of(shape)), "here")
     section |= {"norm_placement": "pre", "parallel_residual": False, "qk_layernorm_scope": "head", "layer_spec": None}
     section |= dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "embedding_multiplier"))
-    section["vocab_size"] = 131
+    section |= {"vocab_size": 131, "rotary_local_base": None}
     again = arguments_of_fields(fields_of_section(section))
     given = arguments_of(shape)
     ignored = {"padded_vocab_size", "lr", "add_qkv_bias", "num_query_groups", "kv_channels", "window_size"}

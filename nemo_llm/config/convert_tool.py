@@ -37,5 +37,5 @@ class ImportConfig(Section):
     input: NonEmptyStr
     output: NonEmptyStr
     name: str | None
-    format: Literal["auto", "nemo", "megatron", "peft"]
+    format: Literal["auto", "nemo", "megatron"]
     overwrite: bool

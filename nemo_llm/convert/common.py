@@ -23,7 +23,7 @@ from nemo_llm.config.load import to_dict
 from nemo_llm.convert.gate import GateReport, GateSettings
 from nemo_llm.convert.hf_files import TensorInfo
 from nemo_llm.convert.mapping import Mapped
-from nemo_llm.convert.native_files import NativeWriter
+from nemo_llm.convert.native_files import NativeReader, NativeWriter
 from nemo_llm.data.tokenizer import load_tokenizer
 from nemo_llm.errors import InputError
 from nemo_llm.families.spec import Link
@@ -34,7 +34,7 @@ _log = get_logger(__name__)
 T = TypeVar("T")
 
 REPORT_NAME = "conversion.json"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPARE_BYTES = 64 << 20
 _MEMORY_SHARE = 0.6  # the rest is for activations, logits and others on the machine
 _SAMPLED_LAYERS = 6
@@ -120,7 +120,7 @@ def _note_of(output: Path) -> Path:
 def write_ours(cfg: ConvertConfig, mapped: Mapped, reader: Reader, temporary: Path) -> Written:
     """Write the weights, one slice at a time."""
     began = time.monotonic()
-    wanted = DTYPES[cfg.dtype] if cfg.dtype else None
+    wanted = wanted_dtype(cfg)
     total = sum(_size(reader.infos[name], wanted) for link in mapped.links for name in link.names)
     check_room(temporary, total)
     with NativeWriter(temporary / "state") as writer, progress(total) as bar:
@@ -205,16 +205,35 @@ def _layers_that_fit(mapped: Mapped) -> int:
     return mapped.model["num_layers"] if fits else _SAMPLED_LAYERS
 
 
-def write_report(folder: Path, cfg: ConvertConfig, mapped: Mapped, report: GateReport | None) -> None:
-    """What was converted and how it compared, beside the weights."""
+def write_report(folder: Path, cfg: ConvertConfig, mapped: Mapped | None, report: GateReport | None) -> None:
+    """What was converted (None: an adapter) and how it compared, beside the weights."""
     content = {
         "source_format": cfg.source_format,
         "target_format": cfg.target_format,
-        "family": mapped.family.model_type,
-        "tensors": len(mapped.links),
+        **({} if mapped is None else {"family": mapped.family.model_type, "tensors": len(mapped.links)}),
         "gate": None if report is None else asdict(report),
     }
     (folder / REPORT_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def appear(temporary: Path, output: Path) -> None:
+    """Let a folder of another program's kind appear; a checkpoint of ours is committed instead."""
+    if output.exists():
+        shutil.rmtree(output)
+    temporary.rename(output)
+
+
+def open_ours(cfg: ConvertConfig, mapped: Mapped, folder: Path) -> tuple[NativeReader, dict[str, TensorInfo]]:
+    """A checkpoint of ours, checked against the table, and the tensors that will be made of it."""
+    reader = NativeReader(folder / "state")
+    mapped.check_ours(reader.infos, str(folder))
+    wanted = wanted_dtype(cfg)
+    return reader, mapped.their_infos({key: wanted or info.dtype for key, info in reader.infos.items()})
+
+
+def wanted_dtype(cfg: ConvertConfig) -> torch.dtype | None:
+    """The format that was asked for; None keeps each tensor's own."""
+    return None if cfg.dtype is None else _DTYPES[cfg.dtype]
 
 
 def check_room(folder: Path, needed: int) -> None:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from nemo_llm.checkpoint.folder import read_config
 from nemo_llm.config.load import compose, decode, to_dict
 from nemo_llm.data.tokenizer import load_tokenizer_from_folder
 from nemo_llm.errors import CheckpointError
 from nemo_llm.families.registry import read_hf_config
-from nemo_llm.parallel.runtime import clear_layout, start_runtime, stop_runtime
+from nemo_llm.parallel.runtime import own_runtime
 
 # Real text where a tokenizer is there, since trained models behave on it as they do in use.
 _TEXT = (
@@ -267,16 +266,9 @@ def float32_model(model: Mapping[str, Any]) -> Iterator[Any]:
     """The model of a model section in float32 on this process alone."""
     base = compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "precision=fp32"])
     cfg = decode({**to_dict(base), "model": dict(model)})
-    own_world = not dist.is_initialized()
-    runtime = start_runtime(cfg)
-    # Megatron is imported after the runtime has put the CPU in the place of CUDA, where there is none.
-    from nemo_llm.models.build import build_model_chunks
+    with own_runtime(cfg) as runtime:
+        # Megatron is imported after the runtime has put the CPU in the place of CUDA, where there is none.
+        from nemo_llm.models.build import build_model_chunks
 
-    try:
         (chunk,) = build_model_chunks(cfg, runtime, cfg.model.vocab_size or 0)
         yield chunk
-    finally:
-        if own_world:
-            stop_runtime()
-        else:
-            clear_layout()

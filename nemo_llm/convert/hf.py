@@ -15,12 +15,13 @@ from nemo_llm.config.convert_tool import ConvertConfig
 from nemo_llm.config.derived import as_hydra
 from nemo_llm.config.load import compose, to_dict
 from nemo_llm.convert.common import (
-    DTYPES,
     Outcome,
     ahead,
+    appear,
     check_room,
     finish_ours,
     gate,
+    open_ours,
     progress,
     write_ours,
     write_report,
@@ -69,10 +70,7 @@ def ours_to_hf(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
     model["family"] = cfg.family or model.get("family")
     family = family_for(model)
     mapped = Mapped.of(family, model)
-    reader = NativeReader(folder / "state")
-    mapped.check_ours(reader.infos, str(folder))
-    wanted = DTYPES[cfg.dtype] if cfg.dtype else None
-    infos = mapped.their_infos({key: wanted or info.dtype for key, info in reader.infos.items()})
+    reader, infos = open_ours(cfg, mapped, folder)
     total = sum(info.num_bytes for info in infos.values())
     shutil.rmtree(temporary / "state", ignore_errors=True)
     check_room(temporary, total)
@@ -85,9 +83,7 @@ def ours_to_hf(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
     _write_hf_companions(temporary, folder, hf_config(family, model), next(iter(infos.values())).dtype)
     report = compare_folders(cfg, mapped, (temporary, folder), temporary)
     write_report(temporary, cfg, mapped, report)
-    if output.exists():
-        shutil.rmtree(output)
-    temporary.rename(output)
+    appear(temporary, output)
     return Outcome(output, total, seconds, report)
 
 

@@ -13,7 +13,18 @@ from nemo_llm.config import RunConfig
 from nemo_llm.config.convert_tool import ConvertConfig
 from nemo_llm.config.derived import as_hydra
 from nemo_llm.config.load import compose, to_dict
-from nemo_llm.convert.common import DTYPES, Outcome, check_room, finish_ours, gate, progress, write_ours, write_report
+from nemo_llm.convert.common import (
+    Outcome,
+    appear,
+    check_room,
+    finish_ours,
+    gate,
+    open_ours,
+    progress,
+    wanted_dtype,
+    write_ours,
+    write_report,
+)
 from nemo_llm.convert.gate import GateReport, GateSettings, Sides, compare_sides, run_ours, saved_model
 from nemo_llm.convert.mapping import Mapped
 from nemo_llm.convert.megatron_files import Source, open_megatron, write_megatron
@@ -47,26 +58,21 @@ def ours_to_megatron(cfg: ConvertConfig, source: Path, temporary: Path, output: 
     model = saved_model(folder)
     fields_of_section(model)  # refuses what Megatron-Core cannot build
     mapped = Mapped.of(MCORE, model)
-    reader = NativeReader(folder / "state")
-    mapped.check_ours(reader.infos, str(folder))
-    wanted = DTYPES[cfg.dtype] if cfg.dtype else None
-    infos = mapped.their_infos({key: wanted or info.dtype for key, info in reader.infos.items()})
+    reader, infos = open_ours(cfg, mapped, folder)
     total = sum(info.num_bytes for info in infos.values())
     check_room(temporary, total)
     for left in temporary.iterdir():  # one that was killed begins anew
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     began = time.monotonic()
     with progress(total) as bar:
-        write_megatron(temporary, model, _slices(mapped, reader, wanted, bar))
+        write_megatron(temporary, model, _slices(mapped, reader, wanted_dtype(cfg), bar))
     seconds = time.monotonic() - began
     if (folder / "tokenizer").is_dir():
         shutil.copytree(folder / "tokenizer", temporary / "tokenizer")
     with open_megatron(temporary, None, temporary.parent) as opened:
         report = _compare(cfg, mapped, opened, folder, temporary)
     write_report(temporary, cfg, mapped, report)
-    if output.exists():
-        shutil.rmtree(output)
-    temporary.rename(output)
+    appear(temporary, output)
     return Outcome(output, total, seconds, report)
 
 

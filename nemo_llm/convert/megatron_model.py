@@ -2,16 +2,14 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from nemo_llm.config.load import compose
 from nemo_llm.convert.gate import Outputs, forward_megatron
 from nemo_llm.convert.megatron_files import MegatronReader, canonical
-from nemo_llm.parallel.runtime import clear_layout, start_runtime, stop_runtime
+from nemo_llm.parallel.runtime import own_runtime
 
 _GPT_FIELDS = (
     "position_embedding_type",
@@ -99,21 +97,8 @@ def run_megatron(
 ) -> Outputs:
     """Logits and the residual stream of Megatron-Core's model, of all layers or of some."""
     fields = {**fields, "num_layers": len(layers)} if layers is not None else fields
-    with _runtime() as groups:
+    with own_runtime(compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "precision=fp32"])) as runtime:
         vocabulary = reader.infos["embedding.word_embeddings.weight"].shape[0]
-        model = build_gpt_model(fields, vocabulary, groups)
+        model = build_gpt_model(fields, vocabulary, runtime.groups)
         load_tensors(model, reader, fields, layers)
         return forward_megatron(model, tokens, lambda logits: logits)
-
-
-@contextmanager
-def _runtime() -> Any:
-    own_world = not dist.is_initialized()
-    runtime = start_runtime(compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "precision=fp32"]))
-    try:
-        yield runtime.groups
-    finally:
-        if own_world:
-            stop_runtime()
-        else:
-            clear_layout()

@@ -7,7 +7,7 @@ conversation begins, and the total). A negative id ``-1 - i`` stands for virtual
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_llm.assets import ASSET_PREFIX, resolve_path
+from nemo_llm.assets import resolve_path
 from nemo_llm.config.chat import ChatConfig
 from nemo_llm.config.data import DataConfig
 from nemo_llm.data.cache import build_once, content_key, file_sha256
@@ -25,8 +25,11 @@ from nemo_llm.data.chat_template import ChatTemplate, load_template
 from nemo_llm.data.documents import expand_inputs
 from nemo_llm.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from nemo_llm.errors import InputError
+from nemo_llm.log import get_logger
 
 _VERSION = 1
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def open_chats(pattern: str, config: DataConfig, tokenizer: Tokenizer, cache: Pa
     Raises:
         InputError: missing files; the first record that is no conversation, with file and line; nothing left to learn.
     """
-    files = [resolve_path(pattern, "text")] if pattern.startswith(ASSET_PREFIX) else expand_inputs(pattern)
+    files = expand_inputs(pattern)
     path = config.tokenizer.path
     encoder = ChatEncoder(config.chat, config.seq_length + 1, tokenizer, path, virtual_tokens)
     key = content_key(
@@ -191,25 +194,33 @@ def open_chats(pattern: str, config: DataConfig, tokenizer: Tokenizer, cache: Pa
 
     def build(folder: Path) -> dict:
         counts: Counter[str] = Counter()
-        starts = [0]
-        with (folder / "tokens.bin").open("wb") as tokens, (folder / "learned.bin").open("wb") as learned:
-            for chat in encoder.encode_files(files, counts):
-                tokens.write(np.asarray(chat.tokens, dtype="<i4").tobytes())
-                learned.write(np.asarray(chat.learned, dtype="u1").tobytes())
-                starts.append(starts[-1] + len(chat.tokens))
-        if len(starts) == 1:
+        if not write_documents(folder, ((c.tokens, c.learned) for c in encoder.encode_files(files, counts))):
             raise InputError(f"{pattern}: no conversation is left to learn from ({dict(counts)})")
-        np.asarray(starts, dtype="<i8").tofile(folder / "starts.bin")
         return {"counts": dict(counts)}
 
     folder = cache / f"chat-{key}"
-    counts = build_once(folder, build)["counts"]
-    lost = {name: count for name, count in counts.items() if name != "conversations"}
-    if lost:
-        from nemo_llm.log import get_logger
-
-        get_logger(__name__).warning("%s: of %d conversations: %s", pattern, counts["conversations"], lost)
+    build_counted(folder, build, pattern, "conversations")
     return ChatStore(folder)
+
+
+def write_documents(folder: Path, documents: Iterable[tuple[Sequence[int], Sequence[int]]]) -> int:
+    """Write the files of a `ChatStore` from each document's tokens and which are learned (0 or 1); returns how many."""
+    starts = [0]
+    with (folder / "tokens.bin").open("wb") as tokens, (folder / "learned.bin").open("wb") as learned:
+        for ids, mask in documents:
+            tokens.write(np.asarray(ids, dtype="<i4").tobytes())
+            learned.write(np.asarray(mask, dtype="u1").tobytes())
+            starts.append(starts[-1] + len(ids))
+    np.asarray(starts, dtype="<i8").tofile(folder / "starts.bin")
+    return len(starts) - 1
+
+
+def build_counted(folder: Path, build: Callable[[Path], dict], pattern: str, documents: str) -> None:
+    """`build_once`, and a warning of what was cut or left out: ``counts`` other than that of all ``documents``."""
+    counts = build_once(folder, build)["counts"]
+    lost = {name: count for name, count in counts.items() if name != documents}
+    if lost:
+        _log.warning("%s: of %d %s: %s", pattern, counts[documents], documents, lost)
 
 
 def show_chats(file: Path, config: ChatConfig, tokenizer: Tokenizer, numbers: set[int]) -> Iterator[tuple[int, str]]:

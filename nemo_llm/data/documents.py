@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
+from nemo_llm.assets import ASSET_PREFIX, resolve_path
 from nemo_llm.errors import InputError
 
 COMPRESSION = (".gz", ".bz2", ".xz", ".zst")
@@ -90,8 +91,10 @@ def as_path(name: str) -> Path:
 def expand_inputs(pattern: str) -> list[Path]:
     """Return the files that a path, a folder (all files below it) or a glob names, sorted; InputError if none.
 
-    All of them may be URLs of object storage (`as_path`).
+    All of them may be URLs of object storage (`as_path`); ``asset:NAME`` is a shipped text.
     """
+    if pattern.startswith(ASSET_PREFIX):
+        return [resolve_path(pattern, "text")]
     path = as_path(pattern)
     try:
         files = _find_files(path, pattern)

@@ -13,16 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_llm.assets import ASSET_PREFIX, resolve_path
 from nemo_llm.config.data import parse_split
 from nemo_llm.config.labelled import LabelledConfig
-from nemo_llm.data.cache import build_once, content_key, file_sha256
+from nemo_llm.data.cache import content_key, file_sha256
 from nemo_llm.data.chat_format import read_records
-from nemo_llm.data.chat_store import ChatStore
+from nemo_llm.data.chat_store import ChatStore, build_counted, write_documents
 from nemo_llm.data.documents import expand_inputs
 from nemo_llm.data.tokenizer import Tokenizer
 from nemo_llm.errors import InputError
-from nemo_llm.log import get_logger
 
 _VERSION = 1
 
@@ -119,7 +117,7 @@ def open_labelled(pattern: str, tokenizer: Tokenizer, cache: Path, rules: LabelR
     Raises:
         InputError: missing files; the first record that is no labelled text, with file and line; nothing left.
     """
-    files = [resolve_path(pattern, "text")] if pattern.startswith(ASSET_PREFIX) else expand_inputs(pattern)
+    files = expand_inputs(pattern)
     key = content_key(
         kind="labelled",
         version=_VERSION,
@@ -133,24 +131,13 @@ def open_labelled(pattern: str, tokenizer: Tokenizer, cache: Path, rules: LabelR
         found = sorted(_encode_files(files, rules, tokenizer, counts), key=lambda text: text[0])
         if not found:
             raise InputError(f"{pattern}: no text is left to learn from ({dict(counts)})")
-        lengths = [len(ids) + 1 for _, ids, _ in found]
-        starts = np.concatenate(([0], np.cumsum(lengths))).astype("<i8")
-        learned = np.zeros(starts[-1], dtype="u1")
-        learned[starts[1:] - 1] = 1
-        with (folder / "tokens.bin").open("wb") as tokens:
-            for _, ids, _ in found:
-                tokens.write(np.asarray([*ids, tokenizer.eod_id], dtype="<i4").tobytes())
-        learned.tofile(folder / "learned.bin")
-        starts.tofile(folder / "starts.bin")
+        write_documents(folder, (([*ids, tokenizer.eod_id], [0] * len(ids) + [1]) for _, ids, _ in found))
         np.asarray([target for _, _, target in found], dtype="<f4").tofile(folder / "targets.bin")
         np.asarray([place for place, _, _ in found], dtype="<f8").tofile(folder / "places.bin")
         return {"counts": dict(counts)}
 
     folder = cache / f"labelled-{key}"
-    counts = build_once(folder, build)["counts"]
-    lost = {name: count for name, count in counts.items() if name != "texts"}
-    if lost:
-        get_logger(__name__).warning("%s: of %d texts: %s", pattern, counts["texts"], lost)
+    build_counted(folder, build, pattern, "texts")
     return LabelledStore(folder)
 
 

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-from nemo_llm.assets import ASSET_PREFIX, resolve_path
 from nemo_llm.config.data import TokenizerConfig
 from nemo_llm.data.cache import build_once, content_key, file_sha256
 from nemo_llm.data.documents import expand_inputs
@@ -22,7 +21,7 @@ def open_text(text: str, text_key: str, config: TokenizerConfig, tokenizer: Toke
     ``tokenizer`` is the one that ``config`` names. Raises InputError for missing files and for the first record that
     cannot be read (naming file and line).
     """
-    files = [resolve_path(text, "text")] if text.startswith(ASSET_PREFIX) else expand_inputs(text)
+    files = expand_inputs(text)
     key = content_key(
         kind="text", files=[file_sha256(file) for file in files], text_key=text_key, tokenizer=tokenizer.fingerprint
     )

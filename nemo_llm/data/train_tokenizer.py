@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_llm.assets import ASSET_PREFIX, resolve_path
 from nemo_llm.config.data import TokenizerConfig
 from nemo_llm.config.data_tools import TrainTokenizerConfig
 from nemo_llm.data.documents import Document
@@ -47,8 +46,7 @@ def take_samples(config: TrainTokenizerConfig) -> dict[str, Sample]:
     """Return a sample of each source; raises InputError for a source without text."""
     samples = {}
     for name, place in config.input.items():
-        path = str(resolve_path(place, "text")) if place.startswith(ASSET_PREFIX) else place
-        texts = list(_spread_texts(path, config))
+        texts = list(_spread_texts(place, config))
         held_out = texts[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY] or texts[:1]
         train = [text for number, text in enumerate(texts, start=1) if number % _HELD_OUT_EVERY] or texts
         if not texts:

@@ -6,7 +6,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nemo_llm.assets import resolve_path
 from nemo_llm.config.evaluate import ClassificationConfig, EvaluateConfig
 from nemo_llm.data.documents import expand_inputs, read_documents
 from nemo_llm.data.labelled import is_held_out
@@ -79,8 +78,7 @@ def read_texts(patterns: str | Sequence[str] | None, text_key: str, limit: int |
     """
     texts = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
-        place = str(resolve_path(pattern, "text"))
-        documents = (doc.text for path in expand_inputs(place) for doc in read_documents(path, text_key))
+        documents = (doc.text for path in expand_inputs(pattern) for doc in read_documents(path, text_key))
         texts[pattern] = list(islice(documents, limit))
     return texts
 

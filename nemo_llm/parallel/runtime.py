@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -228,6 +230,20 @@ def clear_layout() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def own_runtime(cfg: RunConfig) -> Iterator[ParallelRuntime]:
+    """A runtime for one piece of work; in a world that is up already the layout alone comes and goes."""
+    own_world = not dist.is_initialized()
+    runtime = start_runtime(cfg)
+    try:
+        yield runtime
+    finally:
+        if own_world:
+            stop_runtime()
+        else:
+            clear_layout()
 
 
 def stop_runtime() -> None:

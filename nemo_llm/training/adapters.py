@@ -1,17 +1,15 @@
 """Adapters to and from folders of Hugging Face's peft, as conversions: compared with peft before they appear."""
 
-import json
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 
 from nemo_llm.checkpoint.fingerprint import weights_fingerprint
@@ -21,7 +19,7 @@ from nemo_llm.checkpoint.writer import StateWriter
 from nemo_llm.config import RunConfig
 from nemo_llm.config.convert_tool import ConvertConfig
 from nemo_llm.config.load import compose, decode, to_dict
-from nemo_llm.convert.common import REPORT_NAME, Outcome, paths_of
+from nemo_llm.convert.common import Outcome, appear, paths_of, write_report
 from nemo_llm.convert.convert import convert
 from nemo_llm.convert.gate import (
     GateReport,
@@ -36,7 +34,7 @@ from nemo_llm.convert.gate import (
 )
 from nemo_llm.errors import InputError
 from nemo_llm.models.build import build_model_chunks
-from nemo_llm.parallel.runtime import clear_layout, start_runtime, stop_runtime
+from nemo_llm.parallel.runtime import own_runtime
 from nemo_llm.peft.adapter import adapter_state
 from nemo_llm.peft.attach import attach_peft
 from nemo_llm.peft.hf_format import export_adapter, load_hf_adapter, section_of_folder
@@ -77,10 +75,8 @@ def _to_peft(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) ->
             load_adapter([chunk], folder, fingerprint)
             report = _compare(cfg, run, chunk, (base, temporary))
     num_bytes = sum(path.stat().st_size for path in temporary.iterdir())
-    _write_report(temporary, cfg, report)
-    if output.exists():
-        shutil.rmtree(output)
-    temporary.rename(output)
+    write_report(temporary, cfg, None, report)
+    appear(temporary, output)
     return Outcome(output, num_bytes, seconds, report)
 
 
@@ -106,7 +102,7 @@ def _to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) ->
     (temporary / "config.yaml").write_text(yaml.safe_dump(to_dict(run), sort_keys=False), encoding="utf-8")
     if (base / "tokenizer").is_dir():
         shutil.copytree(base / "tokenizer", temporary / "tokenizer")
-    _write_report(temporary, cfg, report)
+    write_report(temporary, cfg, None, report)
     num_bytes = sum(path.stat().st_size for path in (temporary / "state").iterdir())
     commit(temporary, output)
     return Outcome(output, num_bytes, seconds, report)
@@ -125,19 +121,12 @@ def _adapted(run: RunConfig, base: Path) -> Iterator[tuple[torch.nn.Module, str]
     single = compose(["+model=gpt_tiny", "parallelism=single", "precision=fp32", "trainer.accelerator=cpu"])
     trainer = replace(run.trainer, accelerator="cpu")
     run = replace(run, parallelism=single.parallelism, precision=single.precision, trainer=trainer)
-    own_world = not dist.is_initialized()
-    runtime = start_runtime(run)
-    try:
+    with own_runtime(run) as runtime:
         chunks = build_model_chunks(run, runtime, run.model.vocab_size or 0)
         load_weights(chunks, base)
         fingerprint = weights_fingerprint(chunks, runtime.device)
         attach_peft(run, chunks, runtime)
         yield chunks[0].eval(), fingerprint
-    finally:
-        if own_world:
-            stop_runtime()
-        else:
-            clear_layout()
 
 
 def _compare(cfg: ConvertConfig, run: RunConfig, chunk: Any, folders: tuple[Path, Path]) -> GateReport:
@@ -180,12 +169,3 @@ def _last(outputs: Outputs, tokens: torch.Tensor, virtual: int) -> Outputs:
     return Outputs(
         outputs.logits[:, -length:], [hidden[:, -length:] for hidden in outputs.hidden] if virtual == 0 else []
     )
-
-
-def _write_report(folder: Path, cfg: ConvertConfig, report: GateReport | None) -> None:
-    content = {
-        "source_format": cfg.source_format,
-        "target_format": cfg.target_format,
-        "gate": None if report is None else asdict(report),
-    }
-    (folder / REPORT_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

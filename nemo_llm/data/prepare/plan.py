@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nemo_llm.assets import ASSET_PREFIX, resolve_path
 from nemo_llm.config.prepare import DataPrepConfig, LanguageRule, PrepareConfig
 from nemo_llm.data.cache import content_key, file_sha256
 from nemo_llm.data.documents import as_path, expand_inputs
@@ -139,8 +138,6 @@ def make_plan(config: PrepareConfig, patterns: list[str]) -> PreparePlan:
 
 
 def _files_of(place: str) -> tuple[str, ...]:
-    if place.startswith(ASSET_PREFIX):
-        return (str(resolve_path(place, "text")),)
     return tuple(str(file.resolve()) for file in expand_inputs(place))
 
 

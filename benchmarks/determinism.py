@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,7 +40,7 @@ def main() -> int:
     for number, (name, cache, deterministic) in enumerate(runs):
         run_dir = folder / str(number)
         environment = {
-            **os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore",
+            **os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "PYTHONWARNINGS": "ignore",
             "TORCHINDUCTOR_CACHE_DIR": str(folder / f"inductor_{cache}"), "TRITON_CACHE_DIR": str(folder / f"triton_{cache}"),
         }  # fmt: skip
         command = [
@@ -55,7 +56,13 @@ def main() -> int:
             print(f"{name}: exit code {done.returncode}\n{(done.stdout + done.stderr)[-1500:]}")
             return 1
         steps = [row for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
-        rows.append((name, [(row["loss"], row["grad_norm"]) for row in steps], steps[-1]["step_time_seconds"]))
+        rows.append(
+            (
+                name,
+                [(row["loss"], row["grad_norm"]) for row in steps],
+                median([row["step_time_seconds"] for row in steps[len(steps) // 2 :]]),
+            )
+        )
     shutil.rmtree(folder)
     base = rows[-1][2]
     print(

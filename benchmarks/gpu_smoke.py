@@ -75,6 +75,31 @@ def kill_and_resume() -> str:
     return f"killed after step {killed_at}, resumed; 20 losses and gradient norms bit-equal"
 
 
+def cpu_and_gpu() -> str:
+    """Ten steps on one device, resumed for ten on the other, both ways, against twenty on the CPU (fp32)."""
+    folder = Path(tempfile.mkdtemp())
+    options = [
+        "+model=gpt_tiny", "trainer.log_interval=1", "trainer.val_interval=null", "checkpoint.save_interval=10",
+        "optim.sched.warmup_steps=2", "optim.sched.decay_steps=20", "exp_manager.enabled=false", "sample.enabled=false",
+    ]  # fmt: skip
+    _train([*options, "trainer.max_steps=20", f"run.dir={folder}/whole"], "cpu")
+    wanted = _losses(folder / "whole")
+    found = []
+    for before, after in (("cuda", "cpu"), ("cpu", "cuda")):
+        run = f"run.dir={folder}/{before}"
+        _train([*options, "trainer.max_steps=10", run], before)
+        _train([*options, "trainer.max_steps=20", run], after)
+        got = _losses(folder / before)
+        assert [row[0] for row in got] == [row[0] for row in wanted], f"steps {[row[0] for row in got]}"
+        worst = max(
+            abs(a - b) / abs(b) for one, other in zip(got, wanted, strict=True) for a, b in zip(one, other, strict=True)
+        )
+        assert worst < GOLDEN_TOLERANCE, f"{before} to {after}: relative difference {worst:.1e}"
+        found.append(f"{before} to {after} {worst:.1e}")
+    shutil.rmtree(folder)
+    return f"largest relative difference of 20 losses and gradient norms: {', '.join(found)}"
+
+
 def nemo() -> str:
     """NeMo's exp_manager runs the experiment and writes TensorBoard's file."""
     folder = tempfile.mkdtemp()
@@ -101,6 +126,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "golden moe_tiny": lambda: golden("moe_tiny"),
     "overlap": overlap,
     "kill and resume": kill_and_resume,
+    "CPU and GPU": cpu_and_gpu,
     "NeMo": nemo,
     "gpt_1b": gpt_1b,
 }
@@ -130,16 +156,19 @@ def main() -> int:
     return int(any(row["outcome"] == "FAILED" for row in rows))
 
 
-def _run(command: list[str]) -> str:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "PYTHONWARNINGS": "ignore"}
+def _run(command: list[str], **environment: str) -> str:
+    environment = {
+        **os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "PYTHONWARNINGS": "ignore", **environment
+    }  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise AssertionError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
     return done.stdout
 
 
-def _train(overrides: list[str]) -> str:
-    return _run([sys.executable, "-m", "nemo_llm.train", *overrides])
+def _train(overrides: list[str], device: str = "cuda") -> str:
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    return _run([sys.executable, "-m", "nemo_llm.train", *overrides], **hidden)
 
 
 def _rows(run_dir: Path) -> list[dict]:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.step_speed import profile
+
 LAYERS, HIDDEN, FFN, HEADS, GROUPS, VOCAB = 32, 4096, 14336, 32, 8, 128256
 
 
@@ -160,6 +162,8 @@ def measure(name: str, step: Callable[[], float], options: argparse.Namespace) -
         "device": torch.cuda.get_device_name(),
     }
     print("RESULT", json.dumps(figures), flush=True)
+    if options.profile:
+        profile(step)
 
 
 def main() -> None:
@@ -170,6 +174,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warm", type=int, default=5)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--profile", action="store_true", help="kernels of one step by kind")
     parser.add_argument("--only", choices=["ours", "plain"])
     options, overrides = parser.parse_known_args()
     if options.only != "ours":

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def main() -> None:
         if arguments.losses is not None:
             arguments.losses.write_text(json.dumps(losses))
     if arguments.profile:
-        profile(run, train_step)
+        profile(lambda: train_step(run), runtime.is_first_rank)
     stop_runtime()
 
 
@@ -102,17 +103,17 @@ def figures(name: str, run, times: list[float], losses: list[float], built: floa
     }
 
 
-def profile(run, train_step) -> None:
+def profile(step: Callable[[], object], shown: bool = True) -> None:
     """One step under the profiler: kernel time by kind, and the longest kernels."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
     with torch_profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         began = time.perf_counter()
-        train_step(run)
+        step()
         torch.cuda.synchronize()
         wall = time.perf_counter() - began
-    if not run.runtime.is_first_rank:
+    if not shown:
         return
     kernels = [
         event

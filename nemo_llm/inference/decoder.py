@@ -95,6 +95,21 @@ def stop_ids(tokenizer: Tokenizer, settings: SamplingConfig) -> frozenset[int]:
     return frozenset(number for number in known.values() if number is not None)
 
 
+class _OnItsWay:
+    """Tokens that a GPU copies to the host. Waiting for them waits for nothing that was asked of the device later."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        self._tokens.copy_(tokens, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+    def tokens(self) -> torch.Tensor:
+        """``[b]`` on the CPU."""
+        self._arrived.synchronize()
+        return self._tokens
+
+
 class _Batch:
     """One batch while it is generated.
 
@@ -128,20 +143,21 @@ class _Batch:
         sample = Sampler(self.settings, self.numbers, self.prompts, device)
         cache = model.new_cache(longest + self.settings.max_new_tokens)
         logits = model.read_prompts(cache, padded.to(device), lengths)
-        late: torch.Tensor | None = None
+        late: _OnItsWay | None = None
         for step in range(self.settings.max_new_tokens):
             chosen = model.agree(None if logits is None else sample(logits, step), rows)
             if device.type == "cpu":
                 if self._take(chosen):
                     return
-            elif late is not None and self._take(late):
-                return
             else:
-                late = chosen
+                coming = _OnItsWay(chosen)
+                if late is not None and self._take(late.tokens()):
+                    return
+                late = coming
             if step + 1 < self.settings.max_new_tokens:
                 logits = model.decode(cache, chosen, lengths + step, longest + step)
         if late is not None:
-            self._take(late)
+            self._take(late.tokens())
 
     def results(self) -> list[Generation]:
         """What came of each row."""

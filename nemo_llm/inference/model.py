@@ -22,6 +22,7 @@ from nemo_llm.errors import ConfigError, InputError, Problem
 from nemo_llm.inference.graphs import DecodeGraphs
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.models.kv_cache import KVCache, connect_cache, has_cacheable_attention
+from nemo_llm.models.transformer_config import qkv_in_one
 from nemo_llm.parallel.runtime import ParallelRuntime
 
 # On a GPU decoding looks at multiples of this many slots, so that few shapes (and CUDA graphs) occur.
@@ -65,6 +66,9 @@ def inference_config(place: ModelPlace, folder: Path, world_size: int) -> RunCon
     mapping["performance"] |= {"fused_linear_cross_entropy": on_cpu, "cross_entropy_chunk_tokens": 256}
     mapping["performance"] |= {"gradient_accumulation_fusion": False, "fused_rope": False, "compile_layers": False}
     cfg = decode(mapping)
+    if not on_cpu and qkv_in_one(cfg.model, cfg.parallelism):
+        # One kernel for any length; the rotation alone would be compiled for every length of prompts.
+        cfg = dataclasses.replace(cfg, performance=dataclasses.replace(cfg.performance, fused_rope=True))
     problems = [problem for problem in find_problems(cfg, world_size) if problem.key.startswith(("parallel", "model"))]
     # Experts under TP need sequence parallelism in training alone.
     problems = [problem for problem in problems if problem.key != "parallelism.sequence_parallel"]
@@ -141,7 +145,8 @@ class InferenceModel:
             ConfigError: the model has a head and cannot continue a text.
         """
         self._need_tokens()
-        return KVCache(num_slots, 1 if self.device.type == "cpu" else _GPU_SLOT_STEP)
+        on_cpu = self.device.type == "cpu"
+        return KVCache(num_slots, 1 if on_cpu else _GPU_SLOT_STEP, not on_cpu and self.cfg.performance.fused_kernels)
 
     @torch.no_grad()
     def read_prompts(self, cache: KVCache, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor | None:

@@ -81,6 +81,9 @@ class CoreAttention(MegatronModule):
             ``[s/cp, b, n * d]``
         """
         if self.cache is not None:
+            if self.cache.positions is not None and self.cache.fused:
+                rule = (self.softmax_scale, self.window, self.logit_softcapping)
+                return self.cache.attend(self.layer_number, query, (key, value), rule).flatten(2)
             if self.cache.positions is not None:
                 keys, values = self.cache.extend(self.layer_number, key, value)
                 return self._attend_cached(query, keys, values, self.cache.mask(self.window)).flatten(2)

@@ -21,9 +21,11 @@ class KVCache:
         num_slots: longest sequence that fits, generated tokens included.
         slot_step: decoding looks at a number of slots that is a multiple of this: 1 on CPU; larger where shapes must
             not change at every token.
+        fused: let Triton's kernels (models/decode_kernels.py) extend the cache and attend to it.
     """
 
-    def __init__(self, num_slots: int, slot_step: int) -> None:
+    def __init__(self, num_slots: int, slot_step: int, fused: bool = False) -> None:
+        self.fused = fused
         self.num_slots = -(-num_slots // slot_step) * slot_step
         self.slot_step = slot_step
         self.seen_slots = 0
@@ -65,6 +67,26 @@ class KVCache:
         keys[self._rows, :, self.positions] = key[0]
         values[self._rows, :, self.positions] = value[0]
         return keys[:, :, : self.seen_slots], values[:, :, : self.seen_slots]
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor],
+        rule: tuple[float, int | None, float | None],
+    ) -> torch.Tensor:
+        """As `extend`, and attention of ``query`` ``[1, b, n, d]`` to what is kept: ``[1, b, n, d]``.
+
+        Args:
+            new: key and value ``[1, b, g, d]`` of the present tokens.
+            rule: (factor on the logits, window or None, soft cap or None).
+        """
+        from nemo_llm.models.decode_kernels import attend_to_cache
+
+        assert self.positions is not None
+        key, value = new
+        cached = self._layers[layer]
+        return attend_to_cache(query[0], (key[0], value[0]), cached, self.positions, self.seen_slots, rule)[None]
 
     def mask(self, window: int | None) -> torch.Tensor:
         """``[b, 1, 1, seen slots]``: true where the row's present token may look."""

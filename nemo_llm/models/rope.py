@@ -46,11 +46,18 @@ def offer_fused_rope() -> None:
 def _split_and_rotate(
     mixed: torch.Tensor, query_freqs: torch.Tensor, _key_freqs: torch.Tensor, sizes: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``mixed`` [s, b, G, (R + 2) D], ``query_freqs`` [s, 1, 1, r], ``sizes`` [R D, D, D]; keys turn as queries do."""
+    """``mixed`` [s, b, G, (R + 2) D], ``query_freqs`` [s, 1, 1, r], ``sizes`` [R D, D, D]; keys turn as queries do.
+
+    While tokens are decoded s is 1 and ``query_freqs`` [1, b, 1, r]: each row stands at a position of its own.
+    """
     from nemo_llm.models.kernels import FusedQKV
 
-    angles = query_freqs.flatten(1).float()
-    return FusedQKV.apply(mixed, angles.cos(), angles.sin(), (sizes[0] // sizes[1], sizes[1]))
+    angles = query_freqs.flatten(0, 1).flatten(1).float()
+    by_row = query_freqs.shape[1] > 1
+    if by_row:
+        mixed = mixed.transpose(0, 1)
+    q, k, v = FusedQKV.apply(mixed, angles.cos(), angles.sin(), (sizes[0] // sizes[1], sizes[1]))
+    return (q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)) if by_row else (q, k, v)
 
 
 def offer_fused_qkv() -> None:

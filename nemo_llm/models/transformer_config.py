@@ -51,7 +51,7 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
     fuse_kernels = cfg.performance.fused_kernels and device.type == "cuda"
     if fuse_kernels:
         offer_fused_swiglu()
-    fuse_qkv = fuse_kernels and fuse_rope and _qkv_in_one(cfg.model, cfg.parallelism)
+    fuse_qkv = fuse_kernels and fuse_rope and qkv_in_one(cfg.model, cfg.parallelism)
     if fuse_qkv:
         offer_fused_qkv()
     fields = {
@@ -94,7 +94,7 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
         ) from error
 
 
-def _qkv_in_one(model: ModelConfig, layout: ParallelismConfig) -> bool:
+def qkv_in_one(model: ModelConfig, layout: ParallelismConfig) -> bool:
     """Whether nothing stands between the joint projection and the rotation, and each rank holds whole groups."""
     groups = model.num_query_groups or model.num_attention_heads
     return not model.qk_layernorm and layout.tensor_model_parallel_size <= groups

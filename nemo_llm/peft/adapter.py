@@ -88,8 +88,9 @@ class _AdaptedLinear(_WithAdapter):
         forward = super().forward  # type: ignore[misc]
         if not self.adapter_active:
             return forward(input_, *arguments, **settings)
-        out, bias = forward(self.adapter.before(input_), *arguments, **settings)
-        return self.adapter.after(input_, out, bias)
+        input_, kept = self.adapter.before(input_)
+        out, bias = forward(input_, *arguments, **settings)
+        return self.adapter.after(kept, out, bias)
 
 
 class _AdaptedEmbedding(_WithAdapter):

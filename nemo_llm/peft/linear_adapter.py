@@ -45,14 +45,14 @@ class LinearAdapter(Adapter):
         """Standard deviation of a parameter's initial values; None leaves what it was made with."""
         raise NotImplementedError
 
-    def before(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs of the frozen layer."""
-        return x
+    def before(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs of the frozen layer, and what `after` needs of them: the inputs themselves unless said otherwise."""
+        return x, x
 
     def after(
-        self, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
+        self, kept: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Outputs and the bias that Megatron adds later, from those of the frozen layer."""
+        """Outputs and the bias that Megatron adds later, from those of the frozen layer and what `before` kept."""
         raise NotImplementedError
 
     def merge(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -90,9 +90,9 @@ class Ia3Adapter(LinearAdapter):
         """Factors start at one."""
         return None
 
-    def before(self, x: torch.Tensor) -> torch.Tensor:
+    def before(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scaled inputs of ``linear_fc2``."""
-        return x * self.factors if self.on_inputs else x
+        return x * self.factors if self.on_inputs else x, x
 
     def after(
         self, _x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None

@@ -73,6 +73,23 @@ def swiglu_case(rows: int, units: int, dtype: torch.dtype, device: str, bias: bo
     return compare(lambda x, b=None: (FusedSwiGLU.apply(x, b),), reference, inputs)
 
 
+def rotation_by_row_case(sizes: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> float:
+    """The split with rotation of one token of each row, at a position of its own; ``sizes`` = (b, G, R, D)."""
+    from nemo_llm.models.rope import _split_and_rotate, rotate
+
+    b, groups, queries, width = sizes
+    angles = torch.randn(1, b, 1, width // 2, device=device) * 3
+    freqs = torch.cat((angles, angles), -1)
+    mixed = torch.randn(1, b, groups, (queries + 2) * width, device=device, dtype=dtype)
+    split = [queries * width, width, width]
+
+    def reference(x):
+        q, k, v = x.split(split, -1)
+        return rotate(q.reshape(1, b, -1, width), freqs.double()), rotate(k, freqs.double()), v
+
+    return compare(lambda x: _split_and_rotate(x, freqs, freqs, split), reference, [mixed])
+
+
 def qkv_case(sizes: tuple[int, int, int, int, int], turned: int, dtype: torch.dtype, device: str) -> float:
     """The split with rotation; ``sizes`` = (s, b, G, R, D)."""
     from nemo_llm.models.kernels import FusedQKV
@@ -89,6 +106,36 @@ def qkv_case(sizes: tuple[int, int, int, int, int], turned: int, dtype: torch.dt
         return rotate(q.reshape(s, b, -1, width), exact), rotate(k, exact), v
 
     return compare(lambda x: FusedQKV.apply(x, freqs.cos(), freqs.sin(), (queries, width)), reference, [mixed])
+
+
+def decode_case(
+    sizes: tuple[int, int, int, int, int], rule: tuple[int | None, float | None], dtype: torch.dtype, device: str
+) -> float:
+    """One token of each row over the cache; ``sizes`` = (b, g, R, D, S), ``rule`` = (window, cap)."""
+    from nemo_llm.models.decode_kernels import attend_to_cache
+
+    b, groups, queries, width, slots = sizes
+    window, cap = rule
+    positions = torch.randint(0, slots, (b,), device=device)
+    positions[0], positions[-1] = 0, slots - 1
+    cached = [torch.randn(b, groups, slots, width, device=device, dtype=dtype) for _ in range(2)]
+    new = [torch.randn(b, groups, width, device=device, dtype=dtype) for _ in range(2)]
+    query = torch.randn(b, groups * queries, width, device=device, dtype=dtype)
+    keys, values = (buffer.double() for buffer in cached)
+    rows = torch.arange(b, device=device)
+    keys[rows, :, positions], values[rows, :, positions] = new[0].double(), new[1].double()
+    scale = width**-0.5
+    logits = query.double().view(b, groups, queries, width) @ keys.transpose(-1, -2) * scale
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    slot = torch.arange(slots, device=device)
+    seen = slot <= positions[:, None]
+    if window is not None:
+        seen &= slot > positions[:, None] - window
+    wanted = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1) @ values
+    ours = attend_to_cache(query, tuple(new), tuple(cached), positions, slots, (scale, window, cap))
+    assert torch.equal(cached[0].double(), keys)
+    assert torch.equal(cached[1].double(), values)
+    return error(ours, wanted.flatten(1, 2))
 
 
 def quantize_case(m: int, k: int, dtype: torch.dtype) -> float:
@@ -123,6 +170,13 @@ def all_cases(device: str, small: bool):
         ]
     for (size, turned), dtype in itertools.product(sizes, dtypes):
         yield f"qkv {size} turned {turned}", dtype, qkv_case(size, turned, dtype, device)
+    for dtype in dtypes:
+        yield "qkv by row", dtype, rotation_by_row_case((5, 2, 3, 16), dtype, device)
+    sizes = [(3, 2, 3, 12, 70), (2, 1, 1, 16, 600)]
+    if not small:
+        sizes += [(64, 8, 4, 64, 1024), (3, 8, 4, 128, 5000), (5, 1, 71, 64, 777), (2, 4, 1, 96, 300)]
+    for size, window, cap, dtype in itertools.product(sizes, (None, 40), (None, 3.0), dtypes):
+        yield f"decode {size} window {window} cap {cap}", dtype, decode_case(size, (window, cap), dtype, device)
     if not small:
         for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
             # A value on the edge between two FP8 numbers may fall to either side: the scale is a float32 rounding off.

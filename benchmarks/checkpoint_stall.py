@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="gpt_1b")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/nemo_llm_checkpoint_stall"))
-    parser.add_argument("--steps", type=int, default=6, help="steps after each save")
+    parser.add_argument("--steps", type=int, default=6, help="steps without a save")
+    parser.add_argument("--background-saves", type=int, default=2, choices=(1, 2))
+    parser.add_argument("--background-only", action="store_true", help="no save that is waited for, load or dd")
     parser.add_argument("--override", nargs="*", default=[])
     arguments = parser.parse_args()
     cfg = compose([
@@ -48,88 +51,85 @@ def main() -> int:
         shutil.rmtree(arguments.folder, ignore_errors=True)
         arguments.folder.mkdir(parents=True)
         write_config(run.run_dir, to_plain(cfg))
+        print(f"{arguments.model}, {dist.get_world_size()} ranks, {device_name(run)}", flush=True)
     dist.barrier()
-    rows: list[tuple[str, str]] = []
     try:
-        measure(run, arguments.steps, rows)
+        measure_background(run, arguments.steps, arguments.background_saves)
+        if not arguments.background_only:
+            measure_waiting(run)
+        megatron_form(run)
+        tell(
+            run,
+            "peak host memory of this rank",
+            f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB",
+        )
     finally:
         if first:
-            print(f"{arguments.model}, {dist.get_world_size()} ranks, {device_name(run)}")
-            for name, value in rows:
-                print(f"  {name:52} {value}")
-            sys.stdout.flush()
             shutil.rmtree(arguments.folder, ignore_errors=True)
         stop_runtime()
     return 0
 
 
-def measure(run: Any, steps: int, rows: list[tuple[str, str]]) -> None:
+def tell(run: Any, name: str, value: str) -> None:
+    """One line of the table, from the first rank."""
+    if run.runtime.is_first_rank:
+        print(f"  {name:52} {value}", flush=True)
+
+
+def measure_background(run: Any, steps: int, saves: int) -> None:
+    """Save while training; the first such save allocates and locks the host memory."""
     for _ in range(3):
         timed_step(run)
-    plain = [timed_step(run) for _ in range(steps)]
-    base = sorted(plain)[len(plain) // 2]
-    rows.append(("step without a save, median", f"{base:.3f} s"))
-
-    # Twice in the background: the first allocates and locks the host memory. A save may still be writing when the next
-    # step begins, and is waited for only at the end.
-    for name in ("first save in the background", "second save in the background"):
+    base = median(timed_step(run) for _ in range(steps))
+    tell(run, "step without a save, median", f"{base:.3f} s")
+    for number in range(saves):
         peak = memory_gib(run)
         began = time.perf_counter()
         save_checkpoint(run, in_background=True)
         call = time.perf_counter() - began
-        after = [timed_step(run) for _ in range(steps)]
-        waited = time.perf_counter()
+        slower = []
+        while still_writing(run):
+            slower.append(timed_step(run) - base)
         finish_saving(run)
-        waited = time.perf_counter() - waited
-        stall = call + sum(after) - base * len(after)
-        rows.append(
-            (
-                name,
-                f"call {call:.3f} s, {steps} steps after it {sum(after) - base * steps:+.3f} s beyond {steps} plain ones",
-            )
+        taken, stall = time.perf_counter() - began, call + sum(slower)
+        tell(
+            run,
+            f"save {number + 1} in the background",
+            f"call {call:.3f} s; {len(slower)} steps until it was written {sum(slower):+.3f} s beyond plain ones",
         )
-        rows.append(
-            (
-                "  training stood still for",
-                f"{stall:.3f} s = {stall / INTERVAL_SECONDS:.2%} of {INTERVAL_SECONDS} s; "
-                f"written {sum(after) + waited + call:.1f} s after its begin; device memory +{memory_gib(run) - peak:.2f} GiB",
-            )
+        tell(
+            run,
+            "  training stood still for",
+            f"{stall:.3f} s = {stall / INTERVAL_SECONDS:.2%} of {INTERVAL_SECONDS} s; written {taken:.1f} s after its begin; "
+            f"device memory +{memory_gib(run) - peak:.2f} GiB",
         )
-    rows.append(("host memory of the copies, this rank", f"{run.saver.writer.buffer.num_bytes / 2**30:.2f} GiB"))
+    tell(run, "host memory of the copies, this rank", f"{run.saver.writer.buffer.num_bytes / 2**30:.2f} GiB")
 
+
+def measure_waiting(run: Any) -> None:
+    """A save that training waits for, the disk's own speed, verifying, loading."""
     timed_step(run)
     began = time.perf_counter()
     folder = save_checkpoint(run)
     seconds = time.perf_counter() - began
     total = sum(entry["bytes"] for entry in read_manifest(folder)["files"].values())
-    rows.append(
-        ("save that is waited for", f"{total / 1e9:.2f} GB in {seconds:.1f} s = {total / 1e9 / seconds:.2f} GB/s")
-    )
+    tell(run, "save that is waited for", f"{total / 1e9:.2f} GB in {seconds:.1f} s = {total / 1e9 / seconds:.2f} GB/s")
     if run.runtime.is_first_rank:
-        rows.append(("dd on the same disk, one stream, then two", disk_rate(run.run_dir, total)))
+        tell(run, "dd on the same disk, one stream, then two", disk_rate(run.run_dir, total))
     dist.barrier()
     began = time.perf_counter()
     read = verify(folder, "full", (run.runtime.rank, run.runtime.world_size))
     dist.barrier()
-    rows.append(
-        (
-            "verify fully (its share of the load)",
-            f"{time.perf_counter() - began:.1f} s, {read / 1e9:.2f} GB by this rank",
-        )
-    )
-    dist.barrier()
+    seconds = time.perf_counter() - began
+    tell(run, "verify fully (its share of the load)", f"{seconds:.1f} s, {read / 1e9:.2f} GB by this rank")
     began = time.perf_counter()
     load_checkpoint(run, folder)
     dist.barrier()
     seconds = time.perf_counter() - began
-    rows.append(("load", f"{seconds:.1f} s = {total / 1e9 / seconds:.2f} GB/s"))
-    megatron_form(run, rows)
-    rows.append(
-        ("peak host memory of this rank", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
-    )
+    tell(run, "load", f"{seconds:.1f} s = {total / 1e9 / seconds:.2f} GB/s")
 
 
-def megatron_form(run: Any, rows: list[tuple[str, str]]) -> None:
+def megatron_form(run: Any) -> None:
     """Time and device memory that Megatron's fully reshardable state dict takes, before anything is written."""
     before = memory_gib(run)
     if torch.cuda.is_available():
@@ -148,7 +148,14 @@ def megatron_form(run: Any, rows: list[tuple[str, str]]) -> None:
         note = f"{time.perf_counter() - began:.2f} s, device memory +{memory_gib(run) - before:.2f} GiB"
     except torch.OutOfMemoryError:
         note = "out of device memory"
-    rows.append(("Megatron's fully_reshardable optimizer, gathering alone", note))
+    tell(run, "Megatron's fully_reshardable optimizer, gathering alone", note)
+
+
+def still_writing(run: Any) -> bool:
+    """Whether any rank is; the same on all."""
+    flag = torch.tensor(int(run.saver.is_writing), device=run.runtime.device)
+    dist.all_reduce(flag)
+    return bool(flag.item())
 
 
 def timed_step(run: Any) -> float:
@@ -163,8 +170,8 @@ def timed_step(run: Any) -> float:
 
 
 def disk_rate(folder: Path, total: int) -> str:
-    """GB/s of dd with fsync, half of the checkpoint's size each, alone and two at a time."""
-    count = max(4, min(total, 8 << 30) >> 24)
+    """GB/s of dd with fsync, half of the checkpoint's size each (2 GiB at most), alone and two at a time."""
+    count = max(4, min(total, 4 << 30) >> 24)
     rates = []
     for streams in (1, 2):
         began = time.perf_counter()

@@ -1,6 +1,6 @@
 """LoRA of a Llama-3.1-8B shape on one GPU: our training step beside a compiled model of plain PyTorch, in one run.
 
-``python -m benchmarks.lora_speed [--micro-batch 1] [--steps 20] [--rank 16] [--only ours|plain] [key=value ...]``.
+``python -m benchmarks.lora_speed [--micro-batch 1] [--micro-batches 1] [--steps 20] [--rank 16] [--only ours|plain] [key=value ...]``.
 Random weights and random tokens: nothing is downloaded. Both sides: bf16, sequences of 4,096, adapters on all seven
 linear layers, AdamW on the adapters alone. Prints one JSON line a side, beginning with RESULT.
 """
@@ -94,13 +94,14 @@ def plain_step(options: argparse.Namespace) -> Callable[[], float]:
     shape = (options.micro_batch, options.seq_length + 1)
 
     def step() -> float:
-        tokens = torch.randint(0, VOCAB, shape, device="cuda")
-        loss = compiled(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
+        for _ in range(options.micro_batches):
+            tokens = torch.randint(0, VOCAB, shape, device="cuda")
+            loss = compiled(tokens[:, :-1], tokens[:, 1:]) / options.micro_batches
+            loss.backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss.detach())
+        return float(loss.detach()) * options.micro_batches
 
     return step
 
@@ -121,7 +122,7 @@ def our_step(options: argparse.Namespace, overrides: list[str]) -> Callable[[], 
             "data=mock",
             f"data.seq_length={options.seq_length}",
             f"trainer.micro_batch_size={options.micro_batch}",
-            f"trainer.global_batch_size={options.micro_batch}",
+            f"trainer.global_batch_size={options.micro_batch * options.micro_batches}",
             "peft=lora",
             f"peft.rank={options.rank}",
             *overrides,
@@ -154,7 +155,7 @@ def measure(name: str, step: Callable[[], float], options: argparse.Namespace) -
     median = sorted(times)[len(times) // 2]
     figures = {
         "side": name,
-        "tokens_per_second": round(options.micro_batch * options.seq_length / median),
+        "tokens_per_second": round(options.micro_batch * options.micro_batches * options.seq_length / median),
         "step_ms": round(median * 1e3, 1),
         "slowest_ms": round(max(times) * 1e3, 1),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
@@ -170,6 +171,7 @@ def main() -> None:
     """Measure both sides one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches of an optimizer step")
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warm", type=int, default=5)

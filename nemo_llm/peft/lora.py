@@ -111,20 +111,19 @@ class LoraAdapter(LinearAdapter):
 
     def _a(self) -> torch.Tensor:
         """``[sum of ranks, in]``"""
-        return torch.cat([getattr(self, f"{part.leaf}_a") for part in self.settings.ranks])
+        parts = [getattr(self, f"{part.leaf}_a") for part in self.settings.ranks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _b(self) -> torch.Tensor:
         """``[out, sum of ranks]``, scaled: each part's matrix in its rows and its columns."""
-        total, column, blocks = sum(self.settings.ranks.values()), 0, []
+        row, column, blocks = 0, 0, []
         for part in self.place.parts:
-            rank = self.settings.ranks.get(part)
-            if rank is None:
-                blocks.append(self.place.linear.weight.new_zeros(part.rows, total))
-                continue
-            block = getattr(self, f"{part.leaf}_b") * self._scale(rank)
-            blocks.append(F.pad(block, (column, total - column - rank)))
-            column += rank
-        return self.place.assemble(blocks)
+            if (rank := self.settings.ranks.get(part)) is not None:
+                blocks.append(_Block(part.rows, row, column, rank, self._scale(rank)))
+                column += rank
+            row += part.rows
+        layout = _Layout(self.place.groups if len(self.place.parts) > 1 else 1, row, column, tuple(blocks))
+        return _Blocks.apply(layout, *(getattr(self, f"{part.leaf}_b") for part in self.settings.ranks))
 
     def _scale(self, rank: int) -> float:
         return self.settings.alpha / (math.sqrt(rank) if self.settings.use_rslora else rank)
@@ -151,6 +150,50 @@ class LoraAdapter(LinearAdapter):
             else:
                 factors.append(torch.ones_like(length, dtype=place.linear.weight.dtype))
         return place.assemble(factors)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Where one part's matrix ``[rows, rank]`` goes, ``row`` counted with the parts one after the other."""
+
+    rows: int
+    row: int
+    column: int
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """``rows`` x ``columns`` in ``groups`` in which the parts' rows alternate."""
+
+    groups: int
+    rows: int
+    columns: int
+    blocks: tuple[_Block, ...]
+
+    def find(self, whole: torch.Tensor, block: _Block) -> torch.Tensor:
+        """The block's place in ``whole``, a view ``[groups, rows of the block / groups, rank]``."""
+        by_group = whole.view(self.groups, self.rows // self.groups, self.columns)
+        rows = slice(block.row // self.groups, (block.row + block.rows) // self.groups)
+        return by_group[:, rows, block.column : block.column + block.rank]
+
+
+class _Blocks(torch.autograd.Function):
+    """Scaled matrices put into one, zero elsewhere: one small kernel for each, both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, layout: _Layout, *parts: torch.Tensor) -> torch.Tensor:
+        ctx.layout = layout
+        whole = parts[0].new_zeros(layout.rows, layout.columns)
+        for block, part in zip(layout.blocks, parts, strict=True):
+            torch.mul(part.view(layout.groups, -1, block.rank), block.scale, out=layout.find(whole, block))
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        layout, grad = ctx.layout, grads[0].contiguous()
+        return None, *((layout.find(grad, b) * b.scale).view(b.rows, b.rank) for b in layout.blocks)
 
 
 class _Narrow(torch.autograd.Function):

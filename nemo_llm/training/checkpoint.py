@@ -37,7 +37,7 @@ TRAINING_FILE_NAME = "training.json"
 
 
 class CheckpointSaver:
-    """Saves one run, one checkpoint at a time. Every method but `copied` is a collective of all ranks."""
+    """Saves one run, one checkpoint at a time. `save` and `wait` are collectives of all ranks."""
 
     def __init__(self, run: TrainingRun) -> None:
         self.writer = StateWriter(run.runtime.groups.dp_cp, run.cfg.checkpoint.writer_threads)
@@ -75,6 +75,11 @@ class CheckpointSaver:
             self.wait()
         self.stall_seconds = time.perf_counter() - began
         return final
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes its part."""
+        return self._thread is not None and self._thread.is_alive()
 
     def copied(self) -> None:
         """Called before weights change: the device first finishes copying the old ones. Costs the host nothing."""

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,8 +83,8 @@ def cpu_and_gpu() -> str:
         "+model=gpt_tiny", "trainer.log_interval=1", "trainer.val_interval=null", "checkpoint.save_interval=10",
         "optim.sched.warmup_steps=2", "optim.sched.decay_steps=20", "trainer.deterministic=true", "exp_manager.enabled=false", "sample.enabled=false",
     ]  # fmt: skip
-    found = []
-    for before, after in (("cuda", "cpu"), ("cpu", "cuda")):
+
+    def moved(before: str, after: str) -> str:
         _train([*options, "trainer.max_steps=20", f"run.dir={folder}/whole_{before}"], before)
         _train([*options, "trainer.max_steps=10", f"run.dir={folder}/{before}"], before)
         _train([*options, "trainer.max_steps=20", f"run.dir={folder}/{before}"], after)
@@ -93,11 +94,14 @@ def cpu_and_gpu() -> str:
             max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
             for one, other in zip(got, wanted, strict=True)
         ]
-        assert max(differences[:10]) == 0, f"{before}: two runs on it differ by {max(differences[:10]):.1e}"
-        assert differences[10] < 1e-5, f"{before} to {after}: first step differs by {differences[10]:.1e}"
-        worst = max(differences)
+        first, worst = differences[10], max(differences)
+        assert max(differences[:10]) == 0, f"two runs on {before} differ by {max(differences[:10]):.1e}"
+        assert first < 1e-5, f"{before} to {after}: the first step differs by {first:.1e}"
         assert worst < GOLDEN_TOLERANCE, f"{before} to {after}: relative difference {worst:.1e}"
-        found.append(f"{before} to {after} {differences[10]:.1e}, {worst:.1e}")
+        return f"{before} to {after} {first:.1e}, {worst:.1e}"
+
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(moved, ("cuda", "cpu"), ("cpu", "cuda")))
     shutil.rmtree(folder)
     return f"relative difference at the first step after it and over ten: {'; '.join(found)}"
 

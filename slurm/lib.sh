@@ -40,7 +40,8 @@ options:
 environment: NEMO_LLM_PYTHON (interpreter) [.venv/bin/python, else python3], NEMO_LLM_SITE (a file that is sourced
 first, for `module load` and defaults) [slurm/site.sh], NEMO_LLM_CONTAINER, NEMO_LLM_IMAGE, NEMO_LLM_MOUNTS,
 NEMO_LLM_CACHE (folder on each node for compiled kernels) [/tmp/nemo_llm_cache_UID], NEMO_LLM_MIN_FREE_MIB (room that
-the run's folder must have) [1024], NEMO_LLM_WAIT_SECONDS (before another attempt where the folder is in use or full) [30].
+the run's folder must have) [1024], NEMO_LLM_WAIT_SECONDS (before another attempt where the folder is in use or full) [30],
+NEMO_LLM_START_SECONDS (in which a rank must begin, an image's download included; else the job is requeued) [900].
 exit codes: 0 done, 1 failed, 2 bad configuration or input, 75 preempted and not requeued, 76 hang.
 HELP
 }

@@ -37,7 +37,7 @@ options:
   --dry-run               check, and print the sbatch command
   --help
 
-environment: NEMO_LLM_PYTHON (interpreter) [.venv/bin/python, else python3], NEMO_LLM_SITE (a file that is sourced
+environment: NEMO_LLM_PYTHON (interpreter) [.venv/bin/python, else python3; in a container python3], NEMO_LLM_SITE (a file that is sourced
 first, for `module load` and defaults) [slurm/site.sh], NEMO_LLM_CONTAINER, NEMO_LLM_IMAGE, NEMO_LLM_MOUNTS,
 NEMO_LLM_CACHE (folder on each node for compiled kernels) [/tmp/nemo_llm_cache_UID], NEMO_LLM_MIN_FREE_MIB (room that
 the run's folder must have) [1024], NEMO_LLM_WAIT_SECONDS (before another attempt where the folder is in use or full) [30],
@@ -119,8 +119,12 @@ sbatch_option() { # long short: value on our command line, else in the script's 
 
 choose_python() {
   PYTHON=${NEMO_LLM_PYTHON:-}
-  [ -n "$PYTHON" ] || { [ -x "$HOME_DIR/.venv/bin/python" ] && PYTHON=$HOME_DIR/.venv/bin/python; }
-  [ -n "$PYTHON" ] || PYTHON=$([ "$CONTAINER" = none ] && command -v python3 || echo python3)
+  # In a container it is the image's own, by the image's PATH: what stands here links to what the image lacks.
+  if [ -z "$PYTHON" ] && [ "$CONTAINER" = none ]; then
+    PYTHON=$HOME_DIR/.venv/bin/python
+    [ -x "$PYTHON" ] || PYTHON=$(command -v python3)
+  fi
+  PYTHON=${PYTHON:-python3}
   export PYTHONPATH=$HOME_DIR${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 }
 

@@ -44,9 +44,14 @@ def what_is_missing() -> str | None:
 
 
 class Cluster:
-    """The cluster whose state lies in `folder`; as a context manager it is up inside the block."""
+    """The cluster whose state lies in `folder`; as a context manager it is up inside the block.
 
-    def __init__(self, folder: Path, num_nodes: int = 2, cpus: int = 8):
+    Args:
+        containers: let srun and sbatch know pyxis' options (rootfs_plugin.c; needs gcc and ``libslurm-dev``).
+    """
+
+    def __init__(self, folder: Path, num_nodes: int = 2, cpus: int = 8, containers: bool = False):
+        self.containers = containers
         self.folder = folder.resolve()
         self.num_nodes = num_nodes
         self.cpus = cpus
@@ -259,7 +264,14 @@ class Cluster:
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
         for number in range(1, self.num_nodes + 1):
             (self.folder / f"spool/node{number}").mkdir(exist_ok=True)
-        (self.folder / "slurm.conf").write_text(_slurm_conf(self, host))
+        text = _slurm_conf(self, host)
+        if self.containers:
+            plugin, stack = self.folder / "rootfs_plugin.so", self.folder / "plugstack.conf"
+            source = Path(__file__).with_name("rootfs_plugin.c")
+            subprocess.run(["gcc", "-shared", "-fPIC", "-Wall", "-Werror", "-o", plugin, source], check=True)
+            stack.write_text(f"required {plugin}\n")
+            text += f"PlugStackConfig={stack}\n"
+        (self.folder / "slurm.conf").write_text(text)
 
     def _start(self, name: str, *command: str) -> None:
         with (self.folder / f"log/{name}.out").open("ab") as output:

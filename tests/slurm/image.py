@@ -79,6 +79,12 @@ class ImageStore:
         """Run a command in the image, or what the image does by itself."""
         return self._call("podman", "run", "--rm", "--network", "host", "--pull", "never", *options, IMAGE, *command)
 
+    def mount(self) -> Path:
+        """The image's root file system as a folder."""
+        done = self._call("podman", "image", "mount", IMAGE)
+        assert done.returncode == 0, done.stderr
+        return Path(done.stdout.strip())
+
 
 def main() -> int:
     """Build, and run what is asked for."""

@@ -21,7 +21,7 @@ from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer_from_folder
 from nemo_llm.errors import ConfigError, InputError, Problem
 from nemo_llm.inference.graphs import DecodeGraphs
 from nemo_llm.models.build import build_model_chunks
-from nemo_llm.models.kv_cache import KVCache, connect_cache, has_cacheable_attention
+from nemo_llm.models.kv_cache import KVCache, cacheable_attentions, connect_cache
 from nemo_llm.models.transformer_config import qkv_in_one
 from nemo_llm.parallel.runtime import ParallelRuntime
 
@@ -125,7 +125,8 @@ class InferenceModel:
         alone = runtime.parallelism.model_parallel_size == 1 and cfg.model.moe is None
         self.records_graphs = runtime.device.type == "cuda" and alone
         self._stage_ranks = dist.get_process_group_ranks(runtime.groups.pp)
-        if not has_cacheable_attention(self.chunk):
+        attentions = cacheable_attentions(self.chunk)
+        if attentions is None:
             problem = Problem(
                 "model.layer_spec",
                 cfg.model.layer_spec,
@@ -133,6 +134,7 @@ class InferenceModel:
                 "set model.layer_spec=null",
             )
             raise ConfigError([problem])
+        self._attentions = attentions
 
     @property
     def device(self) -> torch.device:
@@ -159,12 +161,12 @@ class InferenceModel:
         positions = torch.arange(length, device=tokens.device).expand(rows, length)
         wanted = (lengths - 1) * rows + torch.arange(rows, device=tokens.device)
         self.chunk.output_positions, self.chunk.rotary_table = wanted, None
-        connect_cache(self.chunk, cache)
+        connect_cache(self._attentions, cache)
         try:
             return self._logits(self._through_stages(tokens, positions))
         finally:
             self.chunk.output_positions = None
-            connect_cache(self.chunk, None)
+            connect_cache(self._attentions, None)
 
     @torch.no_grad()
     def decode(
@@ -174,7 +176,7 @@ class InferenceModel:
 
         On a GPU the result is overwritten by the next call.
         """
-        connect_cache(self.chunk, cache)
+        connect_cache(self._attentions, cache)
         self.chunk.rotary_table = self._rotary_table(cache.num_slots)
         try:
             if self.records_graphs:
@@ -185,7 +187,7 @@ class InferenceModel:
             return self._logits(self._through_stages(tokens[:, None], positions[:, None]))
         finally:
             self.chunk.rotary_table = None
-            connect_cache(self.chunk, None)
+            connect_cache(self._attentions, None)
 
     def _recordable_step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         logits = self._logits(self.chunk(tokens[:, None], positions[:, None], attention_mask=None))

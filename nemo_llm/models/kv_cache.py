@@ -106,14 +106,13 @@ class KVCache:
         return prompt.new_zeros(rows, groups, self.num_slots, channels)
 
 
-def connect_cache(model: torch.nn.Module, cache: KVCache | None) -> None:
-    """Let every attention of this stage use the cache; None: none."""
-    for module in model.modules():
-        if isinstance(module, CoreAttention):
-            module.cache = cache
+def connect_cache(attentions: list[CoreAttention], cache: KVCache | None) -> None:
+    """Let them use the cache; None: none."""
+    for attention in attentions:
+        attention.cache = cache
 
 
-def has_cacheable_attention(model: Any) -> bool:
-    """Whether every layer of this stage has the attention that knows of the cache."""
+def cacheable_attentions(model: Any) -> list[CoreAttention] | None:
+    """The attention of every layer of this stage; None where one does not know of the cache."""
     cores = [layer.self_attention.core_attention for layer in model.decoder.layers]
-    return all(isinstance(core, CoreAttention) for core in cores)
+    return cores if all(isinstance(core, CoreAttention) for core in cores) else None

@@ -201,7 +201,11 @@ class Cluster:
 
     def job(self, job_id: str) -> dict[str, str]:
         """``scontrol show job`` as a mapping."""
-        words = self.command("scontrol", "show", "job", "-o", job_id).split()
+        for _ in range(5):  # once in some thousand calls scontrol dies of SIGPIPE on a loaded machine
+            if shown := self.command("scontrol", "show", "job", "-o", job_id, check=False):
+                break
+            time.sleep(1)
+        words = (shown or self.command("scontrol", "show", "job", "-o", job_id)).split()
         return dict(word.partition("=")[::2] for word in words if "=" in word)
 
     def wait(self, job_id: str, states: Sequence[str] = FINAL_STATES, timeout: float = 120) -> dict[str, str]:

@@ -13,7 +13,8 @@ import triton.language as tl
 
 PART_SLOTS = 256
 """Slots that one program attends to."""
-_BLOCK_SLOTS = 64
+# Bytes of keys that a program holds at a time: a multiple of it (values, loads under way) fits on the chip.
+_BLOCK_BYTES = 16384
 # tl.dot takes no fewer rows than this.
 _LEAST_ROWS = 16
 
@@ -156,6 +157,7 @@ def attend_to_cache(
     scale, window, cap = rule
     block_r = max(triton.next_power_of_2(per_group), _LEAST_ROWS)
     block_d = max(triton.next_power_of_2(width), 16)
+    block_slots = min(64, max(16, _BLOCK_BYTES // (block_d * keys.element_size())))
     _attend_part[(rows * groups, parts)](
         query.contiguous(),
         new[0].contiguous(),
@@ -176,7 +178,7 @@ def attend_to_cache(
         WINDOW=window is not None,
         CAP=cap is not None,
         PART=PART_SLOTS,
-        BLOCK=_BLOCK_SLOTS,
+        BLOCK=block_slots,
         BLOCK_R=block_r,
         BLOCK_D=block_d,
         num_warps=4,

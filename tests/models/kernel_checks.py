@@ -174,7 +174,13 @@ def all_cases(device: str, small: bool):
         yield "qkv by row", dtype, rotation_by_row_case((5, 2, 3, 16), dtype, device)
     sizes = [(3, 2, 3, 12, 70), (2, 1, 1, 16, 600)]
     if not small:
-        sizes += [(64, 8, 4, 64, 1024), (3, 8, 4, 128, 5000), (5, 1, 71, 64, 777), (2, 4, 1, 96, 300)]
+        sizes += [
+            (64, 8, 4, 64, 1024),
+            (3, 8, 4, 128, 5000),
+            (5, 1, 71, 64, 777),
+            (2, 4, 1, 96, 300),
+            (2, 2, 2, 256, 700),
+        ]
     for size, window, cap, dtype in itertools.product(sizes, (None, 40), (None, 3.0), dtypes):
         yield f"decode {size} window {window} cap {cap}", dtype, decode_case(size, (window, cap), dtype, device)
     if not small:

@@ -338,6 +338,8 @@ def check_fine_tuning(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
             "no source of data.blend holds conversations",
             "add data=chat 'data.blend=[{name: mine, chat: FILE}]', or set task=pretrain",
         )
+    if cfg.peft is not None and cfg.peft.base_weights == "nf4":
+        yield from _check_four_bits(cfg)
     if cfg.peft is not None and cfg.peft.virtual_tokens >= cfg.data.seq_length:
         yield Problem(
             "peft.num_virtual_tokens",
@@ -345,6 +347,22 @@ def check_fine_tuning(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
             f"must be below data.seq_length = {cfg.data.seq_length}, in which they count",
             f"set it to {min(20, cfg.data.seq_length // 2)}, or raise data.seq_length",
         )
+
+
+def _check_four_bits(cfg: RunConfig) -> Iterator[Problem]:
+    """Blocks of 64 elements know nothing of a split, and the products are bitsandbytes'."""
+    layout = cfg.parallelism
+    sizes = {
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+    }
+    for key, size in sizes.items():
+        if size > 1:
+            rule = "peft.base_weights=nf4 holds whole layers on each rank"
+            yield Problem(f"parallelism.{key}", size, rule, "set it to 1, or peft.base_weights=null")
+    if cfg.precision.fp8 is not None:
+        rule = "peft.base_weights=nf4 multiplies in the precision of the activations"
+        yield Problem("precision.fp8", cfg.precision.fp8.fp8, rule, "use precision=bf16, or peft.base_weights=null")
 
 
 def _check_head(cfg: RunConfig) -> Iterator[Problem]:

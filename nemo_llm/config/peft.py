@@ -29,6 +29,8 @@ class PeftConfig(Section):
     """Width of p-tuning's MLP; None takes the model's hidden size."""
     init_from: NonEmptyStr | None
     """Adapter to start from: a Hugging Face PEFT folder, or a checkpoint of ours."""
+    base_weights: Literal["nf4"] | None = None
+    """Frozen linear layers in 4 bits an element (QLoRA, arXiv:2305.14314); None: as they are."""
 
     def __post_init__(self) -> None:
         if self.kind in LINEAR_KINDS and not self.target_modules:

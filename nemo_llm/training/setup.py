@@ -19,6 +19,7 @@ from nemo_llm.log import get_logger
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.peft.attach import attach_peft, count_parameters
+from nemo_llm.peft.four_bit import quantize_base
 from nemo_llm.peft.hf_format import CONFIG_FILE, load_hf_adapter
 from nemo_llm.peft.state import load_adapter
 from nemo_llm.tasks import pretrain
@@ -74,6 +75,8 @@ def freeze_and_adapt(cfg: RunConfig, chunks: list[torch.nn.Module], runtime: Par
     if cfg.checkpoint.init_from is not None:
         load_first_weights(cfg, runtime, chunks)
     fingerprint = weights_fingerprint(chunks, runtime.device)
+    if cfg.peft.base_weights == "nf4":
+        quantize_base(chunks, runtime.groups)
     attach_peft(cfg, chunks, runtime)
     if cfg.peft.init_from is not None:
         start = Path(cfg.peft.init_from)

@@ -76,6 +76,7 @@ def train(run: TrainingRun) -> Ending:
         if run.cfg.checkpoint.save_final or reason is not None:
             save_checkpoint(run)
         finish_saving(run)
+        signals.stopped(reason)
     if reason is not None and state.step < trainer.max_steps:
         return Ending(reason.exit_code, reason.detail, report.last_validation)
     return Ending(ExitCode.DONE, f"trainer.max_steps = {trainer.max_steps} reached", report.last_validation)
@@ -90,11 +91,14 @@ def _agree_to_stop(signals: StopSignals, run: TrainingRun) -> StopReason | None:
     reason = signals.poll()
     if run.runtime.world_size == 1:
         return reason
-    told = torch.tensor(int(reason is not None), device=run.runtime.device)
+    # A stop file ends a run for good, a notice asks to go on later: where ranks were told both, the latter holds.
+    own = 0 if reason is None else 1 if reason.kind == "stop_file" else 2
+    told = torch.tensor(own, device=run.runtime.device)
     dist.all_reduce(told, dist.ReduceOp.MAX)
-    if told.item() and reason is None:
-        return StopReason("signal", "another rank was told to stop", time.time())
-    return reason
+    agreed = int(told.item())
+    if agreed == own:
+        return reason
+    return StopReason("stop_file" if agreed == 1 else "signal", "another rank was told to stop", time.time())
 
 
 class _Report:

@@ -56,7 +56,7 @@ class StopSignals:
     third SIGINT within five seconds raises KeyboardInterrupt. Leaving the context restores the handlers before.
 
     Args:
-        run_dir: folder watched for a file named ``STOP``, which is removed when obeyed; None watches none. Give it to
+        run_dir: folder watched for a file named ``STOP``, which `stopped` removes; None watches none. Give it to
             the first rank alone.
         max_time_minutes: budget counted from entering the context; None for no limit.
         clock: monotonic seconds.
@@ -122,11 +122,17 @@ class StopSignals:
             self._next_look = self._clock() + _STOP_FILE_INTERVAL_SECONDS
             if self._stop_file.exists():
                 self._note("stop_file", f"file {self._stop_file}")
-                # Removed, or the next run in this folder would stop at its first step. Where it cannot be removed,
-                # stopping still comes first.
-                with contextlib.suppress(OSError):
-                    self._stop_file.unlink()
         return self._reason
+
+    def stopped(self, reason: StopReason | None) -> None:
+        """All is saved, for the reason that the ranks agreed on: a stop file that was obeyed is removed.
+
+        Not before: a run that is killed while it saves, and started again, must still find it. Left there, it would
+        stop the next run in this folder at its first step.
+        """
+        if reason is not None and reason.kind == "stop_file" and self._stop_file is not None:
+            with contextlib.suppress(OSError):
+                self._stop_file.unlink()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.signal_count += 1

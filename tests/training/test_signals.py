@@ -1,5 +1,6 @@
 """Real signals sent to this process and to a child, the time budget, and the stop file."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -90,6 +91,12 @@ def test_stop_file_ends_the_run_once_and_is_looked_for_once_a_second(tmp_path):
     assert reason.kind == "stop_file"
     assert str(tmp_path / "STOP") in reason.detail
     assert reason.exit_code == ExitCode.DONE
+    with StopSignals(tmp_path, None, clock) as stop:  # killed before it had saved: the next one still finds it
+        reason = stop.poll()
+        assert reason.kind == "stop_file"
+        stop.stopped(dataclasses.replace(reason, kind="signal"))  # other ranks were told to go on later
+        assert (tmp_path / "STOP").exists()
+        stop.stopped(reason)
     assert not (tmp_path / "STOP").exists()
     with StopSignals(tmp_path, None, clock) as stop:
         assert stop.poll() is None

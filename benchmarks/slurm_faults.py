@@ -49,6 +49,8 @@ class Fault:
     step: int
     resumed_from: int
     seconds: float
+    nodes: int
+    """Of the job afterwards."""
 
     @property
     def wasted(self) -> int:
@@ -58,8 +60,10 @@ class Fault:
 class Trial:
     """One disturbed job on a cluster."""
 
-    def __init__(self, cluster: Cluster, run_dir: Path, job_id: str, choice: random.Random):
-        self.cluster, self.run_dir, self.job_id, self.choice = cluster, run_dir, job_id, choice
+    def __init__(self, cluster: Cluster, run_dir: Path, submit: Callable[[int], str], choice: random.Random):
+        """``submit`` takes a number of nodes and returns the job's id."""
+        self.cluster, self.run_dir, self.submit, self.choice = cluster, run_dir, submit, choice
+        self.job_id = submit(cluster.num_nodes - 1)
 
     def step(self) -> int:
         """Last step in ``metrics.jsonl``."""
@@ -118,17 +122,12 @@ class Trial:
         self.cluster.command("scontrol", "requeue", self.job_id)
 
     def change_node_count(self) -> None:
-        """The administrator requeues the job and gives it one node less, or the one more that it had."""
-        count = (
-            max(1, len(self.nodes()) - 1)
-            if len(self.nodes()) == self.cluster.num_nodes - 1
-            else self.cluster.num_nodes - 1
-        )
-        self.requeue()
-        until = time.monotonic() + 60
-        while self.cluster.job(self.job_id)["JobState"] != "PENDING" and time.monotonic() < until:
-            time.sleep(0.2)
-        self.cluster.command("scontrol", "update", f"JobId={self.job_id}", f"NumNodes={count}")
+        """The user cancels the job and submits it again on one node less, or on the one more that it had."""
+        whole = self.cluster.num_nodes - 1
+        count = whole if len(self.nodes()) < whole else max(1, whole - 1)
+        self.cluster.command("scancel", self.job_id)
+        self.cluster.wait(self.job_id)
+        self.job_id = self.submit(count)
 
     def full_disk(self) -> None:
         """Something else fills the file system; it is cleared when the run has failed of it."""
@@ -159,7 +158,7 @@ class Trial:
                 break
             found = self.resumed_from() if self.attempts() > attempts else None
             if found is not None and self.step() > found:
-                return Fault(kind, step, found, time.monotonic() - began)
+                return Fault(kind, step, found, time.monotonic() - began, len(self.nodes()))
             time.sleep(0.1)
         raise RuntimeError(
             f"no step within {RECOVERY_SECONDS} s of '{kind}' at step {step}: {self.cluster.job(self.job_id)}"
@@ -188,8 +187,8 @@ KINDS: dict[str, Callable[[Trial], None]] = {
 }
 
 
-def submit(cluster: Cluster, run_dir: Path, ranks: int, options: Sequence[str]) -> str:
-    """Submit ``slurm/pretrain.sh`` on all nodes but one; returns the job's id."""
+def submit(cluster: Cluster, run_dir: Path, nodes: int, ranks: int, options: Sequence[str]) -> str:
+    """Submit ``slurm/pretrain.sh``; returns the job's id."""
     own = {
         "NEMO_LLM_PYTHON": sys.executable,
         "NEMO_LLM_WAIT_SECONDS": "3",
@@ -198,7 +197,7 @@ def submit(cluster: Cluster, run_dir: Path, ranks: int, options: Sequence[str]) 
     }
     environment = cluster.environment | own | {"OMP_NUM_THREADS": "1"}
     command = [
-        "bash", str(ROOT / "slurm/pretrain.sh"), f"--nodes={cluster.num_nodes - 1}", "--gpus-per-node=0",
+        "bash", str(ROOT / "slurm/pretrain.sh"), f"--nodes={nodes}", "--gpus-per-node=0",
         f"--ntasks-per-node={ranks}", f"--output={run_dir.parent}/%j.out", "--signal=B:USR1@45",
         *OPTIONS, f"run.dir={run_dir}", f"checkpoint.save_interval={SAVE_INTERVAL}", *options,
     ]  # fmt: skip
@@ -222,7 +221,7 @@ def disturb(trial: Trial, kinds: Sequence[str]) -> list[Fault]:
         KINDS[kind](trial)
         faults.append(trial.recover(kind, step, attempts, began))
         print(f"{len(faults):3} {kind:26} at step {step:5}, on from {faults[-1].resumed_from:5}: {faults[-1].wasted:2} "
-              f"steps again, {faults[-1].seconds:5.1f} s", flush=True)  # fmt: skip
+              f"steps again, {faults[-1].seconds:5.1f} s, {faults[-1].nodes} nodes", flush=True)  # fmt: skip
     return faults
 
 
@@ -243,7 +242,8 @@ def run(folder: Path, nodes: int, ranks: int, kinds: Sequence[str], choice: rand
     whole, disturbed = folder / "disk/whole", folder / "disk/run"
     with Cluster(folder / "cluster", nodes) as cluster:
         began = time.monotonic()
-        trial = Trial(cluster, disturbed, submit(cluster, disturbed, ranks, ["trainer.max_steps=1000000"]), choice)
+        endless = ["trainer.max_steps=1000000"]
+        trial = Trial(cluster, disturbed, lambda count: submit(cluster, disturbed, count, ranks, endless), choice)
         while trial.step() < 1 and cluster.job(trial.job_id)["JobState"] not in FINAL_STATES:
             time.sleep(0.1)
         seconds = time.monotonic() - began
@@ -255,12 +255,12 @@ def run(folder: Path, nodes: int, ranks: int, kinds: Sequence[str], choice: rand
         print(table(faults), flush=True)
         if state != "COMPLETED":
             raise RuntimeError(f"the disturbed run is {state}")
-        alone = submit(cluster, whole, ranks, [f"trainer.max_steps={steps}"])
+        alone = submit(cluster, whole, nodes - 1, ranks, [f"trainer.max_steps={steps}"])
         if (state := cluster.wait(alone, timeout=3600)["JobState"]) != "COMPLETED":
             raise RuntimeError(f"the undisturbed run is {state}")
     if "another node count" in kinds:
         worst = largest_difference(whole, disturbed)
-        good = worst < NODE_COUNT_TOLERANCE
+        good = worst < NODE_COUNT_TOLERANCE and len({fault.nodes for fault in faults}) > 1
         verdict = f"losses and gradient norms within {worst:.1e} of the undisturbed run's"
     else:
         differences = list(diff(whole, disturbed))

@@ -7,6 +7,7 @@ the exit code 1.
 import argparse
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # fp32 on both, but cuBLAS and SDPA add in another order than the CPU does, and Adam carries that on.
@@ -106,6 +109,48 @@ def cpu_and_gpu() -> str:
     return f"relative difference at the first step after it and over ten: {'; '.join(found)}"
 
 
+def hang() -> str:
+    """Two ranks over NCCL, one of them frozen: the other says so, leaves NCCL's flight recorder, and ends with code 76."""
+    folder = Path(tempfile.mkdtemp())
+    options = [
+        "+model=gpt_tiny", "precision=bf16", "trainer.max_steps=100000", "trainer.global_batch_size=16", "trainer.log_interval=1",
+        "trainer.val_interval=null", "trainer.step_timeout_minutes=0.1", "exp_manager.enabled=false", "sample.enabled=false",
+        "checkpoint.save_interval=null", f"run.dir={folder}/run",
+    ]  # fmt: skip
+    ranks = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+        environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29567", "PYTHONPATH": _path()}
+        command = [sys.executable, "-W", "ignore", "-m", "nemo_llm.train", *options]
+        with (folder / f"rank_{rank}.log").open("w") as log:
+            ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        deadline = time.monotonic() + 120
+        while _last_step(folder / "run") < 5 and time.monotonic() < deadline and ranks[0].poll() is None:
+            time.sleep(0.1)
+        ranks[1].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        code = ranks[0].wait(timeout=90)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    seconds = time.monotonic() - began
+    output = (folder / "rank_0.log").read_text()
+    said = [line for line in output.splitlines() if "rank 1" in line]
+    assert code == 76, f"exit code {code}: {output[-1500:]}"
+    assert said, f"rank 1 is not named: {output[-1500:]}"
+    # NCCL's recorder writes a pickle; this one is our own, made a moment ago.
+    trace = pickle.loads((folder / "run" / "flight_recorder" / "rank_0").read_bytes())
+    waiting = [entry for entry in trace["entries"] if entry["state"] != "completed"]
+    assert waiting, f"all {len(trace['entries'])} collectives are recorded as completed"
+    shutil.rmtree(folder)
+    return (
+        f"code 76 after {seconds:.0f} s, {said[0].strip()[:160]!r}; flight recorder: {len(trace['entries'])} collectives, "
+        f"{len(waiting)} not completed, first of them {waiting[0]['profiling_name']}"
+    )
+
+
 def nemo() -> str:
     """NeMo's exp_manager runs the experiment and writes TensorBoard's file."""
     folder = tempfile.mkdtemp()
@@ -133,6 +178,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "overlap": overlap,
     "kill and resume": kill_and_resume,
     "CPU and GPU": cpu_and_gpu,
+    "hang": hang,
     "NeMo": nemo,
     "gpt_1b": gpt_1b,
 }
@@ -148,10 +194,13 @@ def main() -> int:
     for name, check in CHECKS.items():
         if arguments.only and name not in arguments.only:
             continue
+        if name == "hang" and torch.cuda.device_count() < 2:
+            print(f"left out {name}: needs two GPUs")
+            continue
         began = time.perf_counter()
         try:
             outcome, detail = "passed", check()
-        except (AssertionError, subprocess.CalledProcessError) as error:
+        except (AssertionError, subprocess.SubprocessError, OSError) as error:
             outcome, detail = "FAILED", str(error)
         rows.append(
             {"check": name, "outcome": outcome, "seconds": round(time.perf_counter() - began, 1), "detail": detail}
@@ -164,12 +213,16 @@ def main() -> int:
 
 def _run(command: list[str], **environment: str) -> str:
     environment = {
-        **os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "PYTHONWARNINGS": "ignore", **environment
+        **os.environ, "PYTHONPATH": _path(), "PYTHONWARNINGS": "ignore", **environment
     }  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise AssertionError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
     return done.stdout
+
+
+def _path() -> str:
+    return f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
 
 
 def _train(overrides: list[str], device: str = "cuda") -> str:

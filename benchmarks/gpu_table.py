@@ -27,6 +27,10 @@ MOE = [
     "model.moe.moe_ffn_hidden_size=7168", "model.vocab_size=50304", "trainer.global_batch_size=8", "trainer.micro_batch_size=2",
 ]  # fmt: skip
 LARGE = ["+model=llama3_8b", "parallelism.use_distributed_optimizer=true", "model.transformer_impl=torch"]
+LONG = [
+    "+model=llama3_1b", "trainer.micro_batch_size=1", "model.transformer_impl=torch", "parallelism.context_parallel_size=2",
+    "parallelism.use_distributed_optimizer=true", "data.split=null",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,15 @@ ROWS = {
     "1b bf16, two GPUs": Row(
         [*OURS, "+model=llama3_1b", "trainer.global_batch_size=32", "trainer.micro_batch_size=8",
          "model.transformer_impl=torch", "parallelism.use_distributed_optimizer=true"], 2, "1b bf16",
+    ),
+    "1b fp8, two GPUs": Row(
+        [*OURS, "+model=llama3_1b", "trainer.global_batch_size=32", "trainer.micro_batch_size=8", "precision=fp8_tensorwise",
+         "model.transformer_impl=torch", "parallelism.use_distributed_optimizer=true"], 2, "1b bf16, two GPUs",
+    ),
+    "1b 32k cp2": Row([*OURS, *LONG, "data.seq_length=32768", "trainer.global_batch_size=4"], 2),
+    "1b 128k cp2": Row(
+        [*OURS, *LONG, "data.seq_length=131072", "trainer.global_batch_size=1", "parallelism.recompute_granularity=full",
+         "parallelism.recompute_method=uniform", "parallelism.recompute_num_layers=1"], 2,
     ),
     "8b x12 peer 4096": Row(
         [*PEER, "--model", "llama3_8b", "--layers", "12", "--micro-batch", "2", "--micro-batches", "4"], 2
@@ -89,7 +102,9 @@ def run(name: str, row: Row, timeout: int, more: list[str]) -> dict:
         return {"name": name, "failed": f"no result in {timeout} s"}
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not found:
-        return {"name": name, "failed": f"exit code {done.returncode}: {(done.stderr or done.stdout)[-400:]}"}
+        said = (done.stderr or done.stdout).splitlines()
+        errors = [line for line in said if "Error: " in line] or said  # torchrun's own report comes last
+        return {"name": name, "failed": f"exit code {done.returncode}: {errors[0] if errors else ''}"[:400]}
     return {**json.loads(found[-1].removeprefix("RESULT ")), "name": name}
 
 

@@ -56,6 +56,14 @@ take_notice() {
 }
 pass_notice_on() { [ -z "$STEP_PID" ] || kill -USR1 "$STEP_PID" 2>/dev/null; }
 
+image_digest() { # FILE_OR_NAME -> " sha256:..." of a file, kept beside it; nothing for a name
+  [ -f "$1" ] || return 0
+  [ "$1.sha256" -nt "$1" ] || sha256sum "$1" >"$1.sha256" 2>/dev/null
+  local digest
+  if [ "$1.sha256" -nt "$1" ]; then digest=$(cat "$1.sha256"); else digest=$(sha256sum "$1"); fi
+  printf ' sha256:%s' "${digest%% *}"
+}
+
 set_environment() {
   local cache=${NEMO_LLM_CACHE:-/tmp/nemo_llm_cache_$UID}
   export HYDRA_FULL_ERROR=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_ASYNC_ERROR_HANDLING=1
@@ -74,6 +82,8 @@ set_environment() {
     mkdir -p "$run_dir" || fail 2 "run.dir: $run_dir cannot be made"
     mounts+=,$run_dir:$run_dir
   fi
+  # Into the head of the run's config.yaml.
+  [ "$CONTAINER" = none ] || export NEMO_LLM_IMAGE="$IMAGE$(image_digest "$IMAGE")"
   case $CONTAINER in
     pyxis)
       PROGRAM_OPTIONS=("--container-image=$IMAGE" "--container-mounts=$mounts" "--container-workdir=$SLURM_SUBMIT_DIR") ;;

@@ -202,6 +202,8 @@ def _header() -> str:
         f"versions: {', '.join(_versions())}",
         f"commit: {commit or 'not a git checkout'}",
     ]
+    if image := os.environ.get("NEMO_LLM_IMAGE"):  # set by slurm/job.sh
+        lines.append(f"image: {image}")
     # An argument may hold a line break, which must not end the comment.
     return "".join(f"# {' '.join(line.splitlines())}\n" for line in lines)
 

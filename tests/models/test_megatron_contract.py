@@ -138,3 +138,45 @@ def test_names_that_checkpoints_use() -> None:
         assert hasattr(filesystem, name), name
     assert hasattr(dist.distributed_c10d, "_get_default_store")
     assert hasattr(DistributedOptimizer, "_get_model_param_range_map")
+
+
+def _calls_of_apex() -> list[str]:
+    import re
+
+    from megatron.core.tensor_parallel import layers
+
+    source = inspect.getsource(layers.LinearWithGradAccumulationAndAsyncCommunication.backward)
+    return re.findall(r"fused_weight_gradient_mlp_cuda\.(\w+)\(\s*([\w., ]+?)\s*\)", source)
+
+
+def test_megatron_calls_apexs_kernel_as_ours_can_be_called(ranks: RankPool) -> None:
+    """apex's extension, taken where NVIDIA's image has it, and `add_weight_gradient` in its place elsewhere."""
+    calls = ranks.run(_calls_of_apex, 1)[0]
+    assert {name for name, _ in calls} == {"wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16"}
+    assert {arguments for _, arguments in calls} == {"total_input, grad_output, weight.main_grad"}
+
+
+def test_apexs_own_kernel_is_left_where_megatron_found_it(ranks: RankPool) -> None:
+    ranks.run(_apex_is_left_alone, 1)
+
+
+def _apex_is_left_alone() -> None:
+    from megatron.core.tensor_parallel import layers
+
+    from nemo_llm.models.gradients import offer_gradient_accumulation
+
+    names = ("_grad_accum_fusion_available", "fused_weight_gradient_mlp_cuda")
+    before = {name: getattr(layers, name, None) for name in names}
+    found = object()
+    try:
+        layers._grad_accum_fusion_available, layers.fused_weight_gradient_mlp_cuda = True, found
+        offer_gradient_accumulation()
+        assert layers.fused_weight_gradient_mlp_cuda is found
+        layers._grad_accum_fusion_available = False
+        offer_gradient_accumulation()
+        ours = layers.fused_weight_gradient_mlp_cuda
+        for name in ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16"):
+            assert len(inspect.signature(getattr(ours, name)).parameters) == 3
+    finally:
+        for name, value in before.items():
+            setattr(layers, name, value)

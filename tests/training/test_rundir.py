@@ -50,6 +50,13 @@ def test_config_yaml_decodes_to_the_same_configuration_and_says_what_ran(tmp_pat
     assert "# command: " in header
     assert f"python {sys.version.split()[0]}" in header
     assert re.search(r"# commit: ([0-9a-f]{40}|not a git checkout)", header)
+    assert "# image:" not in header
+
+
+def test_config_yaml_names_the_container_image(tmp_path, monkeypatch):
+    monkeypatch.setenv("NEMO_LLM_IMAGE", "/images/nemo_llm.sqsh sha256:0123")
+    with open_run_dir(config(tmp_path / "run")) as run_dir:
+        assert "\n# image: /images/nemo_llm.sqsh sha256:0123\n" in (run_dir.path / "config.yaml").read_text()
 
 
 def test_commit_of_a_checkout_and_of_a_plain_folder(tmp_path):

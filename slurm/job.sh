@@ -83,7 +83,10 @@ set_environment() {
     mounts+=,$run_dir:$run_dir
   fi
   # Into the head of the run's config.yaml.
-  [ "$CONTAINER" = none ] || export NEMO_LLM_IMAGE="$IMAGE$(image_digest "$IMAGE")"
+  if [ "$CONTAINER" != none ]; then
+    NEMO_LLM_IMAGE=$IMAGE$(image_digest "$IMAGE")
+    export NEMO_LLM_IMAGE
+  fi
   case $CONTAINER in
     pyxis)
       PROGRAM_OPTIONS=("--container-image=$IMAGE" "--container-mounts=$mounts" "--container-workdir=$SLURM_SUBMIT_DIR") ;;

@@ -7,7 +7,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 #SBATCH --signal=B:USR1@300
-# First day on a new cluster: how fast the ranks reach each other, within a node and across nodes.
+# First day on a new cluster: how fast the ranks reach each other, within a node and across nodes, and whether they agree:
+# 20 steps of training equal to one process, and resumed from a checkpoint.
 #
 #   bash slurm/selftest.sh [sbatch options] [options] ARGUMENTS     submits itself
 #   sbatch [sbatch options] slurm/selftest.sh [options] ARGUMENTS

@@ -46,6 +46,8 @@ class Publish(PipelineStep):
         write_json_atomically(plan.result / "report.json", report)
         (plan.result / "report.html").write_text(report_page(report), encoding="utf-8")
         write_json_atomically(plan.result / MANIFEST, {"key": plan.key(), "identity": plan.identity()})
+        for left_over in plan.result.rglob(".*.tmp-*"):  # of a task that was killed as it wrote; all are done now
+            left_over.unlink()
         if plan.output.exists():
             plan.output.rename(plan.work / "replaced")
         plan.result.rename(plan.output)

@@ -1,23 +1,27 @@
 """First day on a new cluster: ``sbatch slurm/selftest.sh``. How fast do the ranks reach each other, and do they agree?
 
 Prints the bandwidth of all-reduce, and of messages from rank 0 to a rank of its node and of another node, by size. Then
-all ranks train gpt_tiny for 20 steps, save, and go on from what was saved; one process alone takes the same steps. It
+all ranks train a small model for 20 steps and again from a checkpoint at half way; one process takes the same steps. It
 starts the same process groups as training does, so that what is wrong with the fabric shows here first.
 """
 
 import argparse
-import json
-import os
 import shutil
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_llm.errors import ExitCode
 from nemo_llm.log import is_first_rank, launched_world_size
+
+if TYPE_CHECKING:
+    from nemo_llm.config import RunConfig
+    from nemo_llm.parallel.runtime import ParallelRuntime
+    from nemo_llm.training.state import TrainingRun
 
 _SIZES_MIB = {"cuda": (1, 16, 256), "cpu": (1, 16)}
 _REPEATS = 5
@@ -31,22 +35,17 @@ _TOLERANCE = {"cuda": 2e-4, "cpu": 1e-5}
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sizes", type=int, nargs="*", help="message sizes in MiB")
-    parser.add_argument("--folder", type=Path, default=Path("runs/selftest"), help="on a disk that all nodes share")
-    parser.add_argument("--alone", type=int, metavar="SAMPLES", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="on a disk that all nodes share")
     arguments = parser.parse_args(argv)
 
     import torch
     import torch.distributed as dist
 
-    from nemo_llm.parallel.runtime import start_runtime, stop_runtime
+    from nemo_llm.parallel.runtime import ProcessPlace, start_runtime, stop_runtime
+    from nemo_llm.training.setup import build_training_run
 
-    samples = arguments.alone or _samples(launched_world_size())
-    cfg = _configuration(samples)
+    cfg = _configuration(launched_world_size())
     runtime = start_runtime(cfg)
-    if arguments.alone:
-        print("LOSSES", json.dumps(_train(cfg, runtime, None)[0]))
-        stop_runtime()
-        return ExitCode.DONE
     try:
         place, device = runtime.place, runtime.device
         _say(f"{place.world_size} ranks on {place.num_nodes} nodes, {dist.get_backend()}, torch {torch.__version__}")
@@ -63,79 +62,71 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if peer < place.world_size:
                     seconds = _seconds(partial(_send, payload, peer), device)
                     _say(f"rank 0 to {peer}, {name}, {mib:4} MiB: {mib / 1024 / seconds:8.2f} GiB/s")
-        if is_first_rank():
-            shutil.rmtree(arguments.folder, ignore_errors=True)
-        losses, resumed = _train(cfg, runtime, arguments.folder)
+        losses, resumed = _train_and_resume(cfg, runtime, arguments.folder)
     finally:
         stop_runtime()
     if not is_first_rank():
         return ExitCode.DONE  # the first rank's verdict is the job's
-    shutil.rmtree(arguments.folder, ignore_errors=True)
-    agree = _compare_with_one_process(losses, samples, device.type)
+    alone = start_runtime(cfg, ProcessPlace(0, 1, 0, 1, "single"))
+    try:
+        wanted = _losses(build_training_run(cfg, alone), _STEPS)
+    finally:
+        stop_runtime()
+    worst = max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True))
+    allowed = _TOLERANCE[device.type]
     again = resumed == losses[_SAVED_AT:]
     found = "bit-equal" if again else f"{resumed}, and without {losses[_SAVED_AT:]}"
-    _verdict(again, f"saved at step {_SAVED_AT}, resumed: the losses of {_STEPS - _SAVED_AT} steps are {found}")
-    return ExitCode.DONE if agree and again else ExitCode.FAILED
+    compared = f"{_STEPS} steps on all ranks and in one process: losses within {worst:.1e} ({allowed:.0e} allowed)"
+    continued = f"saved at step {_SAVED_AT}, resumed: the losses of {_STEPS - _SAVED_AT} steps are {found}"
+    verdicts = {compared: worst < allowed, continued: again}
+    for text, passed in verdicts.items():
+        _say(f"{'passed' if passed else 'FAILED'}: {text}")
+    return ExitCode.DONE if all(verdicts.values()) else ExitCode.FAILED
 
 
-def _samples(world_size: int) -> int:
-    """Of a global batch that all ranks share evenly."""
-    return world_size * max(1, 16 // world_size)
-
-
-def _configuration(samples: int):
+def _configuration(world_size: int) -> "RunConfig":
+    """A small model, and a global batch that all ranks share evenly."""
     from nemo_llm.config.load import compose
 
     return compose([
-        "+model=gpt_tiny", "model.num_layers=2", "model.hidden_size=64", "model.num_attention_heads=4",
-        "data.seq_length=64",
-        "data=mock", "precision=fp32", "trainer.deterministic=true", "trainer.micro_batch_size=1",
-        f"trainer.global_batch_size={samples}", f"trainer.max_steps={_STEPS}", "optim.sched.warmup_steps=2",
-        f"optim.sched.decay_steps={_STEPS}",
+        "+model=gpt_tiny", "model.num_layers=2", "model.hidden_size=64", "model.num_attention_heads=4", "data=mock",
+        "data.seq_length=64", "precision=fp32", "trainer.deterministic=true", "trainer.micro_batch_size=1",
+        f"trainer.global_batch_size={world_size * max(1, 16 // world_size)}", f"trainer.max_steps={_STEPS}",
+        "optim.sched.warmup_steps=2", f"optim.sched.decay_steps={_STEPS}",
     ])  # fmt: skip
 
 
-def _train(cfg, runtime, folder: Path | None) -> tuple[list[float], list[float]]:
-    """Losses of 20 steps; with a folder a checkpoint goes there, and its steps come once more from it."""
+def _train_and_resume(cfg: "RunConfig", runtime: "ParallelRuntime", parent: Path) -> tuple[list[float], list[float]]:
+    """Losses of 20 steps, and of those after the checkpoint once more from it; it is written to a new folder."""
+    import torch.distributed as dist
+
     from nemo_llm.training.checkpoint import CheckpointSaver, load_checkpoint
     from nemo_llm.training.rundir import to_plain, write_config
     from nemo_llm.training.setup import build_training_run
-    from nemo_llm.training.step import train_step
 
-    run = build_training_run(cfg, runtime)
-    if folder is None:
-        return [train_step(run).loss for _ in range(_STEPS)], []
-    run.run_dir = folder
+    made = [""]
     if runtime.is_first_rank:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder, to_plain(cfg))
-    losses = [train_step(run).loss for _ in range(_SAVED_AT)]
+        parent.mkdir(parents=True, exist_ok=True)
+        made = [tempfile.mkdtemp(prefix="selftest_", dir=parent.absolute())]
+        write_config(Path(made[0]), to_plain(cfg))
+    dist.broadcast_object_list(made, src=0)
+    run = build_training_run(cfg, runtime)
+    run.run_dir = Path(made[0])
+    losses = _losses(run, _SAVED_AT)
     saved = CheckpointSaver(run).save(run, in_background=False)
-    losses += [train_step(run).loss for _ in range(_STEPS - _SAVED_AT)]
+    losses += _losses(run, _STEPS - _SAVED_AT)
     run = build_training_run(cfg, runtime)
     load_checkpoint(run, saved)
-    return losses, [train_step(run).loss for _ in range(_STEPS - _SAVED_AT)]
+    resumed = _losses(run, _STEPS - _SAVED_AT)
+    if runtime.is_first_rank:
+        shutil.rmtree(made[0])
+    return losses, resumed
 
 
-def _compare_with_one_process(losses: list[float], samples: int, device: str) -> bool:
-    """The first rank takes the same steps alone, in a process that knows of no launcher."""
-    command = [sys.executable, "-m", "nemo_llm.selftest", "--alone", str(samples)]
-    launcher = ("SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        _verdict(False, f"one process alone ended with code {done.returncode}: {done.stderr[-1000:]}")
-        return False
-    alone = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("LOSSES ")).split(" ", 1)[1])
-    worst = max(abs(a - b) / abs(b) for a, b in zip(losses, alone, strict=True))
-    allowed = _TOLERANCE[device]
-    text = f"{_STEPS} steps on all ranks and in one process: losses within {worst:.1e} ({allowed:.0e} allowed)"
-    _verdict(worst < allowed, text)
-    return worst < allowed
+def _losses(run: "TrainingRun", steps: int) -> list[float]:
+    from nemo_llm.training.step import train_step
 
-
-def _verdict(passed: bool, text: str) -> None:
-    print(f"{'passed' if passed else 'FAILED'}: {text}", flush=True)
+    return [train_step(run).loss for _ in range(steps)]
 
 
 def _send(payload: object, peer: int) -> None:

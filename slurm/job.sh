@@ -56,11 +56,16 @@ take_notice() {
 }
 pass_notice_on() { [ -z "$STEP_PID" ] || kill -USR1 "$STEP_PID" 2>/dev/null; }
 
-image_digest() { # FILE_OR_NAME -> " sha256:..." of a file, kept beside it; nothing for a name
+image_digest() { # FILE_OR_NAME -> " sha256:..." of a file, nothing for a name
   [ -f "$1" ] || return 0
-  [ "$1.sha256" -nt "$1" ] || sha256sum "$1" >"$1.sha256" 2>/dev/null
-  local digest
-  if [ "$1.sha256" -nt "$1" ]; then digest=$(cat "$1.sha256"); else digest=$(sha256sum "$1"); fi
+  local kept=$1.sha256 digest
+  if [ "$kept" -nt "$1" ]; then
+    digest=$(<"$kept")
+  else
+    digest=$(sha256sum "$1")
+    # For the next job, where that folder can be written to; by a rename, for none to read half of it.
+    { echo "$digest" >"$kept.$SLURM_JOB_ID" && mv "$kept.$SLURM_JOB_ID" "$kept"; } 2>/dev/null
+  fi
   printf ' sha256:%s' "${digest%% *}"
 }
 

@@ -26,6 +26,10 @@ MOE = [
     "+model=mixtral_8x7b", "model.num_layers=6", "model.hidden_size=2048", "model.ffn_hidden_size=7168",
     "model.moe.moe_ffn_hidden_size=7168", "model.vocab_size=50304", "trainer.global_batch_size=8", "trainer.micro_batch_size=2",
 ]  # fmt: skip
+TWO = [
+    "+model=llama3_1b", "trainer.global_batch_size=32", "trainer.micro_batch_size=8", "model.transformer_impl=torch",
+    "parallelism.use_distributed_optimizer=true",
+]  # fmt: skip
 LARGE = ["+model=llama3_8b", "parallelism.use_distributed_optimizer=true", "model.transformer_impl=torch"]
 LONG = [
     "+model=llama3_1b", "trainer.micro_batch_size=1", "model.transformer_impl=torch", "parallelism.context_parallel_size=2",
@@ -56,14 +60,8 @@ ROWS = {
     "moe bf16 te": Row(
         [*OURS, *MOE, "model.transformer_impl=transformer_engine", "model.moe.moe_grouped_gemm=true"], peer="moe peer"
     ),
-    "1b bf16, two GPUs": Row(
-        [*OURS, "+model=llama3_1b", "trainer.global_batch_size=32", "trainer.micro_batch_size=8",
-         "model.transformer_impl=torch", "parallelism.use_distributed_optimizer=true"], 2, "1b bf16",
-    ),
-    "1b fp8, two GPUs": Row(
-        [*OURS, "+model=llama3_1b", "trainer.global_batch_size=32", "trainer.micro_batch_size=8", "precision=fp8_tensorwise",
-         "model.transformer_impl=torch", "parallelism.use_distributed_optimizer=true"], 2, "1b bf16, two GPUs",
-    ),
+    "1b bf16, two GPUs": Row([*OURS, *TWO], 2, "1b bf16"),
+    "1b fp8, two GPUs": Row([*OURS, *TWO, "precision=fp8_tensorwise"], 2, "1b bf16, two GPUs"),
     "1b 32k cp2": Row([*OURS, *LONG, "data.seq_length=32768", "trainer.global_batch_size=4"], 2),
     "1b 128k cp2": Row(
         [*OURS, *LONG, "data.seq_length=131072", "trainer.global_batch_size=1", "parallelism.recompute_granularity=full",

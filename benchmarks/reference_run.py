@@ -3,10 +3,10 @@
 First train as a user does, with ``trainer.log_interval=1``, then train the plain model on what that run was given:
 
 ``python -m nemo_llm.train +model=gpt_126m run.dir=runs/ours trainer.log_interval=1 ...``
-``python -m benchmarks.reference_run --ours runs/ours --save runs/plain +model=gpt_126m trainer.log_interval=1 ...``
+``python -m benchmarks.reference_run --ours runs/ours --save runs/plain``
 
-Model, initialisation's copy, loss, clipping, AdamW with its groups, warm-up and cosine are written here anew, from the GPT-2 and
-AdamW papers; only the batches and the initial weights are taken from the package. Prints how far the two loss curves are apart by
+Model, loss, clipping, AdamW with its groups, warm-up and cosine are written here anew, from the GPT-2 and
+AdamW papers; only the configuration, the batches and the initial weights are taken from the package. Prints how far the two loss curves are apart by
 windows, and saves the plain weights as a checkpoint, so that ``python -m nemo_llm.evaluate`` measures both.
 """
 
@@ -157,16 +157,18 @@ def main() -> int:
     parser.add_argument("--ours", type=Path, required=True, help="folder of the finished run")
     parser.add_argument("--save", type=Path, required=True, help="folder for the plain model's checkpoint")
     parser.add_argument("--no-compile", dest="compiled", action="store_false")
-    arguments, overrides = parser.parse_known_args()
+    arguments = parser.parse_args()
 
-    from nemo_llm.config.checks import check
-    from nemo_llm.config.entry import intended_world_size
-    from nemo_llm.config.load import compose
+    from nemo_llm.checkpoint.folder import read_config
+    from nemo_llm.config.load import decode
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 
-    overrides = [word for word in overrides if not word.startswith("run.dir=")]
-    cfg = compose([*overrides, f"run.dir={arguments.save}"])
-    check(cfg, intended_world_size(cfg))
+    cfg = decode(read_config(arguments.ours))
+    log = [json.loads(line) for line in (arguments.ours / "metrics.jsonl").read_text().splitlines()]
+    ours = [(row["loss"], row["grad_norm"]) for row in log if "loss" in row]
+    if len(ours) != cfg.trainer.max_steps:
+        print(f"{arguments.ours} has {len(ours)} losses of {cfg.trainer.max_steps} steps: train it to its end with trainer.log_interval=1")  # fmt: skip
+        return 2
     runtime = start_runtime(cfg)
     from nemo_llm.training.checkpoint import CheckpointSaver
     from nemo_llm.training.setup import build_training_run
@@ -187,11 +189,6 @@ def main() -> int:
     arguments.save.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(arguments.ours / "config.yaml", arguments.save / "config.yaml")
     saved = CheckpointSaver(run).save(run, in_background=False)
-    log = [json.loads(line) for line in (arguments.ours / "metrics.jsonl").read_text().splitlines()]
-    ours = [(row["loss"], row["grad_norm"]) for row in log if "loss" in row]
-    if len(ours) != len(rows):
-        print(f"{arguments.ours} has {len(ours)} steps, the plain run {len(rows)}: give both the same options and trainer.log_interval=1")  # fmt: skip
-        return 1
     print(f"{compare(ours, rows)}\nplain weights: {saved}")
     stop_runtime()
     return 0

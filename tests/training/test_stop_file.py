@@ -32,8 +32,8 @@ def run_until_stopped(folder: str) -> tuple[ExitCode, int]:
 
 
 def test_every_rank_is_done(ranks: RankPool, tmp_path: Path) -> None:
-    for code, steps in ranks.run(run_until_stopped, 2, str(tmp_path)):
-        assert code == ExitCode.DONE
-        assert 1 <= steps < 50
+    endings = ranks.run(run_until_stopped, 2, str(tmp_path))
+    assert [code for code, _ in endings] == [ExitCode.DONE, ExitCode.DONE]
+    assert all(1 <= steps < 50 for _, steps in endings)
     assert not (tmp_path / "STOP").exists()
     assert list(tmp_path.glob("checkpoints/step_*/COMPLETE"))

@@ -15,7 +15,7 @@ from nemo_llm.data.cache import write_json_atomically
 from nemo_llm.data.prepare.counts import StepCounts, check_stage
 from nemo_llm.data.prepare.page import report_page
 from nemo_llm.data.prepare.plan import PreparePlan
-from nemo_llm.data.prepare.steps import EXAMPLES, task_file
+from nemo_llm.data.prepare.steps import EXAMPLES, UNFINISHED, task_file
 from nemo_llm.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -46,7 +46,7 @@ class Publish(PipelineStep):
         write_json_atomically(plan.result / "report.json", report)
         (plan.result / "report.html").write_text(report_page(report), encoding="utf-8")
         write_json_atomically(plan.result / MANIFEST, {"key": plan.key(), "identity": plan.identity()})
-        for left_over in plan.result.rglob(".*.tmp-*"):  # of a task that was killed as it wrote; all are done now
+        for left_over in (plan.result / "documents").glob(f".*{UNFINISHED}*"):
             left_over.unlink()
         if plan.output.exists():
             plan.output.rename(plan.work / "replaced")

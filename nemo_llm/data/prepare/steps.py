@@ -33,6 +33,10 @@ _EXAMPLE_CHARACTERS = 400
 _BLOCK_OF_RUNS = 1 << 12
 
 
+UNFINISHED = ".tmp-"
+"""In the name of a task's documents while they are written; a killed task leaves such a file."""
+
+
 def task_file(folder: Path, rank: int, compression: str = "") -> Path:
     """Path of a task's documents."""
     return folder / f"{rank:05d}.jsonl{compression}"
@@ -139,7 +143,7 @@ class WriteStage(PipelineStep):
         """Write all documents."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = task_file(self._folder, rank, self._compression)
-        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        temporary = path.with_name(f".{path.name}{UNFINISHED}{os.getpid()}")
         try:
             with temporary.open("wb") as file:
                 with self._compressed(file) as stream:

@@ -88,7 +88,7 @@ def _norm_backward(
     for index in range(ROWS_A_PROGRAM):
         row = tl.cast(index, tl.int64) * tl.num_programs(0) + program
         there = row < rows
-        # One comparison: Triton's interpreter makes integers of a block's mask & a scalar's; 3.9 takes them for no mask.
+        # One comparison: Triton's interpreter makes integers of a block's mask & a scalar's, which 3.9 refuses.
         inside = offsets < tl.where(there, columns, 0)
         at = row * columns + offsets
         gradient = tl.load(dy + at, inside, 0.0).to(tl.float32)

@@ -117,13 +117,7 @@ def hang() -> str:
         "trainer.val_interval=null", "trainer.step_timeout_minutes=0.1", "exp_manager.enabled=false", "sample.enabled=false",
         "checkpoint.save_interval=null", f"run.dir={folder}/run",
     ]  # fmt: skip
-    ranks = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-        environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29567", "PYTHONPATH": _path()}
-        command = [sys.executable, "-W", "ignore", "-m", "nemo_llm.train", *options]
-        with (folder / f"rank_{rank}.log").open("w") as log:
-            ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    ranks = _start_two_ranks(folder, options)
     try:
         deadline = time.monotonic() + 120
         while _last_step(folder / "run") < 5 and time.monotonic() < deadline and ranks[0].poll() is None:
@@ -149,6 +143,38 @@ def hang() -> str:
         f"code 76 after {seconds:.0f} s, {said[0].strip()[:160]!r}; flight recorder: {len(trace['entries'])} collectives, "
         f"{len(waiting)} not completed, first of them {waiting[0]['profiling_name']}"
     )
+
+
+def kernel_cache() -> str:
+    """Two ranks and empty caches: the first rank compiles, and once the other goes on no kernel is missing."""
+    plain = ["data=mock", "precision=bf16", "trainer.max_steps=3", "trainer.global_batch_size=4", "trainer.micro_batch_size=2",
+             "trainer.val_interval=null", "exp_manager.enabled=false", "sample.enabled=false", "checkpoint.save_interval=null",
+             "checkpoint.save_final=false", "model.num_layers=2"]  # fmt: skip
+    cases = {
+        "llama3_1b": ["+model=llama3_1b", "parallelism.use_distributed_optimizer=true"],
+        "qwen3_0_6b, TP2": ["+model=qwen3_0_6b", "parallelism=tp2"],
+    }
+    found = []
+    for name, options in cases.items():
+        folder = Path(tempfile.mkdtemp())
+        caches = {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+        (folder / "triton").mkdir()
+        ranks = _start_two_ranks(folder, [*options, *plain, f"run.dir={folder}/run"], **caches)
+        log, warmed = folder / "rank_0.log", None
+        while any(rank.poll() is None for rank in ranks):
+            if warmed is None and "kernels compiled" in log.read_text():
+                warmed = {entry.name for entry in (folder / "triton").iterdir()}
+            time.sleep(0.02)
+        output = log.read_text()
+        assert all(rank.wait() == 0 for rank in ranks), output[-1500:] + (folder / "rank_1.log").read_text()[-1500:]
+        assert warmed, f"rank 0 does not say that it compiled kernels: {output[-1500:]}"
+        later = {entry.name for entry in (folder / "triton").iterdir()} - warmed
+        kernels = sorted(file.stem for entry in later for file in (folder / "triton" / entry).glob("*.cubin"))
+        assert not kernels, f"{name}: compiled after the first rank's turn: {kernels}"
+        seconds = output.split("node's cache in ")[1].split(" s")[0]
+        found.append(f"{name}: {len(warmed)} entries in {seconds} s, none later")
+        shutil.rmtree(folder)
+    return "; ".join(found)
 
 
 def nemo() -> str:
@@ -179,10 +205,11 @@ CHECKS: dict[str, Callable[[], str]] = {
     "kill and resume": kill_and_resume,
     "CPU and GPU": cpu_and_gpu,
     "hang": hang,
+    "kernel cache": kernel_cache,
     "NeMo": nemo,
     "gpt_1b": gpt_1b,
 }
-GPUS = {"hang": 2}
+GPUS = {"hang": 2, "kernel cache": 2}
 """Checks that are left out where there are fewer."""
 
 
@@ -219,6 +246,26 @@ def _run(command: list[str], **environment: str) -> str:
     if done.returncode:
         raise AssertionError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
     return done.stdout
+
+
+def _start_two_ranks(folder: Path, options: list[str], **environment: str) -> list[subprocess.Popen]:
+    """Both on this machine, their output in ``folder``."""
+    ranks = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29567", "PYTHONPATH": _path()}
+        command = [sys.executable, "-W", "ignore", "-m", "nemo_llm.train", *options]
+        with (folder / f"rank_{rank}.log").open("w") as log:
+            ranks.append(
+                subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env={**os.environ, **place, **address, **environment},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    return ranks
 
 
 def _path() -> str:

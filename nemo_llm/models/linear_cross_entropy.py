@@ -115,7 +115,7 @@ class _Chunk:
             logits.copy_(rule.softcapping * torch.tanh(logits.float() / rule.softcapping))
             if rule.known_here < columns:
                 logits[:, max(rule.known_here, 0) :] = torch.finfo(logits.dtype).min
-        local_maximum, total = _compiled(_statistics, logits.device.type)(logits)
+        local_maximum, total = compile_for_loss(logits.device.type)[0](logits)
         maximum = local_maximum.clone()
         if group.size() > 1:
             dist.all_reduce(maximum, dist.ReduceOp.MAX, group)
@@ -137,9 +137,8 @@ class _Chunk:
         row_scale = weight * (1.0 + 2.0 * self.rule.z_coeff * self.lse) if self.rule.z_coeff else weight
         label_share = torch.where(self.label_here, weight, 0.0)
         if self.rule.softcapping is None:
-            _compiled(_to_gradient, self.logits.device.type)(
-                self.logits, self.lse, row_scale, label_share, self.local_labels
-            )
+            to_gradient = compile_for_loss(self.logits.device.type)[1]
+            to_gradient(self.logits, self.lse, row_scale, label_share, self.local_labels)
             return self.logits
         # d tanh: the capped logits are at hand, 1 - (capped / cap)^2 of each.
         slope = 1.0 - (self.logits.float() / self.rule.softcapping).square().clamp(max=1.0)
@@ -169,6 +168,11 @@ def _to_gradient(
 
 
 @cache
-def _compiled(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """One kernel on CUDA; as written on CPU, where compiling takes longer than it saves."""
-    return torch.compile(function, dynamic=False) if device_type == "cuda" else function
+def compile_for_loss(device_type: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Statistics of a chunk's logits, and their gradient in place: one kernel each on CUDA.
+
+    As written on CPU, where compiling takes longer than it saves.
+    """
+    if device_type != "cuda":
+        return _statistics, _to_gradient
+    return torch.compile(_statistics, dynamic=False), torch.compile(_to_gradient, dynamic=False)

@@ -27,7 +27,8 @@ def _compiled_rotate() -> Any:
     return torch.compile(rotate, dynamic=False)
 
 
-def _rotate_fused(t: torch.Tensor, freqs: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+def rotate_fused(t: torch.Tensor, freqs: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """`rotate` in one kernel."""
     if interleaved:
         raise ValueError("performance.fused_rope: interleaved rotary embeddings are not among the fused ones")
     return _compiled_rotate()(t, freqs)
@@ -40,7 +41,7 @@ def offer_fused_rope() -> None:
     when it is gone.
     """
     if rope_utils.fused_apply_rotary_pos_emb is None:
-        rope_utils.fused_apply_rotary_pos_emb = _rotate_fused
+        rope_utils.fused_apply_rotary_pos_emb = rotate_fused
 
 
 def _split_and_rotate(

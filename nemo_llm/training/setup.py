@@ -17,6 +17,7 @@ from nemo_llm.checkpoint.folder import resolve_checkpoint
 from nemo_llm.config import RunConfig
 from nemo_llm.log import get_logger
 from nemo_llm.models.build import build_model_chunks
+from nemo_llm.models.warm_kernels import warm_kernels
 from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.peft.attach import attach_peft, count_parameters
 from nemo_llm.peft.four_bit import quantize_base
@@ -44,6 +45,7 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
     """
     tokenizer, sets, loader, validation = build_loaders(cfg, runtime)
     vocab_size = cfg.model.vocab_size or tokenizer.vocab_size
+    warm_kernels(cfg, runtime, vocab_size)
     chunks = build_model_chunks(cfg, runtime, vocab_size)
     base_fingerprint = "" if cfg.peft is None else freeze_and_adapt(cfg, chunks, runtime)
     model = wrap_data_parallel(cfg, chunks)

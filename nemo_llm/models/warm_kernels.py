@@ -1,0 +1,122 @@
+"""Compile kernels once a node: one rank runs them on empty tensors, the others then find them in the node's cache.
+
+Eight ranks that reach their first step together would all compile the same Triton kernels. The first rank of a node
+runs each kernel of a training step alone, on tensors of the run's shapes and dtypes, while the others wait; Triton and
+Inductor keep what they compile in ``TRITON_CACHE_DIR`` and ``TORCHINDUCTOR_CACHE_DIR``. What Megatron compiles for
+itself (dropout with its bias, experts' activation) and ``performance.compile_layers`` need a whole layer, whose
+collectives one rank cannot run alone: there every rank still compiles.
+"""
+
+import time
+
+import torch
+import torch.distributed as dist
+
+from nemo_llm.config import RunConfig
+from nemo_llm.config.arithmetic import padded_vocab_size
+from nemo_llm.log import get_logger
+from nemo_llm.models.build import fused_chunk_tokens
+from nemo_llm.models.linear_cross_entropy import compile_for_loss
+from nemo_llm.models.rope import rotate_fused
+from nemo_llm.models.specs import choose_backend
+from nemo_llm.models.transformer_config import DTYPES, qkv_in_one
+from nemo_llm.parallel.runtime import ParallelRuntime
+
+_log = get_logger(__name__)
+
+
+def warm_kernels(cfg: RunConfig, runtime: ParallelRuntime, vocab_size: int) -> None:
+    """Fill this node's caches of compiled kernels, where several ranks share them; a collective of all ranks."""
+    if runtime.device.type != "cuda" or runtime.place.local_world_size == 1:
+        return
+    if runtime.place.local_rank == 0:
+        began = time.perf_counter()
+        run_kernels(cfg, runtime.device, vocab_size)
+        torch.cuda.synchronize(runtime.device)
+        torch.cuda.empty_cache()
+        _log.info("kernels compiled or found in the node's cache in %.1f s", time.perf_counter() - began)
+    dist.all_reduce(torch.zeros(1, device=runtime.device))
+
+
+def run_kernels(cfg: RunConfig, device: torch.device, vocab_size: int) -> None:
+    """Run, forward and backward, every kernel of our own that a training step of ``cfg`` launches on one rank.
+
+    Args:
+        vocab_size: tokens that the model knows.
+    """
+    layout, model = cfg.parallelism, cfg.model
+    tp = layout.tensor_model_parallel_size
+    length = cfg.data.seq_length // layout.context_parallel_size
+    tokens = length * cfg.trainer.micro_batch_size
+    dtype = DTYPES[cfg.precision.params_dtype]
+    like = {"dtype": dtype, "device": device}
+    if cfg.performance.fused_kernels:
+        if choose_backend(model, "cuda") == "torch":
+            _run_norms(cfg, tokens // (tp if layout.sequence_parallel else 1), like)
+            _run_fp8(cfg, tokens, like)
+        if model.activation_func == "silu" and model.gated_linear_unit:
+            _run_swiglu(cfg, tokens, like)
+    if model.position_embedding_type == "rope" and cfg.performance.fused_rope:
+        _run_rope(cfg, length, like)
+    if fused_chunk_tokens(cfg) is not None:
+        columns = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by) // tp
+        whole, rest = divmod(tokens, cfg.performance.cross_entropy_chunk_tokens)
+        for rows in {cfg.performance.cross_entropy_chunk_tokens if whole else 0, rest} - {0}:
+            _run_loss(torch.zeros(rows, columns, **like))
+
+
+def _run_norms(cfg: RunConfig, rows: int, like: dict) -> None:
+    from nemo_llm.models.kernels import FusedNorm
+
+    model = cfg.model
+    rule = (model.layernorm_epsilon, model.layernorm_zero_centered_gamma)
+    x, residual = (torch.zeros(rows, model.hidden_size, **like).requires_grad_() for _ in range(2))
+    weight = torch.zeros(model.hidden_size, **like).requires_grad_()
+    bias = torch.zeros_like(weight).requires_grad_() if model.normalization == "LayerNorm" else None
+    # The first norm of a layer, the second, and the one after the last layer.
+    for added, sum_used in ((None, True), (residual, True), (None, False)):
+        normed, total = FusedNorm.apply(x, added, weight, bias, rule)
+        ((normed + total) if sum_used else normed).sum().backward()
+
+
+def _run_fp8(cfg: RunConfig, rows: int, like: dict) -> None:
+    if cfg.precision.fp8 is None:
+        return
+    from nemo_llm.models.fp8 import quantize
+
+    x = torch.zeros(rows, cfg.model.hidden_size, **like)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        quantize(x, dtype)
+
+
+def _run_swiglu(cfg: RunConfig, rows: int, like: dict) -> None:
+    from nemo_llm.models.kernels import FusedSwiGLU
+
+    units = cfg.model.ffn_hidden_size // cfg.parallelism.tensor_model_parallel_size
+    x = torch.zeros(rows, 2 * units, **like).requires_grad_()
+    bias = torch.zeros(2 * units, **like).requires_grad_() if cfg.model.add_bias_linear else None
+    FusedSwiGLU.apply(x, bias).sum().backward()
+
+
+def _run_rope(cfg: RunConfig, length: int, like: dict) -> None:
+    from nemo_llm.models.kernels import FusedQKV
+
+    model, tp = cfg.model, cfg.parallelism.tensor_model_parallel_size
+    batch, turned = cfg.trainer.micro_batch_size, int(model.head_dim * model.rotary_percent)
+    if cfg.performance.fused_kernels and qkv_in_one(model, cfg.parallelism):
+        queries, groups = model.num_attention_heads // model.num_query_groups, model.num_query_groups // tp
+        mixed = torch.zeros(length, batch, groups, (queries + 2) * model.head_dim, **like).requires_grad_()
+        angles = torch.zeros(length, turned, dtype=torch.float32, device=like["device"])
+        sum(part.sum() for part in FusedQKV.apply(mixed, angles, angles, (queries, model.head_dim))).backward()
+        return
+    angles = torch.zeros(length, 1, 1, turned, dtype=torch.float32, device=like["device"])
+    for heads in {model.num_attention_heads // tp, max(model.num_query_groups // tp, 1)}:
+        heads_in = torch.zeros(length, batch, heads, model.head_dim, **like).requires_grad_()
+        rotate_fused(heads_in, angles).sum().backward()
+
+
+def _run_loss(logits: torch.Tensor) -> None:
+    rows = torch.zeros(logits.shape[0], dtype=torch.float32, device=logits.device)
+    statistics, to_gradient = compile_for_loss(logits.device.type)
+    statistics(logits)
+    to_gradient(logits, rows, rows, rows, rows.long())

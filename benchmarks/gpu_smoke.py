@@ -36,10 +36,10 @@ def golden(model: str) -> str:
     return f"largest relative difference of loss and gradient norm over 10 steps: {worst:.1e}"
 
 
-def _train_losses(model: str, overrides: list[str]) -> list[list[float]]:
+def _train_losses(model: str, overrides: list[str], device: str = "auto") -> list[list[float]]:
     code = (
         "import json, sys; from tests.parity.layouts import train_losses; "
-        f"print('LOSSES', json.dumps(train_losses({model!r}, tuple({overrides!r}), ('trainer.accelerator=auto',))))"
+        f"print('LOSSES', json.dumps(train_losses({model!r}, tuple({overrides!r}), ('trainer.accelerator={device}',))))"
     )
     output = _run([sys.executable, "-c", code])
     return json.loads(next(line for line in output.splitlines() if line.startswith("LOSSES")).split(" ", 1)[1])
@@ -52,6 +52,21 @@ def overlap() -> str:
     plain, other = _train_losses("gpt_tiny", base), _train_losses("gpt_tiny", overlapped)
     assert plain == other, f"{plain[-1]} without, {other[-1]} with overlap"
     return "ten bf16 steps bit-equal with overlap on and off"
+
+
+def offloaded() -> str:
+    """Moments and activations in host memory change no bit; Muon in fp32 gives what it gives on the CPU."""
+    base = ["precision=bf16", "trainer.deterministic=true", "trainer.micro_batch_size=4", "data.seq_length=512"]
+    plain = _train_losses("gpt_tiny", base)
+    for option in ("performance.offload_optimizer_moments=true", "performance.offload_activation_layers=3"):
+        other = _train_losses("gpt_tiny", [*base, option])
+        assert plain == other, f"{plain[-1]} without, {other[-1]} with {option}"
+    muon = {device: _train_losses("gpt_tiny", ["optim=muon"], device) for device in ("cpu", "cuda")}
+    worst = max(
+        abs(a - b) / abs(b) for one, two in zip(*muon.values(), strict=True) for a, b in zip(one, two, strict=True)
+    )
+    assert worst < GOLDEN_TOLERANCE, f"Muon differs from the CPU by {worst:.1e}"
+    return f"ten bf16 steps bit-equal with either offloaded; Muon on CPU and GPU: {worst:.1e}"
 
 
 def kill_and_resume() -> str:
@@ -202,6 +217,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "golden gpt_tiny": lambda: golden("gpt_tiny"),
     "golden moe_tiny": lambda: golden("moe_tiny"),
     "overlap": overlap,
+    "offloading and Muon": offloaded,
     "kill and resume": kill_and_resume,
     "CPU and GPU": cpu_and_gpu,
     "hang": hang,

@@ -51,6 +51,16 @@ ROWS = {
     "1b peer mcore te": Row([*MEGATRON, "--model", "llama3_1b"]),
     "1b bf16": Row([*OURS, *SMALL, "model.transformer_impl=torch"], peer="1b peer"),
     "1b bf16 te": Row([*OURS, *SMALL, "model.transformer_impl=transformer_engine"], peer="1b peer"),
+    "1b muon": Row([*OURS, *SMALL, "model.transformer_impl=torch", "optim=muon"], peer="1b bf16"),
+    "1b moments offloaded": Row(
+        [*OURS, *SMALL, "model.transformer_impl=torch", "performance.offload_optimizer_moments=true"], peer="1b bf16"
+    ),
+    "1b 4 layers offloaded": Row(
+        [*OURS, *SMALL, "model.transformer_impl=torch", "performance.offload_activation_layers=4"], peer="1b bf16"
+    ),
+    "1b 8 layers offloaded": Row(
+        [*OURS, *SMALL, "model.transformer_impl=torch", "performance.offload_activation_layers=8"], peer="1b bf16"
+    ),
     "1b fp8": Row([*OURS, *SMALL, "model.transformer_impl=torch", "precision=fp8_tensorwise"], peer="1b peer"),
     "1b fp8 te": Row([*OURS, *SMALL, "precision=fp8_delayed"], peer="1b peer"),
     "gpt_1b peer": Row([*MEGATRON, "--model", "gpt_1b", "--seq", "2048", "--micro-batch", "8", "--micro-batches", "2"]),
@@ -62,6 +72,7 @@ ROWS = {
     ),
     "1b bf16, two GPUs": Row([*OURS, *TWO], 2, "1b bf16"),
     "1b fp8, two GPUs": Row([*OURS, *TWO, "precision=fp8_tensorwise"], 2, "1b bf16, two GPUs"),
+    "1b muon, two GPUs": Row([*OURS, *TWO, "optim=muon"], 2, "1b bf16, two GPUs"),
     "1b 32k cp2": Row([*OURS, *LONG, "data.seq_length=32768", "trainer.global_batch_size=4"], 2),
     "1b 128k cp2": Row(
         [*OURS, *LONG, "data.seq_length=131072", "trainer.global_batch_size=1", "parallelism.recompute_granularity=full",
@@ -84,6 +95,11 @@ ROWS = {
     "8b peer 4096": Row([*PEER, "--model", "llama3_8b", "--micro-batch", "2", "--micro-batches", "8"], 2),
     "8b 4096": Row(
         [*OURS, *LARGE, "trainer.micro_batch_size=1", "trainer.global_batch_size=32"], 2, "8b peer 4096"
+    ),
+    "8b 4096, two H100": Row(
+        [*OURS, *LARGE, "trainer.micro_batch_size=1", "trainer.global_batch_size=32",
+         "performance.offload_optimizer_moments=true", "parallelism.recompute_granularity=full",
+         "parallelism.recompute_method=uniform", "parallelism.recompute_num_layers=1"], 2,
     ),
 }  # fmt: skip
 

@@ -26,8 +26,6 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 from nemo_llm.checkpoint.boxes import boxes_of_range
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 def optimizer_tensors(optimizer: MegatronOptimizer, model: dict) -> list[ShardedTensor]:
     """This rank's part of the optimizer's state; each tensor's data is the optimizer's own memory.
@@ -37,18 +35,18 @@ def optimizer_tensors(optimizer: MegatronOptimizer, model: dict) -> list[Sharded
     """
     places = {id(place.data): place for place in nested_values(model) if hasattr(place, "key")}
     found: list[ShardedTensor] = []
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         distributed = isinstance(part, DistributedOptimizer)
-        for parameter, start, states in _owned(part):
+        for parameter, start, main in owned_ranges(part):
             place = places[id(parameter)]
-            for name, state in states.items():
+            for name, state in _states(part, parameter, main).items():
                 found += _boxes(place, parameter, start, (name, state), distributed)
     return found
 
 
 def optimizer_scalars(optimizer: MegatronOptimizer) -> dict[str, Any]:
     """What the state holds beside tensors: the update count and, for fp16, the loss scaler; equal on every rank."""
-    parts = _parts(optimizer)
+    parts = optimizer_parts(optimizer)
     scaler = next((part.grad_scaler for part in parts if getattr(part, "grad_scaler", None)), None)
     step = max((int(group.get("step", 0)) for part in parts for group in part.optimizer.param_groups), default=0)
     return {"step": step, "grad_scaler": scaler.state_dict() if scaler else None}
@@ -56,53 +54,48 @@ def optimizer_scalars(optimizer: MegatronOptimizer) -> dict[str, Any]:
 
 def apply_optimizer_scalars(optimizer: MegatronOptimizer, scalars: dict[str, Any]) -> None:
     """Set what `optimizer_scalars` gave; the tensors were loaded in place."""
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         for group in part.optimizer.param_groups:
             group["step"] = scalars["step"]
         if getattr(part, "grad_scaler", None) and scalars["grad_scaler"]:
             part.grad_scaler.load_state_dict(scalars["grad_scaler"])
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """Megatron's optimizers of dense weights and of experts, those that have something to update."""
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     return [part for part in parts if not part.is_stub_optimizer]
 
 
-def _owned(part: Any) -> Iterator[tuple[torch.nn.Parameter, int, dict[str, torch.Tensor]]]:
-    """(parameter, where this rank's range of it begins, state tensors of that range)."""
+def owned_ranges(part: Any) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
+    """(parameter, where this rank's range of it begins, the tensor of that range that ``part.optimizer`` updates).
+
+    That tensor is the fp32 copy of a 16-bit parameter, and of an fp32 one its own memory.
+    """
     if isinstance(part, DistributedOptimizer):
         for maps in part.gbuf_ranges:
             for buckets in maps.values():
                 for bucket in buckets:
                     for parameter in bucket["param_map"]:
-                        yield parameter, *_distributed_state(part, parameter)
-        return
-    pairs: list[tuple[torch.nn.Parameter, torch.Tensor | None]]
-    if isinstance(part, Float16OptimizerWithFloat16Params):
+                        start = part._get_model_param_range_map(parameter)["param"].start
+                        group, place = part.model_param_group_index_map[parameter]
+                        yield parameter, start, part.optimizer.param_groups[group]["params"][place]
+    elif isinstance(part, Float16OptimizerWithFloat16Params):
         halves, mains = chain(*part.float16_groups), chain(*part.fp32_from_float16_groups)
-        pairs = [*zip(halves, mains, strict=True), *((p, None) for p in chain(*part.fp32_from_fp32_groups))]
+        for parameter, main in zip(halves, mains, strict=True):
+            yield parameter, 0, main
+        for parameter in chain(*part.fp32_from_fp32_groups):
+            yield parameter, 0, parameter
     else:
-        pairs = [(parameter, None) for group in part.optimizer.param_groups for parameter in group["params"]]
-    for parameter, main in pairs:
-        states = _moments(part, parameter if main is None else main)
-        yield parameter, 0, states if main is None else {"fp32_param": main, **states}
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                yield parameter, 0, parameter
 
 
-def _distributed_state(part: Any, parameter: torch.nn.Parameter) -> tuple[int, dict[str, torch.Tensor]]:
-    start = part._get_model_param_range_map(parameter)["param"].start
-    group, place = part.model_param_group_index_map[parameter]
-    main = part.optimizer.param_groups[group]["params"][place]
-    states = _moments(part, main)
+def _states(part: Any, parameter: torch.nn.Parameter, main: torch.Tensor) -> dict[str, torch.Tensor]:
+    moments = part.optimizer.moments(main)
     # The main copy of an fp32 parameter is the parameter itself, which is saved with the model.
-    return start, states if parameter.dtype == torch.float32 else {"fp32_param": main, **states}
-
-
-def _moments(part: Any, main: torch.Tensor) -> dict[str, torch.Tensor]:
-    state = part.optimizer.state[main]
-    for name in _MOMENTS:  # before the first update there is none
-        if name not in state:
-            state[name] = torch.zeros_like(main)
-    return {name: state[name] for name in _MOMENTS}
+    return moments if parameter.dtype == torch.float32 else {"fp32_param": main, **moments}
 
 
 def _boxes(

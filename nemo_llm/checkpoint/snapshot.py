@@ -38,10 +38,16 @@ class HostBuffer:
     def _grow(self, total: int, on_cuda: bool) -> None:
         if self._locked:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr()))
-        self._memory = torch.empty(total, dtype=torch.uint8)
+        self._memory = page_locked(total, on_cuda)
         self._locked = on_cuda
-        if on_cuda:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), total, 0))
+
+
+def page_locked(num_bytes: int, lock: bool) -> torch.Tensor:
+    """Host memory of exactly this size, uint8; with ``lock`` a GPU copies to and from it while the host goes on."""
+    memory = torch.empty(num_bytes, dtype=torch.uint8)
+    if lock:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))
+    return memory
 
 
 class Snapshot:

@@ -163,6 +163,17 @@ def check_recompute(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
             yield Problem(f"{key}_modules", module, rule, f"leave {module} out")
 
 
+def check_offloading(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+    """Activations are offloaded as autograd saves them: not those of whole recomputed or compiled layers."""
+    count = cfg.performance.offload_activation_layers
+    key = "performance.offload_activation_layers"
+    if count and cfg.parallelism.recompute_granularity == "full":
+        rule = "with recompute_granularity=full layers keep nothing that could be offloaded"
+        yield Problem(key, count, rule, "set it to 0, or choose recompute_granularity=selective or null")
+    if count and cfg.performance.compile_layers:
+        yield Problem(key, count, "compiled layers save on their own", "set it to 0, or compile_layers=false")
+
+
 def check_precision(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
     """FP8 needs two-byte parameters, and Transformer Engine for all recipes but per-tensor current scaling."""
     fp8 = cfg.precision.fp8
@@ -204,6 +215,28 @@ def _torch_fp8(cfg: RunConfig, fp8: Fp8Config) -> Iterator[Problem]:
             yield Problem(
                 key, size, "FP8 products need multiples of 16 (tokens of a micro-batch too)", "choose another"
             )
+
+
+def check_optimizer(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+    """Muon has its section, whole heads on each rank, and what the rest can do with it."""
+    muon, layout, model = cfg.optim.muon, cfg.parallelism, cfg.model
+    if (cfg.optim.name == "muon") != (muon is not None):
+        rule = "optim.name=muon and the section optim.muon go together"
+        yield Problem("optim.name", cfg.optim.name, rule, "choose optim=muon or optim=adam")
+    if muon is None:
+        return
+    tp, etp = layout.tensor_model_parallel_size, layout.expert_tensor_parallel_size
+    if tp > model.num_query_groups:
+        rule = f"Muon needs whole heads of keys on each rank, and model.num_query_groups = {model.num_query_groups}"
+        yield Problem("parallelism.tensor_model_parallel_size", tp, rule, "lower it, or choose optim=adam")
+    if model.moe is not None and (tp if etp is None else etp) > 1 and layout.use_distributed_optimizer:
+        rule = "Muon cannot join experts that are split by tensor parallelism and sharded by the distributed optimizer"
+        yield Problem("parallelism.expert_tensor_parallel_size", etp, rule, "set it to 1, or choose optim=adam")
+    if cfg.peft is not None:
+        yield Problem("optim.name", "muon", f"{cfg.peft.kind} is trained with AdamW", "choose optim=adam")
+    if cfg.performance.offload_optimizer_moments:
+        rule = "Muon's momentum stays on the GPU"
+        yield Problem("performance.offload_optimizer_moments", True, rule, "set it to false, or choose optim=adam")
 
 
 def check_mixture(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
@@ -420,6 +453,8 @@ def _missing_path(key: str, path: str, kind: str) -> Iterator[Problem]:
 
 
 RECIPE_CHECKS = (
+    check_offloading,
+    check_optimizer,
     check_batch,
     check_batch_ramp,
     check_schedule,

@@ -25,10 +25,21 @@ class SchedConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig(Section):
-    """AdamW (arXiv:1711.05101); weight decay leaves norms and biases alone."""
+class MuonConfig(Section):
+    """Muon (Jordan et al., 2024; scaled as in arXiv:2502.16982) for the matrices of the layers."""
 
-    name: Literal["adam"]
+    momentum: Annotated[float, Interval(ge=0, lt=1)]
+    newton_schulz_steps: PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig(Section):
+    """AdamW (arXiv:1711.05101) for all or, with `muon`, for embeddings, output, norms, biases and routers.
+
+    Weight decay leaves norms and biases alone.
+    """
+
+    name: Literal["adam", "muon"]
     lr: PositiveFloat
     weight_decay: NonNegativeFloat
     adam_beta1: Annotated[float, Interval(ge=0, lt=1)]
@@ -36,3 +47,4 @@ class OptimConfig(Section):
     adam_eps: PositiveFloat
     clip_grad: NonNegativeFloat
     sched: SchedConfig
+    muon: MuonConfig | None = None

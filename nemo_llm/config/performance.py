@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nemo_llm.config.section import PositiveInt, Section
+from nemo_llm.config.section import NonNegativeInt, PositiveInt, Section
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,3 +16,5 @@ class PerformanceConfig(Section):
     fused_kernels: bool
     compile_layers: bool
     ddp_bucket_size: PositiveInt | None
+    offload_optimizer_moments: bool
+    offload_activation_layers: NonNegativeInt

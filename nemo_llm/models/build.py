@@ -13,6 +13,7 @@ from megatron.core.transformer.module import Float16Module
 
 from nemo_llm.config import RunConfig
 from nemo_llm.errors import ConfigError, Problem
+from nemo_llm.models.activation_offload import offload_activations
 from nemo_llm.models.initialize import InitRule, initialize_weights
 from nemo_llm.models.language_model import LanguageModel
 from nemo_llm.models.specs import build_block_spec, choose_backend
@@ -70,6 +71,8 @@ def _build_chunk(cfg, runtime, config, backend, vp_stage, vocab_size) -> Languag
     if cfg.performance.compile_layers and runtime.device.type == "cuda":
         for layer in chunk.decoder.layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
+    if cfg.performance.offload_activation_layers:
+        offload_activations(chunk.decoder.layers, cfg.performance.offload_activation_layers)
     return chunk.to(runtime.device)
 
 

@@ -4,7 +4,7 @@ What the arithmetic leaves out is covered by two stated allowances: `RUNTIME_BYT
 buffers and libraries' workspaces, and `FRAGMENTATION` for memory that the allocator holds and cannot use.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from nemo_llm.config.run import RunConfig
 from nemo_llm.parallel.layout import ParallelLayout
@@ -105,15 +105,16 @@ def _rank_memory(
 ) -> RankMemory:
     tied = cfg.model.share_embeddings_and_output_weights and cfg.model.head is None
     dense, experts = local_parameters(layout, chunks, counted, tied)
+    outside, _ = local_parameters(layout, tuple(replace(chunk, layers=range(0)) for chunk in chunks), counted, tied)
     weights = dense + experts
     element = DTYPE_BYTES[cfg.precision.params_dtype]
     parameters = weights * element
     if cfg.precision.fp8 is not None:
         parameters += weights * (_FP8_CACHE_BYTES - (element if cfg.precision.fp8.fp8_param else 0))
     gradient = 4 if cfg.precision.grad_reduce_in_fp32 or element == 4 else element
-    state = _ADAM_MOMENTS_BYTES + (_MASTER_BYTES if element < 4 else 0)
     sharded = cfg.parallelism.use_distributed_optimizer
-    optimizer = state * (dense / (layout.dp * layout.cp if sharded else 1) + experts / (layout.edp if sharded else 1))
+    optimizer = _master_and_moments(cfg, dense, outside) / (layout.dp * layout.cp if sharded else 1)
+    optimizer += _master_and_moments(cfg, experts, 0.0) / (layout.edp if sharded else 1)
     share = trained_share(cfg, counted)
     activations = _activation_bytes(cfg, chunks, in_flight)
     logits = logits_bytes(cfg, padded_vocab_size) if any(chunk.has_loss for chunk in chunks) else 0.0
@@ -146,6 +147,16 @@ def trained_share(cfg: RunConfig, counted: ModelParameters) -> float:
         width = max(peft.bottleneck_size, 1)
     total = sum(layer.split + layer.replicated + layer.experts for layer in counted.layers)
     return min(1.0, width * (attention + mlp) * model.num_layers / total)
+
+
+def _master_and_moments(cfg: RunConfig, weights: float, outside: float) -> float:
+    """Bytes of the optimizer's state for ``weights`` parameters, of which ``outside`` are not in the layers."""
+    moments = _ADAM_MOMENTS_BYTES * weights
+    if cfg.optim.muon is not None:  # the layers' matrices have one moment
+        moments -= _ADAM_MOMENTS_BYTES / 2 * (weights - outside)
+    if cfg.performance.offload_optimizer_moments:
+        moments = 0.0
+    return moments + (_MASTER_BYTES * weights if DTYPE_BYTES[cfg.precision.params_dtype] < 4 else 0.0)
 
 
 def local_parameters(

@@ -1,9 +1,12 @@
 """AdamW as Megatron's optimizers expect it from apex or Transformer Engine, on PyTorch's fused kernel."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+
+from nemo_llm.training.host_moments import HostMoments
 
 
 class FusedAdamW(torch.optim.Optimizer):
@@ -30,6 +33,28 @@ class FusedAdamW(torch.optim.Optimizer):
         if not adam_w_mode:
             raise ValueError("FusedAdamW does decoupled weight decay alone: adam_w_mode=False was asked for")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._host: HostMoments | None = None
+
+    def offload_moments(self) -> None:
+        """Keep the moments in host memory from now on; before there are any."""
+        self._host = HostMoments()
+
+    def moment_names(self, _parameter: torch.Tensor, /) -> tuple[str, ...]:
+        """Keys of the state tensors that this parameter has, each of its shape."""
+        return ("exp_avg", "exp_avg_sq")
+
+    def moments(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The state tensors of a parameter, zeros before the first update; those in host memory are up to date."""
+        state = self.state[parameter]
+        if self._host is not None and self._by_adamw(parameter):
+            self._host.wait()
+            if not state:
+                for group in self.param_groups:
+                    self._host.add([p for p in group["params"] if p.numel() > 0 and self._by_adamw(p)], self.state)
+        for name in self.moment_names(parameter):
+            if name not in state:
+                state[name] = torch.zeros_like(parameter)
+        return {name: state[name] for name in self.moment_names(parameter)}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
@@ -37,25 +62,32 @@ class FusedAdamW(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("FusedAdamW takes no closure")
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
+            parameters = [p for p in group["params"] if p.grad is not None and p.numel() > 0 and self._by_adamw(p)]
             group["step"] = int(group.get("step", 0)) + 1
             if not parameters:
                 continue
-            for parameter in parameters:
-                state = self.state[parameter]
-                if not state:
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-            self._update(group, parameters)
+            moments = [self.moments(parameter) for parameter in parameters]
+            if self._host is None:
+                self._update(group, parameters, [m["exp_avg"] for m in moments], [m["exp_avg_sq"] for m in moments])
+            else:
+                self._host.update(parameters, partial(self._update, group))
 
-    def _update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
-        device = parameters[0].device
-        steps = torch.full((), float(group["step"]), dtype=torch.float32, device=device)
+    def _by_adamw(self, _parameter: torch.Tensor, /) -> bool:
+        return True
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        parameters: list[torch.Tensor],
+        first: list[torch.Tensor],
+        second: list[torch.Tensor],
+    ) -> None:
+        steps = torch.full((), float(group["step"]), dtype=torch.float32, device=parameters[0].device)
         torch._fused_adamw_(  # public kernel of torch.optim.AdamW(fused=True); underscored name since torch 2.0
             parameters,
             [p.grad for p in parameters],
-            [self.state[p]["exp_avg"] for p in parameters],
-            [self.state[p]["exp_avg_sq"] for p in parameters],
+            first,
+            second,
             [],
             [steps] * len(parameters),
             amsgrad=False,

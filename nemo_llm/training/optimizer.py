@@ -1,4 +1,4 @@
-"""Megatron's optimizer (plain or distributed) from our section, with our AdamW inside."""
+"""Megatron's optimizer (plain or distributed) from our section, with our AdamW or Muon inside."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,13 +16,19 @@ from megatron.core.optimizer import (
 )
 from megatron.core.utils import local_multi_tensor_l2_norm
 
+from nemo_llm.checkpoint.optimizer_state import optimizer_parts
 from nemo_llm.config import RunConfig
 from nemo_llm.models.transformer_config import DTYPES
+from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.training.adamw import FusedAdamW
+from nemo_llm.training.muon import Muon
+from nemo_llm.training.muon_matrices import connect_muon
 
 
-def build_optimizer(cfg: RunConfig, model: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW over these model chunks; norms and biases (one-dimensional parameters) get no weight decay."""
+def build_optimizer(
+    cfg: RunConfig, model: list[DistributedDataParallel], runtime: ParallelRuntime
+) -> MegatronOptimizer:
+    """AdamW or Muon over these model chunks; norms and biases (one-dimensional parameters) get no weight decay."""
     dtype = cfg.precision.params_dtype
     config = OptimizerConfig(
         optimizer="adam",
@@ -51,8 +57,14 @@ def build_optimizer(cfg: RunConfig, model: list[DistributedDataParallel]) -> Meg
     # `FusedAdamW` keeps its step where apex's optimizer does: these flags, of the same version, make the distributed
     # optimizer look for it there when it saves and loads.
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
-    with _our_adamw_in_megatron():
-        return get_megatron_optimizer(config, model, use_gloo_process_groups=False)
+    with _our_class_in_megatron(FusedAdamW if cfg.optim.muon is None else Muon):
+        optimizer = get_megatron_optimizer(config, model, use_gloo_process_groups=False)
+    for part in optimizer_parts(optimizer):
+        if cfg.performance.offload_optimizer_moments:
+            part.optimizer.offload_moments()
+        if cfg.optim.muon is not None:
+            connect_muon(cfg, part, model, runtime)
+    return optimizer
 
 
 def _l2_norm(_chunk: int, _overflow: Any, tensors: list[list[torch.Tensor]], *_: Any) -> tuple[torch.Tensor, None]:
@@ -66,16 +78,16 @@ def _l2_norm(_chunk: int, _overflow: Any, tensors: list[list[torch.Tensor]], *_:
 
 
 @contextlib.contextmanager
-def _our_adamw_in_megatron() -> Iterator[None]:
-    """Let ``get_megatron_optimizer`` build `FusedAdamW`.
+def _our_class_in_megatron(ours: type[FusedAdamW]) -> Iterator[None]:
+    """Let ``get_megatron_optimizer`` build this class.
 
     megatron-core 0.16.1 chooses the class from what is installed (Transformer Engine, apex, else torch's AdamW, whose
     state its distributed checkpoints stumble on) and takes none as an argument. tests/models/test_megatron_contract.py
     fails when one of these names is gone.
     """
     saved = (megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER, distrib_optimizer.Adam)
-    megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = FusedAdamW, False
-    distrib_optimizer.Adam = FusedAdamW
+    megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = ours, False
+    distrib_optimizer.Adam = ours
     try:
         yield
     finally:

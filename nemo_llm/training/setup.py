@@ -49,7 +49,7 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
     chunks = build_model_chunks(cfg, runtime, vocab_size)
     base_fingerprint = "" if cfg.peft is None else freeze_and_adapt(cfg, chunks, runtime)
     model = wrap_data_parallel(cfg, chunks)
-    optimizer = build_optimizer(cfg, model)
+    optimizer = build_optimizer(cfg, model, runtime)
     connect_schedule(cfg, model, optimizer)
     return TrainingRun(
         cfg=cfg,

@@ -15,6 +15,16 @@ from nemo_llm.errors import ConfigError
 # (arguments, processes, key, words of the message, arguments that put it right)
 # fmt: off
 CASES: list[tuple[str, int, str, list[str], str | None]] = [
+    ("model=gpt_tiny optim.name=muon", 1, "optim.name", ["optim=muon"], "optim.name=adam"),
+    ("model=gpt_tiny optim=muon peft=lora", 1, "optim.name", ["lora", "AdamW"], None),
+    ("model=gpt_tiny optim=muon performance.offload_optimizer_moments=true", 1,
+     "performance.offload_optimizer_moments", ["momentum"], "performance.offload_optimizer_moments=false"),
+    ("model=moe_tiny optim=muon parallelism=tp2 parallelism.use_distributed_optimizer=true", 2,
+     "parallelism.expert_tensor_parallel_size", ["experts"], "parallelism.expert_tensor_parallel_size=1"),
+    ("model=gpt_tiny performance.offload_activation_layers=2 performance.compile_layers=true", 1,
+     "performance.offload_activation_layers", ["compiled"], "performance.compile_layers=false"),
+    ("model=gpt_tiny performance.offload_activation_layers=2 parallelism.recompute_granularity=full", 1,
+     "performance.offload_activation_layers", ["full"], "performance.offload_activation_layers=0"),
     ("model=gpt_tiny parallelism=tp4", 4, "model.num_attention_heads", ["6", "= 4", "1 or 2", "4 or 8"],
      "model.num_attention_heads=8 model.num_query_groups=4"),
     ("model=gpt_tiny parallelism=tp4 model.num_attention_heads=8", 4, "model.num_query_groups", ["2", "= 4"],

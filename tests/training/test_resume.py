@@ -51,6 +51,7 @@ PP2 = ("parallelism.pipeline_model_parallel_size=2", ZERO1)
 VPP2 = ("parallelism.pipeline_model_parallel_size=2", "parallelism.virtual_pipeline_model_parallel_size=2", ZERO1)
 EP2 = ("parallelism.expert_model_parallel_size=2", ZERO1)
 TP2_ONLY = ("precision=bf16", "parallelism.tensor_model_parallel_size=2")
+MUON_TP2 = ("optim=muon", *TP2)
 TP2_EP2 = (*TP2, "parallelism.expert_model_parallel_size=2")
 
 
@@ -64,8 +65,20 @@ TP2_EP2 = (*TP2, "parallelism.expert_model_parallel_size=2")
         pytest.param("gpt_tiny", 1, ("precision=bf16", ZERO1), marks=pytest.mark.slow),
         ("gpt_tiny", 1, ("model.hidden_dropout=0.1", "model.attention_dropout=0.1", "precision=bf16", ZERO1)),
         ("moe_tiny", 2, EP2),
+        ("gpt_tiny", 2, MUON_TP2),
+        ("gpt_tiny", 1, ("precision=bf16", ZERO1, "performance.offload_optimizer_moments=true")),
     ],
-    ids=["one process", "DP2 distributed optimizer", "TP2", "PP2 VPP2", "bf16", "dropout and bf16", "EP2"],
+    ids=[
+        "one process",
+        "DP2 distributed optimizer",
+        "TP2",
+        "PP2 VPP2",
+        "bf16",
+        "dropout and bf16",
+        "EP2",
+        "Muon TP2",
+        "offloaded moments",
+    ],
 )
 def test_same_layout_goes_on_bit_by_bit(
     model: str, world: int, overrides: tuple[str, ...], ranks: RankPool, tmp_path: Path
@@ -86,6 +99,7 @@ def test_same_layout_goes_on_bit_by_bit(
             (2, ("precision=bf16", "parallelism.tensor_model_parallel_size=2")),
         ),
         ("moe_tiny", (2, EP2), (1, ())),
+        ("gpt_tiny", (2, MUON_TP2), (1, ("optim=muon",))),
         ("moe_tiny", (1, ()), (4, TP2_EP2)),
         pytest.param("moe_tiny", (4, TP2_EP2), (2, PP2), marks=pytest.mark.slow),
     ],
@@ -94,6 +108,7 @@ def test_same_layout_goes_on_bit_by_bit(
         "not distributed optimizer to distributed, PP2",
         "bf16 DP2 to TP2, optimizer not distributed",
         "EP2 to one process, optimizer not distributed",
+        "Muon, TP2 to one process",
         "one process to TP2 EP2",
         "TP2 EP2 to PP2",
     ],

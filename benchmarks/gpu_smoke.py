@@ -41,7 +41,7 @@ def _train_losses(model: str, overrides: list[str], device: str = "auto") -> lis
         "import json, sys; from tests.parity.layouts import train_losses; "
         f"print('LOSSES', json.dumps(train_losses({model!r}, tuple({overrides!r}), ('trainer.accelerator={device}',))))"
     )
-    output = _run([sys.executable, "-c", code])
+    output = _run([sys.executable, "-c", code], **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}))
     return json.loads(next(line for line in output.splitlines() if line.startswith("LOSSES")).split(" ", 1)[1])
 
 

@@ -55,12 +55,13 @@ ROWS = {
     "1b moments offloaded": Row(
         [*OURS, *SMALL, "model.transformer_impl=torch", "performance.offload_optimizer_moments=true"], peer="1b bf16"
     ),
-    "1b 4 layers offloaded": Row(
-        [*OURS, *SMALL, "model.transformer_impl=torch", "performance.offload_activation_layers=4"], peer="1b bf16"
-    ),
-    "1b 8 layers offloaded": Row(
-        [*OURS, *SMALL, "model.transformer_impl=torch", "performance.offload_activation_layers=8"], peer="1b bf16"
-    ),
+    **{
+        f"1b {count} layers offloaded": Row(
+            [*OURS, *SMALL, "model.transformer_impl=torch", f"performance.offload_activation_layers={count}"],
+            peer="1b bf16",
+        )
+        for count in (2, 3, 4)
+    },
     "1b fp8": Row([*OURS, *SMALL, "model.transformer_impl=torch", "precision=fp8_tensorwise"], peer="1b peer"),
     "1b fp8 te": Row([*OURS, *SMALL, "precision=fp8_delayed"], peer="1b peer"),
     "gpt_1b peer": Row([*MEGATRON, "--model", "gpt_1b", "--seq", "2048", "--micro-batch", "8", "--micro-batches", "2"]),

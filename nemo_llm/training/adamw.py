@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nemo_llm.training.host_moments import HostMoments
+from nemo_llm.training.host_moments import HostMoments, Lists
 
 
 class FusedAdamW(torch.optim.Optimizer):
@@ -68,24 +68,21 @@ class FusedAdamW(torch.optim.Optimizer):
                 continue
             moments = [self.moments(parameter) for parameter in parameters]
             if self._host is None:
-                self._update(group, parameters, [m["exp_avg"] for m in moments], [m["exp_avg_sq"] for m in moments])
+                first, second = ([each[name] for each in moments] for name in ("exp_avg", "exp_avg_sq"))
+                self._update(group, (parameters, [p.grad for p in parameters], first, second))
             else:
                 self._host.update(parameters, partial(self._update, group))
 
     def _by_adamw(self, _parameter: torch.Tensor, /) -> bool:
         return True
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        parameters: list[torch.Tensor],
-        first: list[torch.Tensor],
-        second: list[torch.Tensor],
-    ) -> None:
+    def _update(self, group: dict[str, Any], lists: Lists) -> None:
+        """AdamW for parameters, gradients, first and second moments, each a list of as many tensors."""
+        parameters, gradients, first, second = lists
         steps = torch.full((), float(group["step"]), dtype=torch.float32, device=parameters[0].device)
         torch._fused_adamw_(  # public kernel of torch.optim.AdamW(fused=True); underscored name since torch 2.0
             parameters,
-            [p.grad for p in parameters],
+            gradients,
             first,
             second,
             [],

@@ -17,24 +17,31 @@ from nemo_llm.checkpoint.snapshot import page_locked
 _WINDOW_ELEMENTS = 1 << 25
 _SLOTS = 3
 
-Update = Callable[[list[Tensor], list[Tensor], list[Tensor]], None]
+Lists = tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor]]
+Update = Callable[[Lists], None]
 
 
 @dataclass
 class _Window:
-    """Parameters that are updated at once, and both their moments, [2, n], in host memory."""
+    """Ranges ``(parameter, start, stop)`` of flattened parameters that are updated at once; their moments [2, n]."""
 
-    parameters: list[Tensor]
+    ranges: list[tuple[Tensor, int, int]]
     host: Tensor
 
-    def views(self, memory: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The first and the second moments of each parameter in ``memory`` [2, at least n]."""
-        sizes = [parameter.numel() for parameter in self.parameters]
-        first, second = (
-            [part.view(p.shape) for part, p in zip(row[: sum(sizes)].split(sizes), self.parameters, strict=True)]
-            for row in memory
-        )
-        return first, second
+    def update(self, memory: Tensor, update: Update, wanted: set[Tensor]) -> None:
+        """Update those of the wanted parameters, with their moments in ``memory`` [2, at least n]."""
+        lists: Lists = ([], [], [], [])
+        at = 0
+        for parameter, start, stop in self.ranges:
+            end = at + stop - start
+            if parameter in wanted:
+                assert parameter.grad is not None
+                lists[0].append(parameter.view(-1)[start:stop])
+                lists[1].append(parameter.grad.view(-1)[start:stop])
+                lists[2].append(memory[0, at:end])
+                lists[3].append(memory[1, at:end])
+            at = end
+        update(lists)
 
 
 @dataclass
@@ -55,18 +62,26 @@ class HostMoments:
 
     def add(self, parameters: list[Tensor], state: dict[Tensor, dict[str, Tensor]]) -> None:
         """Make moments of zeros for these parameters, and enter them into ``state``."""
-        chosen: list[Tensor] = []
-        for number, parameter in enumerate(parameters):
-            chosen.append(parameter)
-            filled = sum(p.numel() for p in chosen)
-            if filled < _WINDOW_ELEMENTS and number + 1 < len(parameters):
-                continue
-            memory = page_locked(8 * filled, parameter.is_cuda).view(torch.float32).view(2, filled).zero_()
-            window = _Window(chosen, memory)
-            for one, first, second in zip(chosen, *window.views(memory), strict=True):
-                state[one].update(exp_avg=first, exp_avg_sq=second)
-            self._windows.append(window)
-            chosen = []
+        total = sum(parameter.numel() for parameter in parameters)
+        if not total:
+            return
+        # Both moments of a window side by side, and those of a parameter in one stretch each.
+        memory = page_locked(8 * total, parameters[0].is_cuda).view(torch.float32).view(2, total).zero_()
+        ranges: list[tuple[Tensor, int, int]] = []
+        at, filled = 0, 0
+        for parameter in parameters:
+            size = parameter.numel()
+            first, second = memory[:, at : at + size]
+            state[parameter].update(exp_avg=first.view(parameter.shape), exp_avg_sq=second.view(parameter.shape))
+            for start in range(0, size, _WINDOW_ELEMENTS):
+                stop = min(start + _WINDOW_ELEMENTS, size)
+                if filled + stop - start > _WINDOW_ELEMENTS:
+                    self._windows.append(_Window(ranges, memory[:, at + start - filled : at + start]))
+                    ranges, filled = [], 0
+                ranges.append((parameter, start, stop))
+                filled += stop - start
+            at += size
+        self._windows.append(_Window(ranges, memory[:, total - filled :]))
 
     def wait(self) -> None:
         """Return when the last update's moments are in host memory."""
@@ -74,12 +89,12 @@ class HostMoments:
             self._device.out.synchronize()
 
     def update(self, parameters: list[Tensor], update: Update) -> None:
-        """Call ``update(parameters, first moments, second moments)`` for those of each window that are given."""
+        """Call ``update(parameters, gradients, first moments, second moments)`` for those of each window."""
         wanted = set(parameters)
-        windows = [window for window in self._windows if not wanted.isdisjoint(window.parameters)]
+        windows = [window for window in self._windows if any(part[0] in wanted for part in window.ranges)]
         if not parameters[0].is_cuda:
             for window in windows:
-                _update_window(window, window.host, wanted, update)
+                window.update(window.host, update, wanted)
             return
         if self._device is None:
             largest = max(window.host.shape[1] for window in self._windows)
@@ -95,15 +110,9 @@ class HostMoments:
                 for there, here in zip(slot, window.host, strict=True):
                     there[:size].copy_(here, non_blocking=True)
             now.wait_stream(device.into)
-            _update_window(window, slot, wanted, update)
+            window.update(slot, update, wanted)
             with torch.cuda.stream(device.out):
                 device.out.wait_stream(now)
                 for there, here in zip(slot, window.host, strict=True):
                     here.copy_(there[:size], non_blocking=True)
                 free[number % _SLOTS] = device.out.record_event()
-
-
-def _update_window(window: _Window, memory: Tensor, wanted: set[Tensor], update: Update) -> None:
-    first, second = window.views(memory)
-    chosen = [number for number, parameter in enumerate(window.parameters) if parameter in wanted]
-    update([window.parameters[n] for n in chosen], [first[n] for n in chosen], [second[n] for n in chosen])

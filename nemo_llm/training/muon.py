@@ -133,7 +133,7 @@ class Muon(FusedAdamW):
             parameter = parameters[number]
             group = groups[parameter]
             parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-            parameter.view(-1).add_(update.to(parameter.dtype), alpha=-group["lr"])
+            parameter.view(-1).add_(update, alpha=-group["lr"])
 
     def _by_adamw(self, parameter: Tensor, /) -> bool:
         return parameter not in self._pieces

@@ -6,6 +6,7 @@ is freed, and on the way back it starts as the backward pass reaches that one. H
 cost is a matter of the host's link (docs/benchmarks-gpu.md). The bits are the same.
 """
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +36,8 @@ class _HostStore:
 
     def __init__(self) -> None:
         self.free: dict[int, list[Tensor]] = defaultdict(list)
-        self.last: _Tape | None = None
+        # Weakly, here and in the hook below: a graph outlives its backward pass, and must not keep what it fetched.
+        self.last: Callable[[], _Tape | None] = _nothing
         self.out: Any = None
         self.into: Any = None
 
@@ -46,18 +48,19 @@ class _HostStore:
         def with_store(*arguments: Any, **settings: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*arguments, **settings)
-            before = None if first else self.last
-            if before is not None:
-                before.release()
+            before = _nothing if first else self.last
+            if (tape := before()) is not None:
+                tape.release()
             if offloaded:
-                tape = self.last = _Tape(self, {p.untyped_storage().data_ptr() for p in layer.parameters()})
+                tape = _Tape(self, {p.untyped_storage().data_ptr() for p in layer.parameters()})
+                self.last = weakref.ref(tape)
                 with saved_tensors_hooks(tape.pack, tape.unpack):
                     result = forward(*arguments, **settings)
                 tape.copy_out()
             else:
                 result = forward(*arguments, **settings)
-            if before is not None:
-                result[0].register_hook(lambda _gradient: before.fetch())
+            if before() is not None:
+                result[0].register_hook(lambda _gradient: _fetch(before()))
             return result
 
         return with_store
@@ -69,6 +72,15 @@ class _HostStore:
         memory = torch.empty(num_bytes, dtype=torch.uint8)
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))
         return memory
+
+
+def _nothing() -> None:
+    return None
+
+
+def _fetch(tape: "_Tape | None") -> None:
+    if tape is not None:
+        tape.fetch()
 
 
 class _Tape:

@@ -116,7 +116,8 @@ def _run_rope(cfg: RunConfig, length: int, like: dict) -> None:
 
 
 def _run_loss(logits: torch.Tensor) -> None:
-    rows = torch.zeros(logits.shape[0], dtype=torch.float32, device=logits.device)
+    # Each a tensor of its own: for one that is given twice another kernel is made.
+    lse, row_scale, label_share = torch.zeros(3, logits.shape[0], dtype=torch.float32, device=logits.device).unbind()
     statistics, to_gradient = compile_for_loss(logits.device.type)
     statistics(logits)
-    to_gradient(logits, rows, rows, rows, rows.long())
+    to_gradient(logits, lse.clone(), row_scale.clone(), label_share.clone(), lse.long())

@@ -7,6 +7,8 @@ ratio to the row's peer, the machine and the versions. ``--list`` prints the row
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -111,15 +113,18 @@ def run(name: str, row: Row, timeout: int, more: list[str]) -> dict:
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(row.gpus)] if row.gpus > 1 else []
     )
     command = [sys.executable, "-W", "ignore", *launcher, *row.command, "--name", name, *more]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return {"name": name, "failed": f"no result in {timeout} s"}
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not found:
-        said = (done.stderr or done.stdout).splitlines()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
+        try:
+            output, complaints = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # torchrun's ranks too: they hold the GPUs' memory
+            return {"name": name, "failed": f"no result in {timeout} s"}
+    found = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    if process.returncode or not found:
+        said = (complaints or output).splitlines()
         errors = [line for line in said if "Error: " in line] or said  # torchrun's own report comes last
-        return {"name": name, "failed": f"exit code {done.returncode}: {errors[0] if errors else ''}"[:400]}
+        return {"name": name, "failed": f"exit code {process.returncode}: {errors[0] if errors else ''}"[:400]}
     return {**json.loads(found[-1].removeprefix("RESULT ")), "name": name}
 
 

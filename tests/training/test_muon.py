@@ -90,6 +90,23 @@ def test_muon_learns_otherwise_than_adamw(ranks: RankPool, single: dict) -> None
     assert adamw[-1][0] != pytest.approx(single["gpt_tiny"][-1][0], rel=1e-3)
 
 
+def losses_in_small_windows(overrides: tuple[str, ...]) -> list:
+    """`train_losses` of two layers' worth of windows: parameters are cut, and several share a window."""
+    from nemo_llm.training import host_moments
+
+    usual, host_moments._WINDOW_ELEMENTS = host_moments._WINDOW_ELEMENTS, 5000
+    try:
+        return train_losses("gpt_tiny", overrides, ("performance.offload_optimizer_moments=true", "precision=bf16"))
+    finally:
+        host_moments._WINDOW_ELEMENTS = usual
+
+
+def test_windows_change_no_bit_of_sharded_moments(ranks: RankPool) -> None:
+    layout = DENSE[2]
+    plain = ranks.run(train_losses, layout.processes, "gpt_tiny", layout.overrides, ("precision=bf16",))
+    assert ranks.run(losses_in_small_windows, layout.processes, layout.overrides) == plain
+
+
 def test_offloaded_moments_change_no_bit(ranks: RankPool) -> None:
     offloaded = ("performance.offload_optimizer_moments=true",)
     for overrides in ((), ("precision=bf16",)):

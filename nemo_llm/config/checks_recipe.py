@@ -239,6 +239,32 @@ def check_optimizer(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
         yield Problem("performance.offload_optimizer_moments", True, rule, "set it to false, or choose optim=adam")
 
 
+def check_latent_attention(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+    """What latent attention cannot be joined with."""
+    model, tp = cfg.model, cfg.parallelism.tensor_model_parallel_size
+    if model.mla is None:
+        return
+    mla = {"q_lora_rank": model.mla.q_lora_rank or tp, "kv_lora_rank": model.mla.kv_lora_rank}
+    mla["kv_lora_rank"] += model.mla.qk_pos_emb_head_dim
+    for name, rows in mla.items():
+        if rows % tp:
+            rule = f"makes a projection of {rows} rows, which tensor_model_parallel_size = {tp} does not divide"
+            yield Problem(f"model.mla.{name}", rows, rule, "choose another, or a smaller tensor_model_parallel_size")
+    if model.position_embedding_type != "rope" or model.rotary_percent != 1.0:
+        rule = "latent attention has rotary positions, on channels of their own"
+        yield Problem(
+            "model.position_embedding_type", model.position_embedding_type, rule, "use rope, rotary_percent 1"
+        )
+    if model.rope_scaling is not None and model.rope_scaling.type != "yarn":
+        rule = "latent attention knows yarn alone"
+        yield Problem("model.rope_scaling.type", model.rope_scaling.type, rule, "choose yarn, or rope_scaling=null")
+    if model.num_query_groups != model.num_attention_heads:
+        rule = "latent attention makes keys for every head"
+        yield Problem("model.num_query_groups", model.num_query_groups, rule, f"set it to {model.num_attention_heads}")
+    if cfg.peft is not None:
+        yield Problem("peft.kind", cfg.peft.kind, "adapters do not know latent attention yet", "train all weights")
+
+
 def check_mixture(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
     """What Megatron refuses about mixtures of experts, said before it does."""
     model, moe = cfg.model, cfg.model.moe
@@ -455,6 +481,7 @@ def _missing_path(key: str, path: str, kind: str) -> Iterator[Problem]:
 RECIPE_CHECKS = (
     check_offloading,
     check_optimizer,
+    check_latent_attention,
     check_batch,
     check_batch_ramp,
     check_schedule,

@@ -51,6 +51,26 @@ class MoeConfig(Section):
     moe_shared_expert_intermediate_size: PositiveInt | None
     moe_layer_freq: PositiveInt
     moe_grouped_gemm: bool
+    moe_first_k_dense_replace: PositiveInt | None = None
+
+    def has_layer(self, number: int) -> bool:
+        """Whether layer `number`, from 0, is a mixture."""
+        return number >= (self.moe_first_k_dense_replace or 0) and number % self.moe_layer_freq == 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MlaConfig(Section):
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434), in Megatron's spelling.
+
+    Keys and values of all heads are made from one latent vector a token; each head's queries and keys have channels
+    without and with rotary positions.
+    """
+
+    q_lora_rank: PositiveInt | None
+    kv_lora_rank: PositiveInt
+    qk_head_dim: PositiveInt
+    qk_pos_emb_head_dim: PositiveInt
+    v_head_dim: PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +121,7 @@ class ModelConfig(Section):
     hf_path: str | None
     checkpoint_path: str | None
     family: str | None
+    mla: MlaConfig | None = None
     head: tuple[NonEmptyStr, ...] | None = None
     """Classes of a head in place of the output layer, or one name for a score; None for a language model."""
     mcore_overrides: dict[str, Scalar]

@@ -45,7 +45,8 @@ _JOURNAL_NAME = "written.log"
 _READ_BYTES = 16 << 20
 _SYNC_BYTES = 64 << 20
 # Megatron's linear layers keep an entry of their own beside the weights (Transformer Engine's scales; here none).
-_WITH_EXTRA_STATE = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+_LATENT = tuple(f"linear_{part}_proj.weight" for part in ("q", "q_down", "q_up", "kv_down", "kv_up"))
+_WITH_EXTRA_STATE = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight", *_LATENT)
 
 
 class HashedFile:
@@ -214,7 +215,7 @@ class NativeWriter:
         self._described[key].chunks.append(ChunkStorageMetadata(offsets, sizes))
         indices = [MetadataIndex(key, offsets)]
         if key.endswith(_WITH_EXTRA_STATE):
-            place = f"shard_{'.'.join(map(str, index))}_{'.'.join(map(str, axes))}"
+            place = f"shard_{'.'.join(map(str, index or (0,)))}_{'.'.join(map(str, axes or (1,)))}"
             indices.append(MetadataIndex(f"{key.removesuffix('weight')}_extra_state/{place}"))
             self._described[indices[1].fqn] = BytesStorageMetadata()
         start = self._replayed if self._done else self._file.tell()

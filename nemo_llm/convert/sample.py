@@ -21,23 +21,32 @@ _MAX_SHARD_BYTES = 1 << 40
 
 def write_samples(mapped: Mapped, hf: Path, ours: Path, layers: Sequence[int], folder: Path) -> tuple[Path, Path]:
     """Write the chosen layers of both models, renumbered, below ``folder``; returns the two folders."""
-    small = Mapped.of(mapped.family, {**mapped.model, "num_layers": len(layers)})
+    small = Mapped.of(mapped.family, _smaller(mapped.model, layers))
     pairs = list(_pairs(mapped, small, layers))
     return _write_hf(small, pairs, hf, folder / "hf", layers), _write_ours(pairs, ours, folder / "ours", small.model)
 
 
 def write_our_sample(mapped: Mapped, ours: Path, layers: Sequence[int], folder: Path) -> Path:
     """As `write_samples`, of our model alone."""
-    small = Mapped.of(mapped.family, {**mapped.model, "num_layers": len(layers)})
+    small = Mapped.of(mapped.family, _smaller(mapped.model, layers))
     return _write_ours(list(_pairs(mapped, small, layers)), ours, folder / "ours", small.model)
+
+
+def _smaller(model: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+    """The model section with these layers alone."""
+    small = {**model, "num_layers": len(layers)}
+    if model["moe"]:
+        dense = sum(layer < (model["moe"].get("moe_first_k_dense_replace") or 0) for layer in layers)
+        small["moe"] = {**model["moe"], "moe_first_k_dense_replace": dense or None}
+    return small
 
 
 def _pairs(large: Mapped, small: Mapped, layers: Sequence[int]) -> Iterator[tuple[Link, Link]]:
     """Each slice of the small model, beside the slice of the large one that it is."""
-    sources = {(link.key, link.index): link for link in large.links}
+    sources = {link.place: link for link in large.links}
     for link in small.links:
-        index = (layers[link.index[0]], *link.index[1:]) if link.index else ()
-        yield link, sources[link.key, index]
+        stem, layer, expert = link.place
+        yield link, sources[stem, None if layer is None else layers[layer], expert]
 
 
 def _write_hf(small: Mapped, pairs: list[tuple[Link, Link]], source: Path, target: Path, layers: Sequence[int]) -> Path:
@@ -46,6 +55,8 @@ def _write_hf(small: Mapped, pairs: list[tuple[Link, Link]], source: Path, targe
     for field in small.family.fields:
         if field.ours == "num_layers":
             config[field.theirs] = len(layers)
+        if field.ours == "moe.moe_first_k_dense_replace":
+            config[field.theirs] = small.model["moe"]["moe_first_k_dense_replace"] or 0
     if config.get("layer_types"):
         config["layer_types"] = [config["layer_types"][layer] for layer in layers]
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -50,6 +50,7 @@ CODECS: Mapping[str, Codec] = {
     "gelu_new": Codec(_decode_activation, lambda name: "gelu_new" if name == "gelu_tanh" else _THEIR_ACTIVATIONS[name]),
     # The embedding is multiplied by the root of the width (Gemma), which another field brings back.
     "root": Codec(lambda value: value**0.5, lambda value: round(value**2)),
+    "none_for_0": Codec(lambda value: value or None, lambda value: value or 0),
     "not": Codec(lambda value: not value, lambda value: not value),
     # Attention logits are multiplied by our number and divided by the root of theirs (Gemma).
     "inverse_root": Codec(lambda value: value**-0.5, lambda value: round(value**-2.0)),

@@ -122,7 +122,7 @@ QWEN3 = Family(
     their_constants={**_QWEN_PLAIN, "attention_bias": False},
 )
 
-_MOE_CONSTANTS = {
+MOE_CONSTANTS = {
     "moe.moe_z_loss_coeff": None,
     "moe.moe_router_load_balancing_type": "aux_loss",
     "moe.moe_router_score_function": "softmax",
@@ -137,7 +137,8 @@ _MOE_FIELDS = (
 )
 
 
-def _expert_mlp(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+def expert_mlp(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """Norm, router and experts of a mixture; their names, the last four below ``block``."""
     experts = _LAYER + "mlp.experts.experts."
     names = {part: f"{_THEIRS}{block}.experts.{{expert}}.{part}.weight" for part in (gate, up, down)}
     return (
@@ -152,21 +153,21 @@ MIXTRAL = Family(
     name="Mixtral",
     model_type="mixtral",
     architecture="MixtralForCausalLM",
-    constants={**MISTRAL.constants, **_MOE_CONSTANTS, "moe.moe_router_pre_softmax": False},
+    constants={**MISTRAL.constants, **MOE_CONSTANTS, "moe.moe_router_pre_softmax": False},
     fields=(
         *MISTRAL.fields,
         *_MOE_FIELDS,
         Field("moe.num_moe_experts", "num_local_experts"),
         Field("moe.moe_ffn_hidden_size", "intermediate_size"),
     ),
-    tensors=(*OUTSIDE, PRE_NORM, *ATTENTION, *_expert_mlp("block_sparse_moe", "w1", "w3", "w2")),
+    tensors=(*OUTSIDE, PRE_NORM, *ATTENTION, *expert_mlp("block_sparse_moe", "w1", "w3", "w2")),
 )
 
 QWEN3_MOE = Family(
     name="Qwen 3 MoE",
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    constants={**QWEN3.constants, **_MOE_CONSTANTS},
+    constants={**QWEN3.constants, **MOE_CONSTANTS},
     fields=(
         *QWEN3.fields,
         *_MOE_FIELDS,
@@ -174,7 +175,7 @@ QWEN3_MOE = Family(
         Field("moe.moe_ffn_hidden_size", "moe_intermediate_size"),
         Field("moe.moe_router_pre_softmax", "norm_topk_prob", "not", default=False),
     ),
-    tensors=(*OUTSIDE, PRE_NORM, *ATTENTION, *_expert_mlp("mlp", "gate_proj", "up_proj", "down_proj")),
+    tensors=(*OUTSIDE, PRE_NORM, *ATTENTION, *expert_mlp("mlp", "gate_proj", "up_proj", "down_proj")),
     their_constants={**QWEN3.their_constants, "decoder_sparse_step": 1, "mlp_only_layers": []},
 )
 

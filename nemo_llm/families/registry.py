@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_llm.errors import InputError
-from nemo_llm.families import layer_norm, llama_like
+from nemo_llm.families import deepseek, layer_norm, llama_like
 from nemo_llm.families.codecs import CODECS, decode_rope, encode_rope, flattened
 from nemo_llm.families.spec import Family
 
 # Keys that a family leaves out of its tables where it has none of what they name.
 _PLAIN: Mapping[str, Any] = {
     "moe": None,
+    "mla": None,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "embedding_multiplier": None,
@@ -40,6 +41,7 @@ FAMILIES = {
         llama_like.GEMMA2,
         llama_like.GEMMA3,
         llama_like.PHI3,
+        deepseek.DEEPSEEK_V2,
         layer_norm.GPT2,
         layer_norm.GPT_NEOX,
         layer_norm.STARCODER2,
@@ -95,6 +97,9 @@ def model_section(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         if config.get(key, value) != value:
             raise InputError(f"{where}: {key}={config[key]!r} is not built; {family.name} is converted with {value!r}")
     config = flattened(config)
+    for name, factors in family.products.items():
+        if all(config.get(key) is not None for key in factors):
+            config[name] = config[factors[0]] * config[factors[1]]
     section: dict[str, Any] = {"family": family.model_type}
     for key, value in family.constants.items():
         _put(section, key, value)
@@ -184,6 +189,8 @@ def hf_config(family: Family, model: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             section = section[parent]
         config[field.theirs] = CODECS[field.codec].encode(section[leaf])
+    for name, (first, second) in family.products.items():
+        config[first] = config.pop(name) // config[second]
     if config.get("head_dim", 0) is None:
         del config["head_dim"]
     if model["position_embedding_type"] == "rope":

@@ -1,5 +1,6 @@
 """Shapes of our tensors as a model section decides them, without the leading axes of layers and experts."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ from nemo_llm.config.arithmetic import padded_vocab_size
 
 def our_shape(key: str, model: Mapping[str, Any]) -> tuple[int, ...]:
     """Shape of one slice of ``key``."""
-    return _shapes(model)[key.removeprefix("decoder.layers.")]
+    return _shapes(model)[re.sub(r"^decoder\.layers\.(\d+\.)?", "", key)]
 
 
 def _shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -34,6 +35,8 @@ def _shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         "mlp.linear_fc2.post_layernorm.weight": (hidden,),
         **_mlp("mlp.", hidden, model["ffn_hidden_size"], halves),
     }
+    if model.get("mla") is not None:
+        shapes |= _latent_attention(model, model["mla"])
     for name in ("q_layernorm", "k_layernorm"):
         shapes[f"self_attention.{name}.bias"] = (channels,)
     for name in ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."):
@@ -42,7 +45,25 @@ def _shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         moe = model["moe"]
         shapes["mlp.router.weight"] = (moe["num_moe_experts"], hidden)
         shapes |= _mlp("mlp.experts.experts.", hidden, moe["moe_ffn_hidden_size"], halves)
+        shapes |= _mlp("mlp.shared_experts.", hidden, moe["moe_shared_expert_intermediate_size"] or 0, halves)
     return shapes
+
+
+def _latent_attention(model: Mapping[str, Any], mla: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, heads = model["hidden_size"], model["num_attention_heads"]
+    query_rows = heads * (mla["qk_head_dim"] + mla["qk_pos_emb_head_dim"])
+    q_rank, kv_rank = mla["q_lora_rank"] or 0, mla["kv_lora_rank"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "linear_q_proj.weight": (query_rows, hidden),
+        "linear_q_down_proj.weight": (q_rank, hidden),
+        "linear_q_up_proj.layer_norm_weight": (q_rank,),
+        "linear_q_up_proj.weight": (query_rows, q_rank),
+        "linear_kv_down_proj.weight": (kv_rank + mla["qk_pos_emb_head_dim"], hidden),
+        "linear_kv_up_proj.layer_norm_weight": (kv_rank,),
+        "linear_kv_up_proj.weight": (heads * (mla["qk_head_dim"] + mla["v_head_dim"]), kv_rank),
+        "linear_proj.weight": (hidden, heads * mla["v_head_dim"]),
+    }
+    return {f"self_attention.{name}": shape for name, shape in shapes.items()} | {"input_layernorm.weight": (hidden,)}
 
 
 def _mlp(prefix: str, hidden: int, inner: int, halves: int) -> dict[str, tuple[int, ...]]:

@@ -16,12 +16,14 @@ class Rule:
         transform: what makes one of the other (`nemo_llm.convert.transforms`).
         when: fields of the model section, ``not <field>`` or ``<field>=<text>``, that must all hold for the line to
             count.
+        layers: ``moe`` or ``dense`` where the line is of such layers alone.
     """
 
     ours: str
     theirs: tuple[str, ...]
     transform: str = "copy"
     when: tuple[str, ...] = ()
+    layers: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class Family:
         rotary_percent: key of ``config.json`` that says which share of a head is rotated, and its default; None where
             all of it is.
         ignored: endings of names in Hugging Face folders that hold buffers and no weights.
+        products: names in `fields` that ``config.json`` does not have: the product of two of its keys, the second of
+            which is a field too.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Family:
     their_constants: Mapping[str, Any] = field(default_factory=dict)
     rotary_percent: tuple[str, float] | None = None
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    products: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def rules(self, model: Mapping[str, Any]) -> list[Rule]:
         """The lines that count for a model section."""
@@ -80,10 +85,12 @@ class Link:
 
     Attributes:
         key: our tensor.
-        index: the slice's place on the leading axes: (), (layer,) or (layer, expert).
+        index: the slice's place on the leading axes: (), (layer,), (layer, expert) or, where layers are not stacked,
+            (expert,).
         axes: sizes of these axes.
         names: their tensors.
         transform: see `Rule`.
+        place: line of the table, layer and expert, the latter two None outside of such.
     """
 
     key: str
@@ -91,33 +98,54 @@ class Link:
     axes: tuple[int, ...]
     names: tuple[str, ...]
     transform: str
+    place: tuple[str, int | None, int | None]
 
 
 def links(family: Family, model: Mapping[str, Any]) -> Iterator[Link]:
     """Every slice of every tensor of a model, in the order of the table, layer by layer."""
     rules = family.rules(model)
-    layers, experts = model["num_layers"], (model["moe"] or {}).get("num_moe_experts", 0)
-    yield from (_link(rule, (), ()) for rule in rules if not _in_layers(rule))
-    for layer in range(layers):
-        for rule in (rule for rule in rules if _in_layers(rule)):
+    experts = (model["moe"] or {}).get("num_moe_experts", 0)
+    yield from (_link(rule, model, None, None) for rule in rules if not _in_layers(rule))
+    for layer in range(model["num_layers"]):
+        kind = "moe" if has_experts(model, layer) else "dense"
+        for rule in (rule for rule in rules if _in_layers(rule) and rule.layers in (None, kind)):
             if "{expert}" in rule.theirs[0]:
-                yield from (_link(rule, (layer, expert), (layers, experts)) for expert in range(experts))
+                yield from (_link(rule, model, layer, expert) for expert in range(experts))
             else:
-                yield _link(rule, (layer,), (layers,))
+                yield _link(rule, model, layer, None)
+
+
+def has_experts(model: Mapping[str, Any], layer: int) -> bool:
+    """Whether a layer, numbered from 0, is a mixture."""
+    moe = model["moe"]
+    return bool(moe) and layer >= (moe.get("moe_first_k_dense_replace") or 0) and layer % moe["moe_layer_freq"] == 0
 
 
 def _in_layers(rule: Rule) -> bool:
     return "{layer}" in rule.theirs[0]
 
 
-def _link(rule: Rule, index: tuple[int, ...], axes: tuple[int, ...]) -> Link:
-    numbers = dict(zip(("layer", "expert"), index, strict=False))
-    names = tuple(name.format(**numbers) for name in rule.theirs)
-    return Link(rule.ours, index, axes, names, rule.transform)
+def _link(rule: Rule, model: Mapping[str, Any], layer: int | None, expert: int | None) -> Link:
+    names = tuple(name.format(layer=layer, expert=expert) for name in rule.theirs)
+    place = (rule.ours, layer, expert)
+    moe = model["moe"] or {}
+    key = rule.ours
+    index: tuple[int, ...] = ()
+    axes: tuple[int, ...] = ()
+    if expert is not None:
+        index, axes = (expert,), (moe["num_moe_experts"],)
+    if layer is not None and (moe.get("moe_first_k_dense_replace") or moe.get("moe_layer_freq", 1) > 1):
+        key = key.replace("decoder.layers.", f"decoder.layers.{layer}.")  # Megatron stacks layers that are alike
+    elif layer is not None:
+        index, axes = (layer, *index), (model["num_layers"], *axes)
+    return Link(key, index, axes, names, rule.transform, place)
 
 
 def _holds(condition: str, model: Mapping[str, Any]) -> bool:
     name, equals, value = condition.removeprefix("not ").partition("=")
+    found: Any = model
+    for part in name.split("."):
+        found = found[part]
     if equals:
-        return bool(model[name] == value)
-    return bool(model[name]) != condition.startswith("not ")
+        return bool(found == value)
+    return bool(found) != condition.startswith("not ")

@@ -45,6 +45,8 @@ class CoreAttention(MegatronModule):
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         *,
         pg_collection: ProcessGroupCollection,
         logit_softcapping: float | None = None,

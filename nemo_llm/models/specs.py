@@ -19,6 +19,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -36,6 +37,7 @@ from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.attention import CoreAttention, LocalRotaryAttention
 from nemo_llm.models.fp8 import LINEARS
 from nemo_llm.models.fused_layer import FusedLayer
+from nemo_llm.models.latent_attention import LatentAttention
 from nemo_llm.models.norm import Norm
 from nemo_llm.models.norm_variants import ParallelResidualLayer, WholeWidthNorm, with_post_norm
 
@@ -74,11 +76,15 @@ class TorchBackend(LocalSpecProvider):
         return partial(CoreAttention, logit_softcapping=self.model.attn_logit_softcapping)
 
 
-_FUSED_NORM_NAMES = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+_NAMES_BEFORE_QKV = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_NAMES_IN_LATENT_ATTENTION = {
+    f"self_attention.{part}_layernorm.": f"self_attention.linear_{part}_up_proj.layer_norm_" for part in ("q", "kv")
 }
-_FUSED_NORM_NAMES_MOE = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_NAMES_BEFORE_MLP = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+def _checkpoint_names(latent: bool, moe: bool) -> dict[str, str]:
+    return (_NAMES_IN_LATENT_ATTENTION if latent else _NAMES_BEFORE_QKV) | ({} if moe else _NAMES_BEFORE_MLP)
 
 
 def choose_backend(model: ModelConfig, device_type: str) -> str:
@@ -118,6 +124,7 @@ def _keys_of_own_layers(model: ModelConfig) -> list[str]:
         "parallel_residual": model.parallel_residual,
         "rotary_local_base": model.rotary_local_base is not None,
         "attn_logit_softcapping": model.attn_logit_softcapping is not None,
+        "mla": model.mla is not None,
     }
     return [f"model.{key}" for key, wanted in asked.items() if wanted]
 
@@ -140,12 +147,11 @@ def build_block_spec(
     parts = TorchBackend(model, cfg.performance.fused_kernels, fp8)
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    layers = [_torch_layer_spec(parts, config, _is_moe_layer(model, offset + i), groups.tp) for i in range(count)]
+    layers = [
+        _torch_layer_spec(parts, config, model.moe is not None and model.moe.has_layer(offset + i), groups.tp)
+        for i in range(count)
+    ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=parts.layer_norm())
-
-
-def _is_moe_layer(model: ModelConfig, layer: int) -> bool:
-    return model.moe is not None and layer % model.moe.moe_layer_freq == 0
 
 
 def _layer_class(model: ModelConfig) -> type:
@@ -161,17 +167,7 @@ def _torch_layer_spec(parts: TorchBackend, config: TransformerConfig, moe: bool,
         module=_layer_class(model),
         submodules=TransformerLayerSubmodules(
             input_layernorm=pre_norm,
-            self_attention=ModuleSpec(
-                module=SelfAttention if model.rotary_local_base is None else LocalRotaryAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=parts.column_parallel_linear(),
-                    core_attention=parts.core_attention(),
-                    linear_proj=parts.row_parallel_linear(),
-                    q_layernorm=parts.qk_norm(model.num_attention_heads, tp_group),
-                    k_layernorm=parts.qk_norm(model.num_query_groups, tp_group),
-                ),
-            ),
+            self_attention=_self_attention(parts, tp_group) if model.mla is None else _latent_attention(parts),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=pre_norm,
             mlp=get_mlp_module_spec_for_backend(
@@ -181,7 +177,41 @@ def _torch_layer_spec(parts: TorchBackend, config: TransformerConfig, moe: bool,
             ),
             mlp_bda=get_bias_dropout_add,
             # Checkpoint names as Transformer Engine's fused modules have them: one checkpoint serves both backends.
-            sharded_state_dict_keys_map=_FUSED_NORM_NAMES if not moe else _FUSED_NORM_NAMES_MOE,
+            sharded_state_dict_keys_map=_checkpoint_names(model.mla is not None, moe),
+        ),
+    )
+
+
+def _self_attention(parts: TorchBackend, tp_group: Any) -> ModuleSpec:
+    model = parts.model
+    return ModuleSpec(
+        module=SelfAttention if model.rotary_local_base is None else LocalRotaryAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=parts.column_parallel_linear(),
+            core_attention=parts.core_attention(),
+            linear_proj=parts.row_parallel_linear(),
+            q_layernorm=parts.qk_norm(model.num_attention_heads, tp_group),
+            k_layernorm=parts.qk_norm(model.num_query_groups, tp_group),
+        ),
+    )
+
+
+def _latent_attention(parts: TorchBackend) -> ModuleSpec:
+    column = parts.column_parallel_linear()
+    return ModuleSpec(
+        module=LatentAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=column,
+            linear_q_down_proj=column,
+            linear_q_up_proj=column,
+            linear_kv_down_proj=column,
+            linear_kv_up_proj=column,
+            core_attention=CoreAttention,
+            linear_proj=parts.row_parallel_linear(),
+            q_layernorm=parts.layer_norm(),
+            kv_layernorm=parts.layer_norm(),
         ),
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from nemo_llm.config import ModelConfig, ParallelismConfig, PrecisionConfig, RunConfig
 from nemo_llm.errors import ConfigError, Problem
@@ -44,6 +44,7 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
         ConfigError: an override that Megatron does not know, or a combination that Megatron refuses.
     """
     fuse_rope = cfg.performance.fused_rope and device.type == "cuda" and cfg.model.position_embedding_type == "rope"
+    fuse_rope = fuse_rope and cfg.model.mla is None
     if cfg.performance.gradient_accumulation_fusion:
         offer_gradient_accumulation()
     if fuse_rope:
@@ -57,6 +58,7 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
     fields = {
         **_model_fields(cfg.model),
         **_moe_fields(cfg.model, cfg.parallelism),
+        **_mla_fields(cfg.model),
         **_parallel_fields(cfg.parallelism, device),
         **_precision_fields(cfg.precision, choose_backend(cfg.model, device.type)),
         "deterministic_mode": cfg.trainer.deterministic,
@@ -70,7 +72,8 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
         and cfg.model.gated_linear_unit,
         "bias_dropout_fusion": device.type == "cuda",
     }
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    class_ = TransformerConfig if cfg.model.mla is None else MLATransformerConfig
+    known = {field.name for field in dataclasses.fields(class_)}
     unknown = sorted(set(cfg.model.mcore_overrides) - known)
     if unknown:
         raise ConfigError(
@@ -83,7 +86,7 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
             for name in unknown
         )
     try:
-        return TransformerConfig(**{**fields, **cfg.model.mcore_overrides})
+        return class_(**{**fields, **cfg.model.mcore_overrides})
     except (ValueError, AssertionError) as error:
         raise ConfigError(
             [
@@ -146,7 +149,9 @@ def _moe_fields(model: ModelConfig, layout: ParallelismConfig) -> dict[str, Any]
     if moe is None:
         return {}
     fields = dataclasses.asdict(moe)
-    if moe.moe_layer_freq == 1:
+    if fields.pop("moe_first_k_dense_replace"):
+        fields["moe_layer_freq"] = [int(moe.has_layer(number)) for number in range(model.num_layers)]
+    elif moe.moe_layer_freq == 1:
         del fields["moe_layer_freq"]
     # megatron-core 0.16.1 scales the auxiliary losses by the tokens of one rank and then divides the gradients by the
     # tokens of the whole batch: where TP and CP split a sequence over n ranks they weigh n times too little. The
@@ -156,6 +161,26 @@ def _moe_fields(model: ModelConfig, layout: ParallelismConfig) -> dict[str, Any]
     if moe.moe_z_loss_coeff is not None:
         fields["moe_z_loss_coeff"] = moe.moe_z_loss_coeff * split
     return fields
+
+
+def _mla_fields(model: ModelConfig) -> dict[str, Any]:
+    """Latent attention, whose rotary positions Megatron scales by itself (config/checks_recipe.py: by YaRN alone)."""
+    if model.mla is None:
+        return {}
+    fields = {**dataclasses.asdict(model.mla), "rotary_base": model.rotary_base, "softmax_scale": None}
+    scaling = model.rope_scaling
+    if scaling is None:
+        return {**fields, "rope_type": "rope", "rotary_scaling_factor": 1.0}
+    return {
+        **fields,
+        "rope_type": "yarn",
+        "rotary_scaling_factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        "beta_fast": scaling.beta_fast or 32.0,
+        "beta_slow": scaling.beta_slow or 1.0,
+        "mscale": scaling.mscale or 1.0,
+        "mscale_all_dim": scaling.mscale_all_dim or 0.0,
+    }
 
 
 def _parallel_fields(layout: ParallelismConfig, device: torch.device) -> dict[str, Any]:

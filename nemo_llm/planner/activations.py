@@ -8,7 +8,7 @@ tokens of a micro-batch on one context rank, ``h`` hidden size. Sequence paralle
 
 from dataclasses import dataclass
 
-from nemo_llm.config.model import ModelConfig, MoeConfig
+from nemo_llm.config.model import MlaConfig, ModelConfig, MoeConfig
 from nemo_llm.config.parallelism import ParallelismConfig
 from nemo_llm.config.run import RunConfig
 from nemo_llm.planner.parameters import is_moe_layer
@@ -73,6 +73,8 @@ def _attention_bytes(cfg: RunConfig) -> float:
     """Queries, keys, values, the rotated copies of the first two, and the output, all split by TP."""
     model = cfg.model
     heads, groups = model.num_attention_heads, model.num_query_groups
+    if model.mla is not None:
+        return _latent_attention_bytes(cfg, model.mla)
     kept_heads = (heads + 2 * groups) + heads
     if model.position_embedding_type == "rope":
         kept_heads += heads + groups
@@ -82,6 +84,17 @@ def _attention_bytes(cfg: RunConfig) -> float:
     per_token = kept_heads * model.head_dim * element + heads * 4  # and one float32 log-sum-exp a head
     split = tokens_per_rank(cfg) * per_token / cfg.parallelism.tensor_model_parallel_size
     return split + (_rotary_bytes(cfg) if model.position_embedding_type == "rope" else 0.0)
+
+
+def _latent_attention_bytes(cfg: RunConfig, mla: MlaConfig) -> float:
+    """Latents before and behind their norm, whole on every TP rank; queries, keys (with their rotated parts and the
+    joined ones), values and output, split."""
+    element, heads = DTYPE_BYTES[cfg.precision.params_dtype], cfg.model.num_attention_heads
+    turned, plain = mla.qk_pos_emb_head_dim, mla.qk_head_dim
+    whole = 2 * (mla.kv_lora_rank + (mla.q_lora_rank or 0)) + turned
+    per_head = 2 * (2 * plain + 3 * turned) + 3 * mla.v_head_dim
+    split = heads * (per_head * element + 4) / cfg.parallelism.tensor_model_parallel_size
+    return tokens_per_rank(cfg) * (whole * element + split)
 
 
 def _rotary_bytes(cfg: RunConfig) -> float:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from nemo_llm.config.model import ModelConfig
-from nemo_llm.planner.parameters import is_moe_layer
+from nemo_llm.planner.parameters import attention_weights, is_moe_layer
 
 # A multiplication and an addition a weight, once forward and twice backward (arXiv:2001.08361).
 _FLOPS_PER_WEIGHT = 6
@@ -26,9 +26,7 @@ class FlopsPerToken:
 
 def matmul_weights(model: ModelConfig, padded_vocab_size: int) -> int:
     """Weights that one token is multiplied with: active matrices and the output layer; embeddings are looked up."""
-    hidden, channels = model.hidden_size, model.head_dim
-    attention = hidden * (model.num_attention_heads + 2 * model.num_query_groups) * channels
-    attention += model.num_attention_heads * channels * hidden
+    hidden, attention = model.hidden_size, attention_weights(model)
     matrices = 3 if model.gated_linear_unit else 2
     total = hidden * (padded_vocab_size if model.head is None else len(model.head))
     for number in range(model.num_layers):
@@ -49,7 +47,10 @@ def flops_per_token(model: ModelConfig, seq_length: int, padded_vocab_size: int)
     window = min(seq_length, model.window_size or seq_length)
     # A window of w over s tokens leaves w * s - w^2 / 2 of the matrix, which is s^2 / 2 without a window.
     causal_attended = window - window**2 / (2 * seq_length)
-    channels = model.num_layers * model.num_attention_heads * model.head_dim
+    width: float = model.head_dim
+    if model.mla is not None:  # of scores and of values, which differ here
+        width = (model.mla.qk_head_dim + model.mla.qk_pos_emb_head_dim + model.mla.v_head_dim) / 2
+    channels = model.num_layers * model.num_attention_heads * width
     dense = _FLOPS_PER_WEIGHT * matmul_weights(model, padded_vocab_size)
     per_attended = _FLOPS_PER_ATTENDED_CHANNEL * channels
     return FlopsPerToken(causal=dense + per_attended * causal_attended, full=dense + per_attended * window)

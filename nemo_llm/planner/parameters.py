@@ -84,7 +84,7 @@ def _output_parameters(model: ModelConfig, word_embeddings: int) -> int:
 
 def is_moe_layer(model: ModelConfig, number: int) -> bool:
     """Whether layer `number` (from 0) is a mixture of experts."""
-    return model.moe is not None and number % model.moe.moe_layer_freq == 0
+    return model.moe is not None and model.moe.has_layer(number)
 
 
 def count_layer(model: ModelConfig, moe_layer: bool) -> LayerParameters:
@@ -96,8 +96,9 @@ def count_layer(model: ModelConfig, moe_layer: bool) -> LayerParameters:
         model.head_dim,
     )
     qkv_rows = (heads + 2 * groups) * channels
-    split = hidden * qkv_rows + heads * channels * hidden
-    replicated = (4 if model.norm_placement == "both" else 2) * norm_parameters(model, hidden)
+    split = attention_weights(model)
+    replicated = 0 if model.mla is None else model.mla.kv_lora_rank + (model.mla.q_lora_rank or 0)
+    replicated += (4 if model.norm_placement == "both" else 2) * norm_parameters(model, hidden)
     if model.add_bias_linear or model.add_qkv_bias:
         split += qkv_rows
     if model.add_bias_linear:
@@ -117,6 +118,17 @@ def count_layer(model: ModelConfig, moe_layer: bool) -> LayerParameters:
         split += model.ffn_hidden_size * (2 if model.gated_linear_unit else 1)
         replicated += hidden
     return LayerParameters(split, replicated, 0)
+
+
+def attention_weights(model: ModelConfig) -> int:
+    """Weights of the projections into and out of one layer's attention."""
+    hidden, heads, mla = model.hidden_size, model.num_attention_heads, model.mla
+    if mla is None:
+        return hidden * (2 * heads + 2 * model.num_query_groups) * model.head_dim
+    query_rows = heads * (mla.qk_head_dim + mla.qk_pos_emb_head_dim)
+    queries = hidden * query_rows if mla.q_lora_rank is None else mla.q_lora_rank * (hidden + query_rows)
+    latent = hidden * (mla.kv_lora_rank + mla.qk_pos_emb_head_dim)
+    return queries + latent + heads * (mla.kv_lora_rank * (mla.qk_head_dim + mla.v_head_dim) + mla.v_head_dim * hidden)
 
 
 def norm_parameters(model: ModelConfig, width: int) -> int:

@@ -14,7 +14,15 @@ from nemo_llm.errors import ConfigError
 
 # (arguments, processes, key, words of the message, arguments that put it right)
 # fmt: off
+LATENT = "model.mla={q_lora_rank:null,kv_lora_rank:33,qk_head_dim:16,qk_pos_emb_head_dim:8,v_head_dim:16}"
 CASES: list[tuple[str, int, str, list[str], str | None]] = [
+    (f"model=gpt_tiny {LATENT}", 1, "model.num_query_groups", ["every head"], "model.num_query_groups=6"),
+    (f"model=gpt_tiny {LATENT} parallelism=tp2", 2, "model.mla.kv_lora_rank", ["41 rows"], None),
+    (f"model=gpt_tiny {LATENT} model.rotary_percent=0.5", 1, "model.position_embedding_type", ["rotary"],
+     "model.rotary_percent=1.0"),
+    (f"model=gpt_tiny {LATENT} model.rope_scaling={{type:linear,factor:2.0}}", 1, "model.rope_scaling.type", ["yarn"],
+     "model.rope_scaling=null"),
+    (f"model=gpt_tiny {LATENT} peft=lora", 1, "peft.kind", ["latent"], None),
     ("model=gpt_tiny optim.name=muon", 1, "optim.name", ["optim=muon"], "optim.name=adam"),
     ("model=gpt_tiny optim=muon peft=lora", 1, "optim.name", ["lora", "AdamW"], None),
     ("model=gpt_tiny optim=muon performance.offload_optimizer_moments=true", 1,

@@ -22,7 +22,16 @@ class Case:
     @property
     def is_quick(self) -> bool:
         """Whether its layouts are tried in every run: one case for each way in which models differ under TP and PP."""
-        return self.name in ("llama tied", "llama rope yarn", "qwen3_moe", "olmo2", "gemma2", "gpt2", "gpt_neox")
+        return self.name in (
+            "llama tied",
+            "llama rope yarn",
+            "qwen3_moe",
+            "deepseek_v2",
+            "olmo2",
+            "gemma2",
+            "gpt2",
+            "gpt_neox",
+        )
 
 
 SMALL = {
@@ -46,6 +55,26 @@ TRAINED_ON_8 = {"original_max_position_embeddings": 8}
 LLAMA3_ROPE = {**ROPE, **TRAINED_ON_8, "rope_type": "llama3", "low_freq_factor": 0.5, "high_freq_factor": 2.0}
 DYNAMIC = {**ROPE, "rope_type": "dynamic"}
 ROTATED_HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+DEEPSEEK_236B = {
+    **DEEPSEEK,
+    "q_lora_rank": 12,
+    "first_k_dense_replace": 2,
+    "rope_parameters": {**ROPE, "rope_type": "yarn", **TRAINED_ON_8, "mscale": 0.707, "mscale_all_dim": 0.5},
+}
 GEMMA3 = {
     "head_dim": 16,
     "sliding_window": 7,
@@ -90,6 +119,8 @@ CASES = [
     _case("mixtral", "MixtralConfig", experts=True, num_local_experts=4, sliding_window=None),
     _case("qwen3_moe", "Qwen3MoeConfig", experts=True, **QWEN_MOE),
     _case("qwen3_moe norm_topk_prob", "Qwen3MoeConfig", experts=True, norm_topk_prob=True, **QWEN_MOE),
+    _case("deepseek_v2", "DeepseekV2Config", experts=True, **DEEPSEEK),
+    _case("deepseek_v2 low-rank queries, yarn", "DeepseekV2Config", experts=True, **DEEPSEEK_236B),
     _case("olmo2", "Olmo2Config"),
     _case("gemma2", "Gemma2Config", head_dim=16, sliding_window=7, query_pre_attn_scalar=48, num_hidden_layers=4),
     _case("gemma3", "Gemma3TextConfig", **GEMMA3),

@@ -1,6 +1,9 @@
 """The names of megatron-core that this project replaces or calls though they are private: a change there fails here."""
 
 import inspect
+import subprocess
+import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -57,6 +60,18 @@ def _te_gemm_is_defined_by_megatron() -> bool:
 def test_megatron_still_leaves_a_name_undefined_without_transformer_engine(ranks: RankPool) -> None:
     # When this fails, models/specs.py need not define moe_utils.te_general_gemm any more.
     assert ranks.run(_te_gemm_is_defined_by_megatron, 1) == [False]
+
+
+def _megatron_takes_mocks_for_transformer_engine() -> bool:
+    code = "from megatron.core.transformer import multi_latent_attention as m; print(m.HAVE_TE)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.split()[-1] == "True"
+
+
+@pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="Transformer Engine is installed")
+def test_megatron_still_takes_mocks_for_transformer_engine() -> None:
+    # When this fails, models/latent_attention.py need not set multi_latent_attention.HAVE_TE any more.
+    assert _megatron_takes_mocks_for_transformer_engine()
 
 
 def _timeouts(minutes: float) -> None:

@@ -13,6 +13,10 @@ from tests.ranks import RankPool
 
 VOCAB_SIZE = 2048
 
+LATENT = (
+    "model.num_query_groups=6 "
+    "model.mla={q_lora_rank:24,kv_lora_rank:32,qk_head_dim:16,qk_pos_emb_head_dim:8,v_head_dim:16}"
+)
 LAYOUTS = [
     ("model=gpt_tiny", 1),
     ("model=gpt_tiny model.normalization=LayerNorm model.add_bias_linear=true model.qk_layernorm=true", 1),
@@ -31,6 +35,8 @@ LAYOUTS = [
     ("model=moe_tiny parallelism=ep2", 2),
     ("model=moe_tiny parallelism=tp2_ep2", 4),
     ("model=moe_tiny model.moe.moe_shared_expert_intermediate_size=64 model.moe.moe_layer_freq=2", 1),
+    (f"model=moe_tiny {LATENT} model.moe.moe_first_k_dense_replace=1", 1),
+    (f"model=moe_tiny {LATENT} model.moe.moe_first_k_dense_replace=1 parallelism=tp2_ep2", 4),
 ]
 
 

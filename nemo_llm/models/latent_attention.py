@@ -1,0 +1,73 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) under tensor parallelism, without Transformer Engine."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+if not isinstance(multi_latent_attention.TELinear, type):
+    # megatron-core 0.16.1 sets this wherever its own wrapper can be imported, and without Transformer Engine that makes
+    # its classes of mocks, of which nothing can be an instance. tests/models/test_megatron_contract.py fails when the
+    # flag is right.
+    multi_latent_attention.HAVE_TE = False
+
+
+class _SummedGradient(torch.autograd.Function):
+    """The input itself; its gradient is summed over the group.
+
+    Megatron's ``copy_to_tensor_model_parallel_region`` (megatron-core 0.16.1) sums a copy where the gradient is a slice, as
+    it is here, and hands on what it had.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """``x``, unchanged."""
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The sum over the group."""
+        summed = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed, group=ctx.group)
+        return summed, None
+
+
+class _LatentProjection(ColumnParallelLinear):
+    """The projection to the latent and to the rotated part of the keys, whole on every tensor-parallel rank.
+
+    Every rank's heads use the same rotated part: its gradient is their sum.
+    """
+
+    latent: int
+
+    def forward(self, hidden: torch.Tensor, *inputs: Any, **settings: Any) -> tuple[torch.Tensor, Any]:
+        """[s(/tp), b, h] -> [s(/tp), b, latent + rotated], split along the sequence as the input is."""
+        part, bias = super().forward(hidden, *inputs, **settings)
+        if self.tp_group.size() == 1:
+            return part, bias
+        whole = gather_from_tensor_model_parallel_region(part, group=self.tp_group)
+        if self.config.sequence_parallel:
+            return scatter_to_sequence_parallel_region(whole, group=self.tp_group), bias
+        latent, rotated = whole.split([self.latent, whole.shape[-1] - self.latent], -1)
+        return torch.cat((latent, _SummedGradient.apply(rotated, self.tp_group)), -1), bias
+
+
+class LatentAttention(MLASelfAttention):
+    """Megatron's, whose local linear layers forget other ranks' heads in the gradient of the keys' rotated part.
+
+    megatron-core 0.16.1 knows the class of that layer and takes no other: it is changed afterwards. The parity tests of
+    deepseek_v2 under TP fail without.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.linear_kv_down_proj.__class__ = _LatentProjection
+        self.linear_kv_down_proj.latent = self.config.kv_lora_rank

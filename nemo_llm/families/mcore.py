@@ -143,6 +143,7 @@ _OURS_ALONE: Mapping[str, Any] = {
     "final_logit_softcapping": None,
     "embedding_multiplier": None,
     "layer_spec": None,
+    "mla": None,
 }
 # Llama 3.1's rotary scaling, whose other numbers are fixed in Megatron-Core.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -210,7 +211,7 @@ def fields_of_section(model: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: it asks for what Megatron-Core alone cannot build.
     """
-    alone = [f"{key}={model[key]!r}" for key, plain in _OURS_ALONE.items() if model[key] != plain]
+    alone = [f"{key}={model[key]!r}" for key, plain in _OURS_ALONE.items() if model.get(key) != plain]
     if model["qk_layernorm"] and model["qk_layernorm_scope"] != "head":
         alone.append(f"qk_layernorm_scope={model['qk_layernorm_scope']!r}")
     moe = model["moe"] or {}

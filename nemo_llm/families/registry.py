@@ -168,8 +168,15 @@ def _differing(family: Family, model: Mapping[str, Any]) -> list[str]:
     usual = model["hidden_size"] // model["num_attention_heads"]
     if (again.setdefault("kv_channels", usual) or usual) == (model["kv_channels"] or usual):
         del again["kv_channels"]
-    keys = set(again) | {key for key, plain in _PLAIN.items() if model[key] != plain}
-    return sorted(f"{key}={model[key]!r}" for key in keys if key not in again or again[key] != model[key])
+    keys = set(again) | {key for key, plain in _PLAIN.items() if model.get(key, plain) != plain}
+    return sorted(f"{key}={model.get(key)!r}" for key in keys if not _agree(again.get(key), model.get(key)))
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Equal; in a section a key that is not there equals null, as for keys that a later version added."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return all(one.get(key) == other.get(key) for key in {*one, *other})
+    return bool(one == other)
 
 
 def _put(section: dict[str, Any], dotted: str, value: Any) -> None:

@@ -122,7 +122,7 @@ class InferenceModel:
         self.num_stages = dist.get_world_size(runtime.groups.pp)
         self.classes: tuple[str, ...] = cfg.model.head or ()
         # Megatron's embedding under TP and its experts wait for the device, which a recorded step must not.
-        alone = runtime.parallelism.model_parallel_size == 1 and cfg.model.moe is None
+        alone = runtime.parallelism.model_parallel_size == 1 and cfg.model.moe is None and cfg.model.mla is None
         self.records_graphs = runtime.device.type == "cuda" and alone
         self._stage_ranks = dist.get_process_group_ranks(runtime.groups.pp)
         attentions = cacheable_attentions(self.chunk)
@@ -148,7 +148,9 @@ class InferenceModel:
         """
         self._need_tokens()
         on_cpu = self.device.type == "cpu"
-        return KVCache(num_slots, 1 if on_cpu else _GPU_SLOT_STEP, not on_cpu and self.cfg.performance.fused_kernels)
+        # The kernels take keys and values of the same width.
+        fused = not on_cpu and self.cfg.performance.fused_kernels and self.cfg.model.mla is None
+        return KVCache(num_slots, 1 if on_cpu else _GPU_SLOT_STEP, fused)
 
     @torch.no_grad()
     def read_prompts(self, cache: KVCache, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor | None:
@@ -287,7 +289,7 @@ class InferenceModel:
         return gather_from_tensor_model_parallel_region(local)[:, : self.vocab_size].float()
 
     def _rotary_table(self, longest: int) -> torch.Tensor | None:
-        if self.cfg.model.position_embedding_type != "rope":
+        if self.cfg.model.position_embedding_type != "rope" or self.cfg.model.mla is not None:
             return None
         return self.chunk.rotary_pos_emb(longest)[:, 0]
 

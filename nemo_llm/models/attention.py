@@ -154,7 +154,7 @@ class CoreAttention(MegatronModule):
             context = self._attend_softcapped(q, keys, values, allowed)
         else:
             context = F.scaled_dot_product_attention(q, keys, values, attn_mask=allowed, scale=self.softmax_scale)
-        return context.reshape(1, rows, heads, channels)
+        return context.reshape(1, rows, heads, -1)
 
     def _attend_softcapped(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None

@@ -114,7 +114,5 @@ def connect_cache(attentions: list[CoreAttention], cache: KVCache | None) -> Non
 
 def cacheable_attentions(model: Any) -> list[CoreAttention] | None:
     """The attention of every layer of this stage; None where one does not know of the cache."""
-    if model.config.multi_latent_attention:
-        return None
     cores = [layer.self_attention.core_attention for layer in model.decoder.layers]
     return cores if all(isinstance(core, CoreAttention) for core in cores) else None

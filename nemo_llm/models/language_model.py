@@ -72,7 +72,7 @@ class LanguageModel(GPTModel):
         )
         if model.rotary_local_base is not None:
             self.rotary_pos_emb = LocalRotaryEmbedding(model, self.pg_collection.cp)
-        elif model.rope_scaling is not None:
+        elif model.rope_scaling is not None and model.mla is None:
             self.rotary_pos_emb = ScaledRotaryEmbedding(model, self.pg_collection.cp)
         if self.pre_process and model.embedding_multiplier is not None:
             factor = model.embedding_multiplier

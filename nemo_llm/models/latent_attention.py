@@ -1,5 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) under tensor parallelism, without Transformer Engine."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +24,8 @@ if not isinstance(multi_latent_attention.TELinear, type):
 class _SummedGradient(torch.autograd.Function):
     """The input itself; its gradient is summed over the group.
 
-    Megatron's ``copy_to_tensor_model_parallel_region`` (megatron-core 0.16.1) sums a copy where the gradient is a slice, as
-    it is here, and hands on what it had.
+    Megatron's ``copy_to_tensor_model_parallel_region`` (megatron-core 0.16.1) sums a copy where the gradient is a
+    slice, as it is here, and hands on what it had.
     """
 
     @staticmethod
@@ -71,3 +73,14 @@ class LatentAttention(MLASelfAttention):
         super().__init__(*arguments, **settings)
         self.linear_kv_down_proj.__class__ = _LatentProjection
         self.linear_kv_down_proj.latent = self.config.kv_lora_rank
+        self.rotary_pos_emb.forward = partial(self._angles, self.rotary_pos_emb.forward)
+
+    def _angles(self, forward: Callable[..., Any], length: int, **settings: Any) -> Any:
+        """As Megatron's, ``[length, 1, 1, r]``; while tokens are decoded, those of their places, ``[1, b, 1, r]``."""
+        cache = self.core_attention.cache
+        if cache is None or cache.positions is None:
+            return forward(length, **settings)
+        found = forward(cache.num_slots, **settings)
+        if isinstance(found, tuple):  # YaRN's factor comes along
+            return found[0][cache.positions].transpose(0, 1), *found[1:]
+        return found[cache.positions].transpose(0, 1)

@@ -16,6 +16,10 @@ from tests.ranks import RankPool
 
 GREEDY = ("sampling.max_new_tokens=12", "sampling.ignore_eod=true")
 SAMPLED = (*GREEDY, "sampling.temperature=0.9", "sampling.top_p=0.9", "sampling.repetition_penalty=1.1")
+LATENT = (
+    "model.num_query_groups=4",
+    "model.mla={q_lora_rank:null,kv_lora_rank:32,qk_head_dim:16,qk_pos_emb_head_dim:8,v_head_dim:12}",
+)
 LAYOUTS = {
     "TP2": (2, "parallelism=tp2"),
     "PP2": (2, "parallelism=pp2"),
@@ -83,8 +87,10 @@ def test_losses_equal_the_log_softmax(ranks: RankPool, dense: str) -> None:
         ("model.window_size=5",),
         ("model.attn_logit_softcapping=20.0", "model.final_logit_softcapping=10.0"),
         ("model.num_query_groups=4", "model.qk_layernorm=true", "model.share_embeddings_and_output_weights=true"),
+        LATENT,
+        (*LATENT, "model.rope_scaling={type:yarn,factor:4.0,original_max_position_embeddings:32,mscale_all_dim:0.7}"),
     ],
-    ids=["learned positions", "window", "soft caps", "no groups"],
+    ids=["learned positions", "window", "soft caps", "no groups", "latent", "latent, yarn"],
 )
 def test_kinds_of_attention(ranks: RankPool, tmp_path: Path, change: tuple) -> None:
     folder = ranks.run(save_random_model, 1, str(tmp_path), "gpt_tiny", *change)[0]

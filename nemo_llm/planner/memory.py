@@ -196,7 +196,12 @@ def _activation_bytes(cfg: RunConfig, chunks: tuple[Stage, ...], in_flight: floa
     full = parallel.recompute_granularity == "full"
     kept, working = 0.0, 0.0
     for chunk in chunks:
+        count = min(cfg.performance.offload_activation_layers, len(chunk.layers) - 1)
+        offloaded = {turn * len(chunk.layers) // (count + 1) for turn in range(count)}
         for place, number in enumerate(chunk.layers):
+            if place in offloaded:  # on its way, one at a time
+                working = max(working, layer_activations(cfg, number, False).kept)
+                continue
             whole_block = parallel.recompute_num_layers or 1
             recomputed = full and (parallel.recompute_method != "block" or place < whole_block)
             layer = layer_activations(cfg, number, recomputed)

@@ -33,6 +33,17 @@ def test_states_of_one_process() -> None:
     assert narrow.gradients == 2 * total
 
 
+def test_state_that_muon_and_host_memory_spare() -> None:
+    counted = count_parameters(run("model=gpt_tiny").model, 2048)
+    outside = counted.total - sum(layer.total for layer in counted.layers)
+    bf16 = ("model=gpt_tiny", "precision=bf16")
+    assert peak(1, *bf16, "performance.offload_optimizer_moments=true").optimizer == 4 * counted.total
+    assert peak(1, *bf16, "optim=muon").optimizer == 8 * counted.total + 4 * outside
+    kept = [peak(1, *bf16, f"performance.offload_activation_layers={count}").activations for count in (0, 1, 2, 3, 9)]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[3] == kept[4] < kept[0], "all but one layer at most"
+
+
 def test_distributed_optimizer_shards_over_data_and_context_ranks() -> None:
     total = count_parameters(run("model=gpt_tiny").model, 2048).total
     assert peak(4, "model=gpt_tiny", "parallelism=dp").optimizer == 8 * total / 4

@@ -18,6 +18,7 @@ from nemo_llm.config.import_config import import_nemo_model
 from nemo_llm.config.load import compose, to_dict
 from nemo_llm.convert.hf_files import TensorInfo
 from nemo_llm.convert.native_files import NativeReader, NativeWriter
+from nemo_llm.convert.nemo1_ranks import RankFiles
 from nemo_llm.errors import InputError
 from nemo_llm.families.mcore import arguments_of_fields, fields_of_arguments, fields_of_section, section_of_fields
 
@@ -223,8 +224,7 @@ def _open_nemo1(folder: Path, vocab_size: int | None, named: Path) -> Source:
     elif single.is_file():
         tensors = load_inert(single)
     else:
-        parts = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.ckpt"))
-        raise InputError(f"{named}: its weights are in {parts}; convert it to one rank or to a distributed checkpoint")
+        tensors = RankFiles(folder, model["num_layers"], model["gated_linear_unit"])
     keys = tensors.infos if states else tensors
     if not any(key.startswith("model.decoder.") for key in keys):
         raise InputError(f"{named}: its tensors are not named as Megatron-Core names them (model.decoder...): too old")

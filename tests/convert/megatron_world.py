@@ -15,6 +15,7 @@ VOCABULARY, PADDED, LAYERS = 131, 160, 2
 
 # What differs between the models, in the arguments of Megatron-LM.
 SHAPES: dict[str, dict[str, Any]] = {
+    "swiglu": {"swiglu": True, "normalization": "RMSNorm"},
     "llama": {"swiglu": True, "normalization": "RMSNorm", "qk_layernorm": True, "window_size": [6, 0]},
     "llama 3.1": {"swiglu": True, "normalization": "RMSNorm", "use_rope_scaling": True, "rope_scaling_factor": 4.0},
     "gpt": {
@@ -155,8 +156,9 @@ def save_as_megatron(folder: str, shape: str, kind: str, *overrides: str) -> Non
     if dist.get_rank() == 0:
         target.mkdir(exist_ok=True)
     logits = _logits(model)
-    if kind == "nemo1":
-        _save_nemo1(model, arguments, target)
+    dist.barrier()
+    if kind.startswith("nemo1"):
+        _save_nemo1(model, arguments, target, 2 if kind.endswith("stages") else 1)
     else:
         state = target / {"megatron": "iter_0000010", "bridge": "iter_0000010", "nemo2": "weights"}[kind]
         if dist.get_rank() == 0:
@@ -203,7 +205,8 @@ def _fields(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _save_nemo1(model: Any, arguments: dict[str, Any], target: Path) -> None:
+def _save_nemo1(model: Any, arguments: dict[str, Any], target: Path, stages: int) -> None:
+    """One file, or one of each rank and stage."""
     config = {
         **{name: arguments[name] for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")},
         "mcore_gpt": True,
@@ -220,11 +223,31 @@ def _save_nemo1(model: Any, arguments: dict[str, Any], target: Path) -> None:
         "target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel",
         "precision": "bf16",
     }
-    (target / "model_config.yaml").write_text(yaml.safe_dump(config))
-    torch.save({f"model.{name}": value for name, value in model.state_dict().items()}, target / "model_weights.ckpt")
-    with tarfile.open(target / "model.nemo", "w") as archive:
-        for name in ("model_config.yaml", "model_weights.ckpt"):
-            archive.add(target / name, arcname=f"./{name}")
+    import torch.distributed as dist
+
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for stage, part in enumerate(_stages(state) if stages == 2 else [state]):
+        folder = target
+        if stages == 2:
+            folder = target / f"tp_rank_{rank:02d}_pp_rank_{stage:03d}"
+        elif ranks > 1:
+            folder = target / f"mp_rank_{rank:02d}"
+        folder.mkdir(exist_ok=True)
+        torch.save(part, folder / "model_weights.ckpt")
+    dist.barrier()
+    if rank == 0:
+        (target / "model_config.yaml").write_text(yaml.safe_dump(config))
+        with tarfile.open(target / "model.nemo", "w") as archive:
+            for path in [target / "model_config.yaml", *sorted(target.rglob("*.ckpt"))]:
+                archive.add(path, arcname=f"./{path.relative_to(target)}")
+
+
+def _stages(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """What two pipeline stages of the two-layer model would hold, layers numbered from 0 on each."""
+    first = {name: value for name, value in state.items() if ".layers.0." in name or ".embedding." in name}
+    last = {name.replace(".layers.1.", ".layers.0."): value for name, value in state.items() if name not in first}
+    return [first, last]
 
 
 def load_in_megatron(folder: str) -> torch.Tensor:

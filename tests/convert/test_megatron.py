@@ -10,6 +10,7 @@ import yaml
 
 from nemo_llm.checkpoint.unpickle import Inert, load_inert
 from nemo_llm.convert.megatron_files import open_megatron
+from nemo_llm.convert.nemo1_ranks import RankFiles
 from nemo_llm.errors import CheckpointDamagedError, InputError
 from nemo_llm.families.mcore import arguments_of_fields, fields_of_arguments, fields_of_section, section_of_fields
 from tests.convert.megatron_world import (
@@ -34,6 +35,8 @@ SLOW = pytest.mark.slow
     [
         ("llama", "megatron", 2),
         ("gpt", "nemo1", 1),
+        ("swiglu", "nemo1", 2),
+        ("gpt", "nemo1 stages", 2),
         # Each save by Megatron starts processes of its own, which import everything anew.
         pytest.param("mixture", "megatron", 1, marks=SLOW),
         pytest.param("llama", "nemo2", 1, marks=SLOW),
@@ -47,7 +50,7 @@ def test_in_and_out_again(shape: str, kind: str, processes: int, tmp_path: Path,
     layout = ("parallelism=tp2",) if processes == 2 else ()
     theirs, ours, back = (str(tmp_path / name) for name in ("theirs", "ours", "back"))
     ranks.run(save_as_megatron, processes, theirs, shape, kind, *layout)
-    source = f"{theirs}/model.nemo" if kind == "nemo1" else theirs
+    source = f"{theirs}/model.nemo" if kind.startswith("nemo1") else theirs
     (report,) = ranks.run(_convert, 1, "megatron", "nemo_llm", source, ours)
     assert report.passed
     expected = torch.load(Path(theirs) / "logits.pt")
@@ -87,6 +90,20 @@ def test_arguments_survive_the_way_in_and_out(shape: str) -> None:
 def test_what_is_not_built_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         section_of_fields(fields_of_arguments({**arguments_of("llama"), **changes}), "here")
+
+
+def test_missing_and_interleaved_ranks_are_refused(tmp_path: Path) -> None:
+    weight = torch.zeros(2, 2)
+    for name, state in (("tp_rank_00_pp_rank_000", {}), ("tp_rank_01_pp_rank_001", {})):
+        (tmp_path / name).mkdir()
+        torch.save(state, tmp_path / name / "model_weights.ckpt")
+    with pytest.raises(InputError, match="missing: tp 1 pp 0, tp 0 pp 1"):
+        RankFiles(tmp_path, 2, gated=False)
+    only = tmp_path / "one" / "mp_rank_00"
+    only.mkdir(parents=True)
+    torch.save({"model0.decoder.layers.0.mlp.linear_fc1.weight": weight}, only / "model_weights.ckpt")
+    with pytest.raises(InputError, match="interleaved"):
+        RankFiles(tmp_path / "one", 2, gated=False)
 
 
 def test_a_model_with_code_of_its_own_is_refused(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class _HostStore:
                 tape.copy_out()
             else:
                 result = forward(*arguments, **settings)
-            if before() is not None:
+            if before() is not None and result[0].requires_grad:
                 result[0].register_hook(lambda _gradient: _fetch(before()))
             return result
 

@@ -137,7 +137,7 @@ def _model_fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def _softmax_scale(model: ModelConfig) -> float | None:
-    """YaRN's factor on queries and keys is one on the logits: all channels are rotated (config/checks_recipe.py)."""
+    """YaRN's factor on queries and keys is one on the logits: all channels are rotated (config/checks_model.py)."""
     factor = attention_factor(model.rope_scaling)
     if factor == 1.0:
         return model.softmax_scale
@@ -164,7 +164,7 @@ def _moe_fields(model: ModelConfig, layout: ParallelismConfig) -> dict[str, Any]
 
 
 def _mla_fields(model: ModelConfig) -> dict[str, Any]:
-    """Latent attention, whose rotary positions Megatron scales by itself (config/checks_recipe.py: by YaRN alone)."""
+    """Latent attention, whose rotary positions Megatron scales by itself (config/checks_model.py: by YaRN alone)."""
     if model.mla is None:
         return {}
     fields = {**dataclasses.asdict(model.mla), "rotary_base": model.rotary_base, "softmax_scale": None}

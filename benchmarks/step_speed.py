@@ -71,6 +71,7 @@ def main() -> None:
             flush=True,
         )
         if arguments.losses is not None:
+            arguments.losses.parent.mkdir(parents=True, exist_ok=True)
             arguments.losses.write_text(json.dumps(losses))
     if arguments.profile:
         profile(lambda: train_step(run), runtime.is_first_rank)

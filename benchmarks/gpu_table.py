@@ -32,6 +32,9 @@ TWO = [
     "+model=llama3_1b", "trainer.global_batch_size=32", "trainer.micro_batch_size=8", "model.transformer_impl=torch",
     "parallelism.use_distributed_optimizer=true",
 ]  # fmt: skip
+FULL = [
+    "parallelism.recompute_granularity=full", "parallelism.recompute_method=uniform", "parallelism.recompute_num_layers=1",
+]  # fmt: skip
 LARGE = ["+model=llama3_8b", "parallelism.use_distributed_optimizer=true", "model.transformer_impl=torch"]
 LONG = [
     "+model=llama3_1b", "trainer.micro_batch_size=1", "model.transformer_impl=torch", "parallelism.context_parallel_size=2",
@@ -78,8 +81,7 @@ ROWS = {
     "1b muon, two GPUs": Row([*OURS, *TWO, "optim=muon"], 2, "1b bf16, two GPUs"),
     "1b 32k cp2": Row([*OURS, *LONG, "data.seq_length=32768", "trainer.global_batch_size=4"], 2),
     "1b 128k cp2": Row(
-        [*OURS, *LONG, "data.seq_length=131072", "trainer.global_batch_size=1", "parallelism.recompute_granularity=full",
-         "parallelism.recompute_method=uniform", "parallelism.recompute_num_layers=1"], 2,
+        [*OURS, *LONG, "data.seq_length=131072", "trainer.global_batch_size=1", *FULL], 2,
     ),
     "8b x12 peer 4096": Row(
         [*PEER, "--model", "llama3_8b", "--layers", "12", "--micro-batch", "2", "--micro-batches", "4"], 2
@@ -101,8 +103,7 @@ ROWS = {
     ),
     "8b 4096, two H100": Row(
         [*OURS, *LARGE, "trainer.micro_batch_size=1", "trainer.global_batch_size=32",
-         "performance.offload_optimizer_moments=true", "parallelism.recompute_granularity=full",
-         "parallelism.recompute_method=uniform", "parallelism.recompute_num_layers=1"], 2,
+         "performance.offload_optimizer_moments=true", *FULL], 2,
     ),
 }  # fmt: skip
 

@@ -10,15 +10,12 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from benchmarks.gpu_table import OURS, Row, main
+from benchmarks.gpu_table import FULL, OURS, Row, main
 
 LOSSES = Path("parity_losses")
 SHARDED = [
     "model.transformer_impl=torch", "parallelism.use_distributed_optimizer=true", "parallelism.overlap_grad_reduce=true",
     "parallelism.overlap_param_gather=true",
-]  # fmt: skip
-FULL = [
-    "parallelism.recompute_granularity=full", "parallelism.recompute_method=uniform", "parallelism.recompute_num_layers=1",
 ]  # fmt: skip
 SIZES = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "cp": "context_parallel_size"}
 SIZES |= {"ep": "expert_model_parallel_size", "etp": "expert_tensor_parallel_size"}

@@ -34,3 +34,13 @@ def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
     Here TP must divide the padded size instead, and every layout has the same weights.
     """
     return -(-vocab_size // divisible_by) * divisible_by
+
+
+def evenly_spread(count: int, length: int) -> list[int]:
+    """`count` places among `length`, the first at 0."""
+    return [turn * length // count for turn in range(count)]
+
+
+def is_mixture(layer: int, first_dense: int | None, frequency: int) -> bool:
+    """Whether a layer, from 0, of a model with experts has them: every `frequency`-th behind the first dense ones."""
+    return layer >= (first_dense or 0) and layer % frequency == 0

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from nemo_llm.config.arithmetic import is_mixture
 from nemo_llm.config.section import (
     DropoutFraction,
     Fraction,
@@ -55,7 +56,7 @@ class MoeConfig(Section):
 
     def has_layer(self, number: int) -> bool:
         """Whether layer `number`, from 0, is a mixture."""
-        return number >= (self.moe_first_k_dense_replace or 0) and number % self.moe_layer_freq == 0
+        return is_mixture(number, self.moe_first_k_dense_replace, self.moe_layer_freq)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

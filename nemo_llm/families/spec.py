@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_llm.config.arithmetic import is_mixture
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -118,7 +120,7 @@ def links(family: Family, model: Mapping[str, Any]) -> Iterator[Link]:
 def has_experts(model: Mapping[str, Any], layer: int) -> bool:
     """Whether a layer, numbered from 0, is a mixture."""
     moe = model["moe"]
-    return bool(moe) and layer >= (moe.get("moe_first_k_dense_replace") or 0) and layer % moe["moe_layer_freq"] == 0
+    return bool(moe) and is_mixture(layer, moe.get("moe_first_k_dense_replace"), moe["moe_layer_freq"])
 
 
 def _in_layers(rule: Rule) -> bool:

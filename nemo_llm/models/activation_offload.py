@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from nemo_llm.checkpoint.snapshot import page_locked
+from nemo_llm.config.arithmetic import evenly_spread
+
 # Smaller ones are not worth a copy of their own.
 _FEWEST_BYTES = 1 << 20
 
@@ -26,8 +29,8 @@ def offload_activations(layers: nn.ModuleList, count: int) -> None:
     """
     store = _HostStore()
     count = min(count, len(layers) - 1)
-    for turn in range(count + 1):
-        layer = layers[turn * len(layers) // (count + 1)]
+    for turn, place in enumerate(evenly_spread(count + 1, len(layers))):
+        layer = layers[place]
         layer.forward = store.wrap(layer, first=turn == 0, offloaded=turn < count)
 
 
@@ -69,9 +72,7 @@ class _HostStore:
         """Page-locked host memory of this size, uint8."""
         if self.free[num_bytes]:
             return self.free[num_bytes].pop()
-        memory = torch.empty(num_bytes, dtype=torch.uint8)
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))
-        return memory
+        return page_locked(num_bytes, lock=True)
 
 
 def _nothing() -> None:

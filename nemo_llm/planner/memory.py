@@ -6,6 +6,7 @@ buffers and libraries' workspaces, and `FRAGMENTATION` for memory that the alloc
 
 from dataclasses import dataclass, fields, replace
 
+from nemo_llm.config.arithmetic import evenly_spread
 from nemo_llm.config.run import RunConfig
 from nemo_llm.parallel.layout import ParallelLayout
 from nemo_llm.parallel.stages import Stage, StagePlan, format_table, plan_stages
@@ -197,7 +198,7 @@ def _activation_bytes(cfg: RunConfig, chunks: tuple[Stage, ...], in_flight: floa
     kept, working = 0.0, 0.0
     for chunk in chunks:
         count = min(cfg.performance.offload_activation_layers, len(chunk.layers) - 1)
-        offloaded = {turn * len(chunk.layers) // (count + 1) for turn in range(count)}
+        offloaded = evenly_spread(count + 1, len(chunk.layers))[:count]
         for place, number in enumerate(chunk.layers):
             if place in offloaded:  # on its way, one at a time
                 working = max(working, layer_activations(cfg, number, False).kept)

@@ -66,12 +66,13 @@ class FusedAdamW(torch.optim.Optimizer):
             group["step"] = int(group.get("step", 0)) + 1
             if not parameters:
                 continue
-            moments = [self.moments(parameter) for parameter in parameters]
-            if self._host is None:
-                first, second = ([each[name] for each in moments] for name in ("exp_avg", "exp_avg_sq"))
-                self._update(group, (parameters, [p.grad for p in parameters], first, second))
-            else:
+            if self._host is not None:
+                self.moments(parameters[0])  # the first time it makes those of all
                 self._host.update(parameters, partial(self._update, group))
+                continue
+            moments = [self.moments(parameter) for parameter in parameters]
+            first, second = ([each[name] for each in moments] for name in ("exp_avg", "exp_avg_sq"))
+            self._update(group, (parameters, [p.grad for p in parameters], first, second))
 
     def _by_adamw(self, _parameter: torch.Tensor, /) -> bool:
         return True

@@ -14,6 +14,7 @@ class PerformanceConfig(Section):
     gradient_accumulation_fusion: bool
     fused_rope: bool
     fused_kernels: bool
+    choose_matrix_kernels: bool
     compile_layers: bool
     ddp_bucket_size: PositiveInt | None
     offload_optimizer_moments: bool

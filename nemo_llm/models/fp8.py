@@ -18,6 +18,7 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from nemo_llm.models.gradients import returned_gradient
+from nemo_llm.models.linear import WholeLinear
 
 _SMALLEST_MAXIMUM = 1e-12  # of a tensor of zeros: its scale must stay finite
 
@@ -85,21 +86,13 @@ class Fp8Product(torch.autograd.Function):
         return x_grad, returned_gradient(weight, weight_grad), None
 
 
-class _Fp8Linear:
+class _Fp8Linear(WholeLinear):
     """What both linear modules share; one tensor-parallel rank holds the whole weight (config/checks_recipe.py)."""
 
     gradient_dtype: torch.dtype
-    weight: torch.nn.Parameter
-    bias: torch.nn.Parameter | None
-    skip_bias_add: bool
 
-    def forward(self, input_: torch.Tensor, *_megatrons: Any, **_settings: Any) -> tuple[torch.Tensor, Any]:
-        """[s, b, k] -> [s, b, n], and the bias where it is added later."""
-        output = Fp8Product.apply(input_.flatten(0, -2), self.weight, self.gradient_dtype)
-        output = output.view(*input_.shape[:-1], -1)
-        if self.bias is None or self.skip_bias_add:
-            return output, self.bias
-        return output + self.bias, None
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return Fp8Product.apply(x, self.weight, self.gradient_dtype)
 
 
 class HybridColumnLinear(_Fp8Linear, ColumnParallelLinear):
@@ -126,8 +119,7 @@ class E4m3RowLinear(_Fp8Linear, RowParallelLinear):
     gradient_dtype = torch.float8_e4m3fn
 
 
-LINEARS: dict[str | None, tuple[type, type]] = {
-    None: (ColumnParallelLinear, RowParallelLinear),
+LINEARS: dict[str, tuple[type, type]] = {
     "hybrid": (HybridColumnLinear, HybridRowLinear),
     "e4m3": (E4m3ColumnLinear, E4m3RowLinear),
 }

@@ -5,20 +5,7 @@ import types
 import torch
 from megatron.core.tensor_parallel import layers
 
-
-def add_weight_gradient(buffer: torch.Tensor, output_grad: torch.Tensor, inputs: torch.Tensor) -> None:
-    """``buffer += output_grad^T @ inputs``: ``[out, in]`` fp32, ``[T, out]`` and ``[T, in]`` in any dtype.
-
-    On CUDA the matrix product reads bf16 and adds in fp32, in one kernel.
-    """
-    if inputs.shape[0] == 0:  # an expert that no token chose
-        return
-    if output_grad.dtype == buffer.dtype:
-        buffer.addmm_(output_grad.t(), inputs)
-    elif buffer.is_cuda:
-        torch.addmm(buffer, output_grad.t(), inputs, out_dtype=buffer.dtype, out=buffer)
-    else:
-        buffer.addmm_(output_grad.t().to(buffer.dtype), inputs.to(buffer.dtype))
+from nemo_llm.models.products import add_weight_gradient
 
 
 def returned_gradient(weight: torch.Tensor, gradient: torch.Tensor | None, tied: bool = False) -> torch.Tensor | None:

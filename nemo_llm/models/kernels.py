@@ -1,11 +1,10 @@
-"""Triton kernels of the torch backend: norms with their residual, SwiGLU, and the split of QKV with its rotation.
+"""Triton kernels of the torch backend: norms with their residual, and SwiGLU.
 
 Each does in one pass over memory what PyTorch does in several; arithmetic in float32, one rounding at the end. Imported
 where a GPU is used alone. Checked against float64 in Triton's interpreter (tests/models/test_kernels.py) and on a GPU
-(benchmarks/gpu_kernels.py).
+(``python -m tests.models.kernel_checks cuda``).
 
-Shapes: ``T`` tokens, ``h`` columns, ``f`` hidden units of the MLP, ``G`` key-value groups of ``R`` query heads, ``D``
-head size.
+Shapes: ``T`` tokens, ``h`` columns, ``f`` hidden units of the MLP.
 """
 
 from typing import Any
@@ -276,122 +275,3 @@ class FusedSwiGLU(torch.autograd.Function):
                 num_warps=4,
             )
         return dx, None if bias is None else dx.sum(0).to(bias.dtype)
-
-
-@triton.jit
-def _qkv(
-    mixed,
-    q,
-    k,
-    v,
-    cos,
-    sin,
-    batch,
-    heads,
-    HEADS_A_GROUP: tl.constexpr,
-    D: tl.constexpr,
-    TURNED: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """All heads of one token: mixed [T, G, R + 2, D] <-> q [T, G * R, D], k and v [T, G, D], the first TURNED channels
-    of q and k rotated, channel c against c + TURNED / 2."""
-    token = tl.program_id(0).to(tl.int64)
-    position = token // batch
-    head = tl.arange(0, BLOCK_HEADS)[:, None] + tl.program_id(1) * BLOCK_HEADS
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    inside = (head < heads) & (channel < D)
-    group = head // HEADS_A_GROUP
-    place = head % HEADS_A_GROUP
-    queries: tl.constexpr = HEADS_A_GROUP - 2
-    groups = heads // HEADS_A_GROUP
-    half: tl.constexpr = TURNED // 2
-    turned = (channel < TURNED) & (place <= queries)
-    partner = tl.where(channel < half, channel + half, channel - half)
-    partner = tl.where(turned, partner, channel)
-    is_q = inside & (place < queries)
-    is_k = inside & (place == queries)
-    is_v = inside & (place == queries + 1)
-    mixed_at = mixed + (token * heads + head) * D
-    q_at = q + ((token * groups + group) * queries + place) * D
-    k_at = k + (token * groups + group) * D
-    v_at = v + (token * groups + group) * D
-    table = position * TURNED + tl.where(turned, channel, 0)
-    c = tl.where(turned, tl.load(cos + table, turned, 1.0), 1.0)
-    if BACKWARD:
-        # The transposed rotation: what channel c gave to its partner comes back with the partner's sine.
-        table = position * TURNED + tl.where(turned, partner, 0)
-    s = tl.where(turned, tl.load(sin + table, turned, 0.0), 0.0)
-    sign = tl.where(channel < half, -1.0, 1.0)
-    if BACKWARD:
-        value = tl.load(q_at + channel, is_q, 0.0).to(tl.float32)
-        value += tl.load(k_at + channel, is_k, 0.0).to(tl.float32)
-        value += tl.load(v_at + channel, is_v, 0.0).to(tl.float32)
-        other = tl.load(q_at + partner, is_q & turned, 0.0).to(tl.float32)
-        other += tl.load(k_at + partner, is_k & turned, 0.0).to(tl.float32)
-        result = value * c - sign * other * s
-        tl.store(mixed_at + channel, result.to(mixed.dtype.element_ty), inside)
-    else:
-        value = tl.load(mixed_at + channel, inside, 0.0).to(tl.float32)
-        other = tl.load(mixed_at + partner, inside & turned, 0.0).to(tl.float32)
-        result = (value * c + sign * other * s).to(q.dtype.element_ty)
-        tl.store(q_at + channel, result, is_q)
-        tl.store(k_at + channel, result, is_k)
-        tl.store(v_at + channel, result, is_v)
-
-
-class FusedQKV(torch.autograd.Function):
-    """Split the joint projection into queries, keys and values; rotate the first two (RoFormer, arXiv:2104.09864)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sizes: tuple[int, int]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``mixed`` [s, b, G, (R + 2) D], ``cos`` and ``sin`` [s, r] float32, ``sizes`` = (R, D).
-
-        Returns:
-            q ``[s, b, G R, D]``, k and v ``[s, b, G, D]``.
-        """
-        queries, width = sizes
-        s, b, groups, _ = mixed.shape
-        mixed = mixed.contiguous()
-        q = torch.empty(s, b, groups * queries, width, dtype=mixed.dtype, device=mixed.device)
-        k = torch.empty(s, b, groups, width, dtype=mixed.dtype, device=mixed.device)
-        v = torch.empty_like(k)
-        _launch_qkv(mixed, (q, k, v), (cos, sin), backward=False)
-        ctx.save_for_backward(cos, sin)
-        return q, k, v
-
-    @staticmethod
-    def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradient of ``mixed``."""
-        s, b, groups, width = dk.shape
-        queries = dq.shape[2] // groups
-        mixed = torch.empty(s, b, groups, (queries + 2) * width, dtype=dq.dtype, device=dq.device)
-        _launch_qkv(mixed, (dq.contiguous(), dk.contiguous(), dv.contiguous()), ctx.saved_tensors, backward=True)
-        return mixed, None, None, None
-
-
-def _launch_qkv(
-    mixed: torch.Tensor, parts: tuple[torch.Tensor, ...], tables: tuple[torch.Tensor, ...], backward: bool
-) -> None:
-    s, b, groups, width = parts[1].shape
-    heads_a_group = mixed.shape[-1] // width
-    block_d = triton.next_power_of_2(width)
-    block_heads = min(triton.next_power_of_2(groups * heads_a_group), max(2048 // block_d, 1))
-    grid = (s * b, triton.cdiv(groups * heads_a_group, block_heads))
-    _qkv[grid](
-        mixed,
-        *parts,
-        *tables,
-        b,
-        groups * heads_a_group,
-        HEADS_A_GROUP=heads_a_group,
-        D=width,
-        TURNED=tables[0].shape[-1],
-        BACKWARD=backward,
-        BLOCK_HEADS=block_heads,
-        BLOCK_D=block_d,
-        num_warps=4,
-    )

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nemo_llm.config import ModelConfig
 from nemo_llm.config.arithmetic import padded_vocab_size
 from nemo_llm.models.cross_entropy import VocabParallelCrossEntropy
+from nemo_llm.models.embedding import Embedding
 from nemo_llm.models.head import ScoreHead, head_losses
 from nemo_llm.models.linear_cross_entropy import LinearCrossEntropy, LossInputs, LossRule
 from nemo_llm.models.rope_scaling import LocalRotaryEmbedding, ScaledRotaryEmbedding
@@ -74,6 +75,9 @@ class LanguageModel(GPTModel):
             self.rotary_pos_emb = LocalRotaryEmbedding(model, self.pg_collection.cp)
         elif model.rope_scaling is not None and model.mla is None:
             self.rotary_pos_emb = ScaledRotaryEmbedding(model, self.pg_collection.cp)
+        if self.pre_process:
+            # GPTModel lets nobody choose this class either (see the output layer below).
+            self.embedding.word_embeddings.__class__ = Embedding
         if self.pre_process and model.embedding_multiplier is not None:
             factor = model.embedding_multiplier
             self.embedding.word_embeddings.register_forward_hook(lambda _module, _inputs, output: output * factor)
@@ -93,6 +97,17 @@ class LanguageModel(GPTModel):
             self.score = ScoreHead(config, len(model.head), self.pg_collection)
         elif self.post_process:
             self.output_layer.__class__ = OutputLayer
+        if fused_chunk_tokens is not None and config.gradient_accumulation_fusion:
+            self._announce_empty_gradient()
+
+    def _announce_empty_gradient(self) -> None:
+        """Undo Megatron's mark on a matrix that is embedding and output layer of one chunk.
+
+        By the mark (``zero_out_wgrad``) what autograd delivers is added to the gradient buffer, zeros at the least.
+        Here both uses add to the buffer themselves.
+        """
+        if self.pre_process and self.post_process and self.share_embeddings_and_output_weights:
+            self.shared_embedding_or_output_weight().zero_out_wgrad = False
 
     def sharded_state_dict(self, *arguments: Any, **settings: Any) -> dict:
         """As Megatron's, which looks for an output layer in every chunk that ends a model; a head stands for none."""

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_llm.models.gradients import add_weight_gradient, returned_gradient
+from nemo_llm.models.gradients import returned_gradient
+from nemo_llm.models.products import add_weight_gradient, input_gradient, project
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight_grad = _new_weight_gradient(weight) if wanted and ctx.needs_input_grad[1] else None
         for start in range(0, labels.shape[0], rule.chunk_tokens):
             part = slice(start, start + rule.chunk_tokens)
-            logits = hidden[part] @ weight.t()
-            chunk = _Chunk(logits, labels[part], rule)
-            losses[part], hits[part] = chunk.losses, chunk.hits
+            logits = project(hidden[part], weight)
             if hidden_grad is None:
+                chunk = _Chunk(logits, labels[part], rule)
+                losses[part], hits[part] = chunk.losses, chunk.hits
                 continue
-            gradient = chunk.gradient(loss_mask[part])
-            torch.mm(gradient, weight, out=hidden_grad[part])
+            losses[part], hits[part] = _to_losses_and_gradient(logits, labels[part], loss_mask[part], rule)
+            input_gradient(logits, weight, out=hidden_grad[part])
             if weight_grad is not None:
-                add_weight_gradient(weight_grad, gradient, hidden[part])
+                add_weight_gradient(weight_grad, logits, hidden[part])
         ctx.save_for_backward(hidden_grad)
         ctx.weight = weight
         ctx.weight_grad = weight_grad
@@ -97,6 +98,19 @@ def _new_weight_gradient(weight: torch.Tensor) -> torch.Tensor:
     if hasattr(weight, "main_grad"):
         return weight.main_grad
     return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+
+
+def _to_losses_and_gradient(
+    logits: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor, rule: LossRule
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and hits ``[t]``; the logits ``[t, v/tp]`` become the gradient of the weighted loss."""
+    if logits.is_cuda and rule.group.size() == 1 and rule.softcapping is None:
+        from nemo_llm.models.loss_kernels import losses_and_gradient
+
+        return losses_and_gradient(logits, labels, loss_mask, rule.known_here, rule.z_coeff)
+    chunk = _Chunk(logits, labels, rule)
+    chunk.to_gradient(loss_mask)
+    return chunk.losses, chunk.hits
 
 
 class _Chunk:
@@ -131,21 +145,20 @@ class _Chunk:
             self.losses = self.losses + rule.z_coeff * self.lse.square()
         self.hits = (label_logit >= 0).float()
 
-    def gradient(self, loss_mask: torch.Tensor) -> torch.Tensor:
-        """Gradient of the chunk's weighted loss with respect to the projection's output, in place of the logits."""
+    def to_gradient(self, loss_mask: torch.Tensor) -> None:
+        """Turn the logits into the gradient of the chunk's weighted loss with respect to the projection's output."""
         weight = loss_mask.float()
         row_scale = weight * (1.0 + 2.0 * self.rule.z_coeff * self.lse) if self.rule.z_coeff else weight
         label_share = torch.where(self.label_here, weight, 0.0)
         if self.rule.softcapping is None:
             to_gradient = compile_for_loss(self.logits.device.type)[1]
             to_gradient(self.logits, self.lse, row_scale, label_share, self.local_labels)
-            return self.logits
+            return
         # d tanh: the capped logits are at hand, 1 - (capped / cap)^2 of each.
         slope = 1.0 - (self.logits.float() / self.rule.softcapping).square().clamp(max=1.0)
         gradient = torch.exp(self.logits.float() - self.lse[:, None]) * row_scale[:, None]
         gradient.scatter_add_(-1, self.local_labels[:, None], -label_share[:, None])
         self.logits.copy_(gradient * slope)
-        return self.logits
 
 
 def _statistics(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,7 +51,7 @@ def _split_and_rotate(
 
     While tokens are decoded s is 1 and ``query_freqs`` [1, b, 1, r]: each row stands at a position of its own.
     """
-    from nemo_llm.models.kernels import FusedQKV
+    from nemo_llm.models.qkv_kernels import FusedQKV
 
     angles = query_freqs.flatten(0, 1).flatten(1).float()
     by_row = query_freqs.shape[1] > 1

@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_mlp_module_spec_for_backend,
 )
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -38,6 +39,7 @@ from nemo_llm.models.attention import CoreAttention, LocalRotaryAttention
 from nemo_llm.models.fp8 import LINEARS
 from nemo_llm.models.fused_layer import FusedLayer
 from nemo_llm.models.latent_attention import LatentAttention
+from nemo_llm.models.linear import WholeColumnLinear, WholeRowLinear
 from nemo_llm.models.norm import Norm
 from nemo_llm.models.norm_variants import ParallelResidualLayer, WholeWidthNorm, with_post_norm
 
@@ -50,9 +52,9 @@ if not hasattr(moe_utils, "te_general_gemm"):
 class TorchBackend(LocalSpecProvider):
     """The parts of a layer on machines without Transformer Engine."""
 
-    def __init__(self, model: ModelConfig, fused: bool, fp8: str | None) -> None:
+    def __init__(self, model: ModelConfig, fused: bool, linears: tuple[type, type]) -> None:
         self.model, self.fused = model, fused
-        self.column, self.row = LINEARS[fp8]
+        self.column, self.row = linears
 
     def column_parallel_linear(self) -> type:
         return self.column
@@ -143,15 +145,24 @@ def build_block_spec(
         return _users_block_spec(model, config, vp_stage)
     if backend == "transformer_engine":
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-    fp8 = None if cfg.precision.fp8 is None else cfg.precision.fp8.fp8
-    parts = TorchBackend(model, cfg.performance.fused_kernels, fp8)
+    parts, moe_parts = (TorchBackend(model, cfg.performance.fused_kernels, _linears(cfg, moe)) for moe in (False, True))
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    layers = [
-        _torch_layer_spec(parts, config, model.moe is not None and model.moe.has_layer(offset + i), groups.tp)
-        for i in range(count)
-    ]
+    has_experts = [model.moe is not None and model.moe.has_layer(offset + i) for i in range(count)]
+    layers = [_torch_layer_spec(parts, moe_parts if moe else None, config, groups.tp) for moe in has_experts]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=parts.layer_norm())
+
+
+def _linears(cfg: RunConfig, moe: bool) -> tuple[type, type]:
+    """The column-parallel and the row-parallel linear layer, in an MLP of experts or elsewhere."""
+    if cfg.precision.fp8 is not None:
+        return LINEARS[cfg.precision.fp8.fp8]
+    # Experts take another number of tokens each time, for which no kernel is chosen; and Megatron's latent attention
+    # has a list of the classes that it takes.
+    split = cfg.parallelism.tensor_model_parallel_size > 1
+    if split or moe or cfg.model.mla is not None or not cfg.performance.gradient_accumulation_fusion:
+        return ColumnParallelLinear, RowParallelLinear
+    return WholeColumnLinear, WholeRowLinear
 
 
 def _layer_class(model: ModelConfig) -> type:
@@ -160,7 +171,10 @@ def _layer_class(model: ModelConfig) -> type:
     return TransformerLayer if model.norm_placement == "post" else FusedLayer
 
 
-def _torch_layer_spec(parts: TorchBackend, config: TransformerConfig, moe: bool, tp_group: Any) -> ModuleSpec:
+def _torch_layer_spec(
+    parts: TorchBackend, moe_parts: TorchBackend | None, config: TransformerConfig, tp_group: Any
+) -> ModuleSpec:
+    """One layer; ``moe_parts`` are those of its experts, if it has any."""
     model = parts.model
     pre_norm = IdentityOp if model.norm_placement == "post" else parts.layer_norm()
     return ModuleSpec(
@@ -171,13 +185,13 @@ def _torch_layer_spec(parts: TorchBackend, config: TransformerConfig, moe: bool,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=pre_norm,
             mlp=get_mlp_module_spec_for_backend(
-                backend=parts,
-                num_experts=config.num_moe_experts if moe else None,
+                backend=moe_parts or parts,
+                num_experts=config.num_moe_experts if moe_parts else None,
                 moe_grouped_gemm=False,
             ),
             mlp_bda=get_bias_dropout_add,
             # Checkpoint names as Transformer Engine's fused modules have them: one checkpoint serves both backends.
-            sharded_state_dict_keys_map=_checkpoint_names(model.mla is not None, moe),
+            sharded_state_dict_keys_map=_checkpoint_names(model.mla is not None, moe_parts is not None),
         ),
     )
 

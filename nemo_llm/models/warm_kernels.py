@@ -8,15 +8,21 @@ collectives one rank cannot run alone: there every rank still compiles.
 """
 
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from megatron.core.utils import unwrap_model
 
 from nemo_llm.config import RunConfig
 from nemo_llm.config.arithmetic import padded_vocab_size
 from nemo_llm.log import get_logger
 from nemo_llm.models.build import fused_chunk_tokens
+from nemo_llm.models.cublaslt import Shape
+from nemo_llm.models.language_model import LanguageModel
+from nemo_llm.models.linear import WholeLinear
 from nemo_llm.models.linear_cross_entropy import compile_for_loss
+from nemo_llm.models.products import choose_kernels, shapes_of_linear
 from nemo_llm.models.rope import rotate_fused
 from nemo_llm.models.specs import choose_backend
 from nemo_llm.models.transformer_config import DTYPES, qkv_in_one
@@ -36,6 +42,51 @@ def warm_kernels(cfg: RunConfig, runtime: ParallelRuntime, vocab_size: int) -> N
         torch.cuda.empty_cache()
         _log.info("kernels compiled or found in the node's cache in %.1f s", time.perf_counter() - began)
     dist.all_reduce(torch.zeros(1, device=runtime.device))
+
+
+def choose_products(cfg: RunConfig, chunks: list[torch.nn.Module], device: torch.device) -> None:
+    """Choose the kernels of the matrix products of these (unwrapped) chunks, and say which are not PyTorch's."""
+    wanted = cfg.performance.choose_matrix_kernels and not cfg.performance.compile_layers
+    if not wanted or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
+        return
+    shapes = [shape for chunk in chunks for shape in _product_shapes(cfg, unwrap_model(chunk))]
+    began = time.perf_counter()
+    try:
+        choices = choose_kernels(shapes, device)
+    except (OSError, AttributeError, RuntimeError) as error:
+        _log.warning("matrix products keep PyTorch's kernels: cuBLASLt's could not be timed: %s", error)
+        return
+    finally:
+        torch.cuda.empty_cache()
+    gains = [choice.before / choice.after for choice in choices]
+    _log.info(
+        "matrix products: another kernel of cuBLASLt for %d of %d shapes, up to %.2f times as fast; chosen in %.1f s",
+        len(gains), len(set(shapes)), max(gains, default=1.0), time.perf_counter() - began,
+    )  # fmt: skip
+    for choice in choices:
+        _log.debug("%s: %.3f ms, before %.3f ms", choice.shape, choice.after, choice.before)
+
+
+def _product_shapes(cfg: RunConfig, chunk: LanguageModel) -> Iterator[Shape]:
+    """Of the linear layers whose number of tokens is known, and of the fused loss, where they are in bf16."""
+    if cfg.precision.params_dtype != "bf16":
+        return
+    tokens = cfg.data.seq_length // cfg.parallelism.context_parallel_size * cfg.trainer.micro_batch_size
+    for module in chunk.modules():
+        # Layers in FP8 have a product of their own, those in four bits no weight.
+        plain = isinstance(module, WholeLinear) and type(module).product is WholeLinear.product
+        if plain and getattr(module, "weight", None) is not None:
+            yield from shapes_of_linear(tokens, module.weight)
+    if chunk.post_process and chunk.score is None and chunk.fused_chunk_tokens is not None:
+        tied = chunk.share_embeddings_and_output_weights
+        weight = chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
+        for rows in _chunks_of_tokens(tokens, chunk.fused_chunk_tokens):
+            yield from shapes_of_linear(rows, weight)
+
+
+def _chunks_of_tokens(tokens: int, chunk: int) -> set[int]:
+    """Sizes of the pieces in which the fused loss takes them."""
+    return {min(chunk, tokens), tokens % chunk} - {0}
 
 
 def run_kernels(cfg: RunConfig, device: torch.device, vocab_size: int) -> None:
@@ -60,9 +111,9 @@ def run_kernels(cfg: RunConfig, device: torch.device, vocab_size: int) -> None:
         _run_rope(cfg, length, like)
     if fused_chunk_tokens(cfg) is not None:
         columns = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by) // tp
-        whole, rest = divmod(tokens, cfg.performance.cross_entropy_chunk_tokens)
-        for rows in {cfg.performance.cross_entropy_chunk_tokens if whole else 0, rest} - {0}:
-            _run_loss(torch.zeros(rows, columns, **like))
+        for rows in _chunks_of_tokens(tokens, cfg.performance.cross_entropy_chunk_tokens):
+            _run_loss(torch.zeros(rows, columns, **like), alone=tp == 1 and model.final_logit_softcapping is None)
+    _run_embedding(cfg, tokens, like)
 
 
 def _run_norms(cfg: RunConfig, rows: int, like: dict) -> None:
@@ -99,7 +150,7 @@ def _run_swiglu(cfg: RunConfig, rows: int, like: dict) -> None:
 
 
 def _run_rope(cfg: RunConfig, length: int, like: dict) -> None:
-    from nemo_llm.models.kernels import FusedQKV
+    from nemo_llm.models.qkv_kernels import FusedQKV
 
     model, tp = cfg.model, cfg.parallelism.tensor_model_parallel_size
     batch, turned = cfg.trainer.micro_batch_size, int(model.head_dim * model.rotary_percent)
@@ -115,9 +166,24 @@ def _run_rope(cfg: RunConfig, length: int, like: dict) -> None:
         rotate_fused(heads_in, angles).sum().backward()
 
 
-def _run_loss(logits: torch.Tensor) -> None:
-    # Each a tensor of its own: for one that is given twice another kernel is made.
+def _run_loss(logits: torch.Tensor, alone: bool) -> None:
+    labels = torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
+    if alone:
+        from nemo_llm.models.loss_kernels import losses_and_gradient
+
+        losses_and_gradient(logits, labels, torch.zeros_like(labels, dtype=torch.float32), logits.shape[1], 0.0)
+    # In evaluation, and where the vocabulary is split. Each a tensor of its own: for one that is given twice another
+    # kernel is made.
     lse, row_scale, label_share = torch.zeros(3, logits.shape[0], dtype=torch.float32, device=logits.device).unbind()
     statistics, to_gradient = compile_for_loss(logits.device.type)
     statistics(logits)
-    to_gradient(logits, lse.clone(), row_scale.clone(), label_share.clone(), lse.long())
+    if not alone:
+        to_gradient(logits, lse.clone(), row_scale.clone(), label_share.clone(), labels)
+
+
+def _run_embedding(cfg: RunConfig, tokens: int, like: dict) -> None:
+    from nemo_llm.models.embedding_kernels import add_rows
+
+    numbers = torch.zeros(tokens, dtype=torch.int64, device=like["device"])
+    buffer = torch.zeros(1, cfg.model.hidden_size, dtype=torch.float32, device=like["device"])
+    add_rows(buffer, numbers, torch.zeros(tokens, cfg.model.hidden_size, **like))

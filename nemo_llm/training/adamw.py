@@ -34,6 +34,8 @@ class FusedAdamW(torch.optim.Optimizer):
             raise ValueError("FusedAdamW does decoupled weight decay alone: adam_w_mode=False was asked for")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._host: HostMoments | None = None
+        self.gradient_factor = 1.0
+        """What ``step`` multiplies gradients by as it reads them."""
 
     def offload_moments(self) -> None:
         """Keep the moments in host memory from now on; before there are any."""
@@ -81,6 +83,7 @@ class FusedAdamW(torch.optim.Optimizer):
         """AdamW for parameters, gradients, first and second moments, each a list of as many tensors."""
         parameters, gradients, first, second = lists
         steps = torch.full((), float(group["step"]), dtype=torch.float32, device=parameters[0].device)
+        divisor = None if self.gradient_factor == 1.0 else torch.full_like(steps, 1.0 / self.gradient_factor)
         torch._fused_adamw_(  # public kernel of torch.optim.AdamW(fused=True); underscored name since torch 2.0
             parameters,
             gradients,
@@ -95,6 +98,6 @@ class FusedAdamW(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
-            grad_scale=None,
+            grad_scale=divisor,
             found_inf=None,
         )

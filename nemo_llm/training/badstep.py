@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-
 from nemo_llm.data.blended import BlendedSource
 from nemo_llm.data.ledger import ledger
 from nemo_llm.log import get_logger
@@ -72,21 +70,28 @@ def remember(run: TrainingRun, loss: float, grad_norm: float | None) -> None:
     del run.state.recent[: -run.cfg.trainer.spike_window]
 
 
-def update_weights(optimizer: Any, accept: Callable[[float | None], bool]) -> tuple[bool, float | None]:
+def update_weights(
+    optimizer: Any, num_tokens: int, accept: Callable[[float | None], bool]
+) -> tuple[bool, float | None]:  # fmt: skip
     """Clip and update unless ``accept`` refuses the gradient norm; returns (whether weights changed, the norm).
 
-    The steps of Megatron-Core 0.16.1's ``ChainedOptimizer.step``, which leaves no room for a look between them.
+    The buffers hold the gradient of the sum of ``num_tokens`` losses. Both the mean and the clipping are one factor,
+    which the optimizer applies as it reads them: no pass over all gradients for either. Otherwise these are the steps
+    of Megatron-Core 0.16.1's ``ChainedOptimizer.step``, which leaves no room for a look between them.
     """
     overflow = optimizer.prepare_grads()
-    norm = None if overflow else optimizer.get_grad_norm()
-    if not accept(norm) or overflow:
+    norm = None if overflow else optimizer.get_grad_norm() / max(num_tokens, 1)
+    if norm is None or not accept(norm):
         return False, norm
     for part in optimizer.chained_optimizers:
-        parameters = [] if part.is_stub_optimizer else part.get_parameters()
-        if parameters and part.config.clip_grad > 0.0:
-            decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
-            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm, decoupled)
+        if not part.is_stub_optimizer:
+            part.optimizer.gradient_factor = _clipping(part.config.clip_grad, norm) / max(num_tokens, 1)
     return bool(optimizer.step_with_ready_grads()), norm
+
+
+def _clipping(largest_norm: float, norm: float) -> float:
+    """What gradients of this norm are multiplied by; as Megatron does it, 1e-6 from the limit."""
+    return min(largest_norm / (norm + 1e-6), 1.0) if largest_norm > 0.0 else 1.0
 
 
 def diagnose(first: tuple[float, float | None], second: tuple[float, float | None], second_reason: str | None) -> str:

@@ -142,6 +142,8 @@ class Muon(FusedAdamW):
         """Nesterov's look ahead along the moving average of gradients, flat."""
         gradient, average = parameter.grad, self.moments(parameter)["exp_avg"]
         assert gradient is not None, "a weight of the layers has no gradient"
+        if self.gradient_factor != 1.0:
+            gradient.mul_(self.gradient_factor)
         average.lerp_(gradient, 1.0 - self._rule.momentum)
         return gradient.lerp(average, self._rule.momentum).view(-1)
 

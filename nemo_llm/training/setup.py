@@ -1,6 +1,7 @@
 """From a configuration to a `TrainingRun`: model, optimizer, schedule, data."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -17,7 +18,7 @@ from nemo_llm.checkpoint.folder import resolve_checkpoint
 from nemo_llm.config import RunConfig
 from nemo_llm.log import get_logger
 from nemo_llm.models.build import build_model_chunks
-from nemo_llm.models.warm_kernels import warm_kernels
+from nemo_llm.models.warm_kernels import choose_products, warm_kernels
 from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.peft.attach import attach_peft, count_parameters
 from nemo_llm.peft.four_bit import quantize_base
@@ -48,6 +49,7 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
     warm_kernels(cfg, runtime, vocab_size)
     chunks = build_model_chunks(cfg, runtime, vocab_size)
     base_fingerprint = "" if cfg.peft is None else freeze_and_adapt(cfg, chunks, runtime)
+    choose_products(cfg, chunks, runtime.device)
     model = wrap_data_parallel(cfg, chunks)
     optimizer = build_optimizer(cfg, model, runtime)
     connect_schedule(cfg, model, optimizer)
@@ -113,8 +115,13 @@ def wrap_data_parallel(cfg: RunConfig, chunks: list[torch.nn.Module]) -> list[Di
 def connect_schedule(cfg: RunConfig, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Hang on Megatron's config the callables that its schedules look for there."""
     config = get_model_config(model[0])
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = _sum_gradients
     config.grad_scale_func = optimizer.scale_loss if cfg.precision.params_dtype == "fp16" else None
     if cfg.parallelism.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in model]
         config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
+
+
+def _sum_gradients(model: list[torch.nn.Module], _num_tokens: torch.Tensor | None = None, **settings: Any) -> None:
+    """Megatron's sum over ranks, without its division by the number of tokens (`badstep.update_weights`)."""
+    finalize_model_grads(model, None, **settings)

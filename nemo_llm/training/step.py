@@ -29,7 +29,7 @@ def train_step(run: TrainingRun) -> StepResult:
     run.progress.enter("update")
     if run.saver is not None:
         run.saver.copied()
-    updated, grad_norm = update_weights(run.optimizer, lambda norm: find_reason(run, loss, norm) is None)
+    updated, grad_norm = update_weights(run.optimizer, num_tokens, lambda norm: find_reason(run, loss, norm) is None)
     bad = None
     if reason := find_reason(run, loss, grad_norm):
         before = (loss, grad_norm)
@@ -54,9 +54,9 @@ def forward_backward(run: TrainingRun, batches: list[dict[str, torch.Tensor]]) -
     run.optimizer.zero_grad()
 
     # 2. Forward and backward over the micro-batches, by Megatron's schedule for this pipeline. Each micro-batch gave
-    #    the *sum* of its token losses. At the end of the schedule Megatron's finalize_model_grads has summed the
-    #    gradients over micro-batches and data-parallel ranks and divided them by the number of tokens in the global
-    #    batch: the gradient of the mean loss per token, whatever the layout.
+    #    the *sum* of its token losses. At the end of the schedule the gradients are summed over micro-batches and
+    #    data-parallel ranks. The optimizer divides them by the number of tokens in the global batch: the gradient of
+    #    the mean loss per token, whatever the layout.
     outputs = run_schedule(run, batches, forward_only=False)
     loss_sum, num_tokens, _ = reduce_sums(outputs, run.runtime)
     return loss_sum / max(num_tokens, 1), int(num_tokens)
@@ -66,8 +66,8 @@ def _run_again(
     run: TrainingRun, batches: list[dict[str, torch.Tensor]], before: tuple[float, float | None]
 ) -> tuple[bool, tuple[float, float | None], str]:
     """The same step once more: (whether it was good and updated the weights, its loss and norm, what that says)."""
-    loss, _ = forward_backward(run, batches)
-    updated, norm = update_weights(run.optimizer, lambda norm: find_reason(run, loss, norm) is None)
+    loss, num_tokens = forward_backward(run, batches)
+    updated, norm = update_weights(run.optimizer, num_tokens, lambda norm: find_reason(run, loss, norm) is None)
     return updated, (loss, norm), diagnose(before, (loss, norm), find_reason(run, loss, norm))
 
 

@@ -4,8 +4,10 @@
 largest error of each, relative to the largest value, and ends with 1 where one is over its bound.
 """
 
+import inspect
 import itertools
 import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +94,7 @@ def rotation_by_row_case(sizes: tuple[int, int, int, int], dtype: torch.dtype, d
 
 def qkv_case(sizes: tuple[int, int, int, int, int], turned: int, dtype: torch.dtype, device: str) -> float:
     """The split with rotation; ``sizes`` = (s, b, G, R, D)."""
-    from nemo_llm.models.kernels import FusedQKV
+    from nemo_llm.models.qkv_kernels import FusedQKV
     from nemo_llm.models.rope import rotate
 
     s, b, groups, queries, width = sizes
@@ -106,6 +108,44 @@ def qkv_case(sizes: tuple[int, int, int, int, int], turned: int, dtype: torch.dt
         return rotate(q.reshape(s, b, -1, width), exact), rotate(k, exact), v
 
     return compare(lambda x: FusedQKV.apply(x, freqs.cos(), freqs.sin(), (queries, width)), reference, [mixed])
+
+
+def loss_case(sizes: tuple[int, int, int], z_coeff: float, dtype: torch.dtype, device: str) -> float:
+    """Losses and the gradient in place of the logits; ``sizes`` = (t, v, known). Labels beyond are among them."""
+    from nemo_llm.models.loss_kernels import losses_and_gradient
+
+    rows, columns, known = sizes
+    logits = torch.randn(rows, columns, device=device, dtype=dtype) * 4
+    labels = torch.randint(0, known, (rows,), device=device)
+    weights = (torch.rand(rows, device=device) > 0.3).float()
+    labels[0], weights[0] = -100, 0.0
+    exact = logits.double().requires_grad_()
+    wanted = F.cross_entropy(exact[:, :known], labels, reduction="none")
+    wanted = wanted + z_coeff * exact[:, :known].logsumexp(-1).square()
+    (wanted * weights).sum().backward()
+    hits = exact[:, :known].argmax(-1) == labels
+    losses, hit = losses_and_gradient(logits, labels, weights, known, z_coeff)
+    ties = dtype == torch.bfloat16  # two logits can be the largest
+    assert (hit.bool() | ~hits)[1:].all() if ties else torch.equal(hit[1:].bool(), hits[1:])
+    assert exact.grad is not None
+    return max(error(losses[1:], wanted.detach()[1:]), error(logits, exact.grad))
+
+
+def embedding_case(sizes: tuple[int, int, int], tokens: torch.Tensor, dtype: torch.dtype) -> float:
+    """Rows added to a table that is not empty; ``sizes`` = (v, h, T). Twice, for the same bits."""
+    from nemo_llm.models.embedding_kernels import add_rows
+
+    vocabulary, columns, count = sizes
+    gradient = torch.randn(count, columns, device=tokens.device, dtype=dtype)
+    start = torch.randn(vocabulary, columns, device=tokens.device)
+    wanted, here = start.double(), tokens >= 0
+    wanted.index_add_(0, tokens[here], gradient[here].double())
+    results = []
+    for _ in range(2):
+        results.append(start.clone())
+        add_rows(results[-1], tokens, gradient)
+    assert torch.equal(*results)
+    return error(results[0], wanted)
 
 
 def decode_case(
@@ -149,6 +189,27 @@ def quantize_case(m: int, k: int, dtype: torch.dtype) -> float:
     return (ours.rows.cpu().float() != wanted.rows.float()).float().mean().item()
 
 
+def product_case(shape: Any) -> float:
+    """Every kernel that cuBLASLt has for a product: how many differ from PyTorch's result in any bit."""
+    from nemo_llm.models.cublaslt import Product
+
+    left, right = (torch.randn(*size, device="cuda").bfloat16() for size in (shape.left_size, shape.right_size))
+    start = torch.randn(shape.rows, shape.columns, device="cuda").to(shape.out_dtype)
+    a, b = left.t() if shape.left_transposed else left, right.t() if shape.right_transposed else right
+    exact = a.double() @ b.double() + (start.double() if shape.accumulate else 0.0)
+    wanted = torch.addmm(start, a, b, out_dtype=torch.float32) if shape.accumulate else a @ b
+    product = Product(shape, torch.device("cuda", torch.cuda.current_device()))
+    assert len(product) > 0
+    different, largest = 0, 0.0
+    for kernel in range(len(product)):
+        out = start.clone()
+        product.run(left, right, out, kernel)
+        different += not torch.equal(out, wanted)
+        largest = max(largest, error(out, exact))
+    print(f"     {different} of {len(product)} kernels differ from PyTorch's in bits: {shape}")
+    return largest
+
+
 def all_cases(device: str, small: bool):
     """(name, dtype, error) of every case."""
     torch.manual_seed(1)
@@ -172,6 +233,13 @@ def all_cases(device: str, small: bool):
         yield f"qkv {size} turned {turned}", dtype, qkv_case(size, turned, dtype, device)
     for dtype in dtypes:
         yield "qkv by row", dtype, rotation_by_row_case((5, 2, 3, 16), dtype, device)
+    sizes = [(5, 64, 59), (3, 130, 130)] + ([] if small else [(700, 50304, 50257), (300, 128256, 128256), (9, 1000, 7)])
+    for size, z_coeff, dtype in itertools.product(sizes, (0.0, 1e-2), dtypes):
+        yield f"loss {size} z {z_coeff}", dtype, loss_case(size, z_coeff, dtype, device)
+    sizes = [(11, 24, 70), (40, 300, 9)] + ([] if small else [(5000, 2048, 32768), (1, 5440, 3000)])
+    for size, dtype in itertools.product(sizes, dtypes):
+        tokens = torch.randint(-1, size[0], (size[2],), device=device)
+        yield f"embedding {size}", torch.float32, embedding_case(size, tokens, dtype)
     sizes = [(3, 2, 3, 12, 70), (2, 1, 1, 16, 600)]
     if not small:
         sizes += [
@@ -187,20 +255,29 @@ def all_cases(device: str, small: bool):
         for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
             # A value on the edge between two FP8 numbers may fall to either side: the scale is a float32 rounding off.
             yield "quantize 1000x528", torch.bfloat16, quantize_case(1000, 528, dtype)
+        from nemo_llm.models.cublaslt import Shape
+
+        for rows, inner, columns in ((4096, 2048, 3072), (1000, 528, 24), (8, 8192, 8), (2048, 16384, 2048)):
+            for flags in ((False, True, False), (False, False, False), (True, False, True)):
+                yield (
+                    f"product {rows}x{inner}x{columns} {flags}",
+                    torch.bfloat16,
+                    product_case(Shape(rows, inner, columns, *flags)),
+                )
 
 
 def kernels_not_warmed(device: str) -> set[str]:
     """Kernels of training that `run_kernels` does not launch for three configurations that together need them all."""
     from nemo_llm.config.load import compose
-    from nemo_llm.models import fp8_kernels, kernels
+    from nemo_llm.models import embedding_kernels, fp8_kernels, kernels, loss_kernels, qkv_kernels
     from nemo_llm.models.warm_kernels import run_kernels
 
     launched = set()
     wanted = {
         (module, name): kernel
-        for module in (kernels, fp8_kernels)
+        for module in (kernels, qkv_kernels, loss_kernels, embedding_kernels, fp8_kernels)
         for name, kernel in vars(module).items()
-        if hasattr(kernel, "run") and not isinstance(kernel, type)
+        if hasattr(kernel, "run") and not isinstance(kernel, type) and f"{name}[" in inspect.getsource(module)
     }
 
     def record(kernel, place):
@@ -215,12 +292,12 @@ def kernels_not_warmed(device: str) -> set[str]:
     for place, kernel in wanted.items():
         record(kernel, place)
     small = ["data=mock", "data.seq_length=8", "model.num_layers=1", "model.hidden_size=64", "model.ffn_hidden_size=64"]
-    small += ["model.num_attention_heads=4", "model.kv_channels=16"]
+    small += ["model.num_attention_heads=4", "model.num_query_groups=2", "model.kv_channels=16"]
     precision = "precision=fp8_tensorwise" if device == "cuda" else "precision=bf16"
     for options in (["+model=llama3_1b", precision], ["+model=gpt_1b"], ["+model=qwen3_0_6b", "precision=bf16"]):
         run_kernels(compose([*options, *small]), torch.device(device), 1000)
     missing = set(wanted) - launched
-    return {name for module, name in missing if device == "cuda" or module is kernels}
+    return {name for module, name in missing if device == "cuda" or module is not fp8_kernels}
 
 
 def main() -> int:

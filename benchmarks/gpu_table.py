@@ -54,6 +54,7 @@ class Row:
 ROWS = {
     "1b peer": Row([*PEER, "--micro-batch", "8", "--micro-batches", "2"]),
     "1b peer mcore te": Row([*MEGATRON, "--model", "llama3_1b"]),
+    "1b peer mcore te fp8": Row([*MEGATRON, "--model", "llama3_1b", "--fp8"]),
     "1b bf16": Row([*OURS, *SMALL, "model.transformer_impl=torch"], peer="1b peer"),
     "1b bf16 te": Row([*OURS, *SMALL, "model.transformer_impl=transformer_engine"], peer="1b peer"),
     "1b muon": Row([*OURS, *SMALL, "model.transformer_impl=torch", "optim=muon"], peer="1b bf16"),
@@ -67,8 +68,8 @@ ROWS = {
         )
         for count in (2, 3, 4)
     },
-    "1b fp8": Row([*OURS, *SMALL, "model.transformer_impl=torch", "precision=fp8_tensorwise"], peer="1b peer"),
-    "1b fp8 te": Row([*OURS, *SMALL, "precision=fp8_delayed"], peer="1b peer"),
+    "1b fp8": Row([*OURS, *SMALL, "model.transformer_impl=torch", "precision=fp8_tensorwise"], peer="1b peer mcore te fp8"),
+    "1b fp8 te": Row([*OURS, *SMALL, "precision=fp8_delayed"], peer="1b peer mcore te fp8"),
     "gpt_1b peer": Row([*MEGATRON, "--model", "gpt_1b", "--seq", "2048", "--micro-batch", "8", "--micro-batches", "2"]),
     "gpt_1b bf16": Row([*OURS, *GPT, "model.transformer_impl=torch"], peer="gpt_1b peer"),
     "moe peer": Row([*MEGATRON, "--model", "moe", "--micro-batch", "2", "--micro-batches", "4"]),
@@ -86,9 +87,12 @@ ROWS = {
     "8b x12 peer 4096": Row(
         [*PEER, "--model", "llama3_8b", "--layers", "12", "--micro-batch", "2", "--micro-batches", "4"], 2
     ),
+    "8b x12 peer mcore te 4096": Row(
+        [*MEGATRON, "--model", "llama3_8b", "--layers", "12", "--micro-batch", "1", "--micro-batches", "8"], 2
+    ),
     "8b x12 4096": Row(
-        [*OURS, *LARGE, "model.num_layers=12", "trainer.micro_batch_size=2", "trainer.global_batch_size=16"], 2,
-        "8b x12 peer 4096",
+        [*OURS, *LARGE, "model.num_layers=12", "data.seq_length=4096", "trainer.micro_batch_size=2",
+         "trainer.global_batch_size=16"], 2, "8b x12 peer 4096",
     ),
     "8b x12 peer 8192": Row(
         [*PEER, "--model", "llama3_8b", "--layers", "12", "--seq", "8192", "--micro-batch", "1", "--micro-batches", "4"], 2
@@ -99,10 +103,11 @@ ROWS = {
     ),
     "8b peer 4096": Row([*PEER, "--model", "llama3_8b", "--micro-batch", "2", "--micro-batches", "8"], 2),
     "8b 4096": Row(
-        [*OURS, *LARGE, "trainer.micro_batch_size=1", "trainer.global_batch_size=32"], 2, "8b peer 4096"
+        [*OURS, *LARGE, "data.seq_length=4096", "trainer.micro_batch_size=1", "trainer.global_batch_size=32"], 2,
+        "8b peer 4096",
     ),
     "8b 4096, two H100": Row(
-        [*OURS, *LARGE, "trainer.micro_batch_size=1", "trainer.global_batch_size=32",
+        [*OURS, *LARGE, "data.seq_length=4096", "trainer.micro_batch_size=1", "trainer.global_batch_size=32",
          "performance.offload_optimizer_moments=true", *FULL], 2,
     ),
 }  # fmt: skip

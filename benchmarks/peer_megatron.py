@@ -1,7 +1,8 @@
 """The peer: Megatron-Core's own model and training step with Transformer Engine, as its documentation advises.
 
-``python -m benchmarks.peer_megatron --model gpt_1b --micro-batch 4 --micro-batches 4 [--fp8]`` on one GPU: Transformer Engine's layers,
-fused rotary embedding and cross-entropy, grouped products of experts, distributed optimizer with fp32 gradients. Random
+``python -m benchmarks.peer_megatron --model gpt_1b --micro-batch 4 --micro-batches 4 [--fp8]`` on one GPU, or under torchrun, data
+parallel: Transformer Engine's layers, fused rotary embedding and cross-entropy, grouped products of experts, distributed
+optimizer with fp32 gradients; on several GPUs the reduction of gradients and the gathering of weights overlapped. Random
 tokens. Prints one JSON line beginning with RESULT, in the terms of step_speed.
 """
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 
 SHAPES = {
     "llama3_1b": {"layers": 16, "hidden": 2048, "heads": 32, "groups": 8, "ffn": 8192, "vocab": 128256, "tied": True},
+    "llama3_8b": {"layers": 32, "hidden": 4096, "heads": 32, "groups": 8, "ffn": 14336, "vocab": 128256, "tied": False},
     "gpt_1b": {"layers": 24, "hidden": 2048, "heads": 16, "groups": 16, "ffn": 5440, "vocab": 50304, "tied": False, "layer_norm": True},
     "moe": {
         "layers": 6, "hidden": 2048, "heads": 32, "groups": 8, "ffn": 7168, "vocab": 50304, "tied": False, "experts": 8,
@@ -78,10 +80,18 @@ def build_step(arguments: argparse.Namespace, shape: dict) -> Callable[[], float
         rotary_percent=0.5 if "layer_norm" in shape else 1.0,
         share_embeddings_and_output_weights=shape["tied"],
     )
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    overlapped = dist.get_world_size() > 1
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlapped,
+        overlap_param_gather=overlapped,
+    )
     model = DistributedDataParallel(config, ddp_config, model.cuda().bfloat16())
     settings = {"bf16": True, "params_dtype": torch.bfloat16, "use_distributed_optimizer": True, "clip_grad": 1.0}
+    settings["overlap_param_gather"] = overlapped
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4, **settings), [model])
+    config.no_sync_func = model.no_sync if overlapped else None
     config.finalize_model_grads_func = finalize_model_grads
     size = (arguments.micro_batch, arguments.seq + 1)
     positions = torch.arange(arguments.seq, device="cuda").expand(arguments.micro_batch, -1)
@@ -120,6 +130,7 @@ def main() -> None:
     """Build, warm up, time, print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=SHAPES, default="gpt_1b")
+    parser.add_argument("--layers", type=int, default=None, help="fewer than the shape has")
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=4)
@@ -129,10 +140,14 @@ def main() -> None:
     parser.add_argument("--name", default="Megatron-Core with Transformer Engine")
     arguments = parser.parse_args()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20000 + os.getpid() % 20000), RANK="0", WORLD_SIZE="1")
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl", device_id=torch.device("cuda:0"))
-    take_step = build_step(arguments, SHAPES[arguments.model])
+    if "RANK" not in os.environ:
+        port = str(20000 + os.getpid() % 20000)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    shape = SHAPES[arguments.model]
+    take_step = build_step(arguments, {**shape, "layers": arguments.layers or shape["layers"]})
     times = []
     for _ in range(arguments.warm + arguments.steps):
         torch.cuda.synchronize()
@@ -143,13 +158,14 @@ def main() -> None:
     step = sorted(times[arguments.warm :])[arguments.steps // 2]
     row = {
         "name": arguments.name,
-        "devices": 1,
+        "devices": dist.get_world_size(),
         "step_ms": round(step * 1e3, 1),
         "tokens_per_second_per_device": round(arguments.micro_batch * arguments.micro_batches * arguments.seq / step),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
         "loss_last": round(loss, 4),
     }
-    print("RESULT", json.dumps(row), flush=True)
+    if dist.get_rank() == 0:
+        print("RESULT", json.dumps(row), flush=True)
     dist.destroy_process_group()
 
 

@@ -1,5 +1,7 @@
 """Every row of the speed tables is a configuration that passes the checks on its number of processes."""
 
+import re
+
 import pytest
 
 from benchmarks import gpu_table, many_gpus
@@ -21,6 +23,8 @@ def test_a_row_passes_the_checks(name: str) -> None:
         skipped = word in flags
     cfg = compose([*words, "trainer.check_only=true"])  # as on a machine without GPUs and Transformer Engine
     assert find_problems(cfg, row.gpus) == []
+    for number, thousands in re.findall(r"\b(4096|8192|\d+(?=k\b))(k?)\b", name):
+        assert cfg.data.seq_length == int(number) * (1024 if thousands else 1)
 
 
 def test_every_peer_is_a_row() -> None:

@@ -1,6 +1,7 @@
 """Time PyTorch's attention backends on the shapes of our models, in Megatron's [s, b, n, d] layout, forward and backward.
 
-``python -m benchmarks.gpu_attention``. One line a shape and backend, with the largest difference from float32 arithmetic.
+``python -m benchmarks.gpu_attention``. One line a shape and backend, with the largest difference from float32 arithmetic. Then
+windows, documents and capped scores, each by the matrix of scores and by FlexAttention, through `CoreAttention`.
 """
 
 import torch
@@ -16,6 +17,16 @@ SHAPES = [
     (32768, 1, 8, 2, 128),
 ]
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+
+
+# (s, b, n, g, d), documents, window, cap: packed samples; Mistral's window; Gemma 2's two kinds of layers.
+MASKED = [
+    ((4096, 4, 32, 8, 64), 8, None, None),
+    ((8192, 1, 32, 8, 128), 8, None, None),
+    ((8192, 1, 32, 8, 128), 0, 4096, None),
+    ((4096, 1, 8, 4, 256), 0, 4096, 50.0),
+    ((4096, 1, 8, 4, 256), 0, None, 50.0),
+]
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -36,6 +47,43 @@ def milliseconds(function, repeats: int = 10) -> float:
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / repeats
+
+
+def masked() -> None:
+    """Attention that is not plainly causal, both ways."""
+    from types import SimpleNamespace
+
+    from nemo_llm.models.attention import CoreAttention
+
+    for (s, b, n, g, d), documents, window, cap in MASKED:
+        torch.manual_seed(1)
+        numbers = (torch.arange(s, device="cuda") // (s // documents)).expand(b, s) if documents else None
+        config = SimpleNamespace(
+            kv_channels=d, attention_dropout=0.0, window_size=None if window is None else (window - 1, 0),
+            window_attn_skip_freq=None,
+        )  # fmt: skip
+        groups = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1))
+        for flex in (False, True):
+            q, k, v = (
+                torch.randn(s, b, heads, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+                for heads in (n, g, g)
+            )
+            core = CoreAttention(config, 1, pg_collection=groups, logit_softcapping=cap, flex=flex)
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                out = core(q, k, v, numbers)
+                seed = torch.randn_like(out)
+                forward = milliseconds(lambda: core(q, k, v, numbers))  # noqa: B023
+                backward = milliseconds(lambda: torch.autograd.grad(out, (q, k, v), seed, retain_graph=True))  # noqa: B023
+            except RuntimeError as error:
+                print(f"MASKED {(s, b, n, g, d)} flex {flex}: {str(error)[:100]}", flush=True)
+                continue
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            print(
+                f"MASKED {(s, b, n, g, d)} documents {documents} window {window} cap {cap} flex {flex}: "
+                f"forward {forward:.2f} ms, backward {backward:.2f} ms, peak {peak:.1f} GiB",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -68,3 +116,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    masked()

@@ -15,6 +15,7 @@ class PerformanceConfig(Section):
     fused_rope: bool
     fused_kernels: bool
     choose_matrix_kernels: bool
+    flex_attention: bool
     compile_layers: bool
     ddp_bucket_size: PositiveInt | None
     offload_optimizer_moments: bool

@@ -65,6 +65,7 @@ def inference_config(place: ModelPlace, folder: Path, world_size: int) -> RunCon
     on_cpu = place.accelerator == "cpu" or not torch.cuda.is_available()
     mapping["performance"] |= {"fused_linear_cross_entropy": on_cpu, "cross_entropy_chunk_tokens": 256}
     mapping["performance"] |= {"gradient_accumulation_fusion": False, "fused_rope": False, "compile_layers": False}
+    mapping["performance"] |= {"flex_attention": False}  # compiled for every length of prompts
     cfg = decode(mapping)
     if not on_cpu and qkv_in_one(cfg.model, cfg.parallelism):
         # One kernel for any length; the rotation alone would be compiled for every length of prompts.

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from nemo_llm.models import flex
 from nemo_llm.models.context_parallel import gather_sequence, heads_to_sequence, sequence_to_heads
 
 
@@ -34,6 +35,7 @@ class CoreAttention(MegatronModule):
         cp_comm_type: ``a2a`` (heads exchanged for sequence, Ulysses) or ``all_gather`` (keys and values gathered).
         pg_collection: Megatron's process groups.
         logit_softcapping: ``cap * tanh(logits / cap)`` before the softmax (Gemma 2, arXiv:2408.00118), or None.
+        flex: on CUDA, windows, documents and caps by models/flex.py, which makes no matrix of all scores.
     """
 
     def __init__(
@@ -50,12 +52,14 @@ class CoreAttention(MegatronModule):
         *,
         pg_collection: ProcessGroupCollection,
         logit_softcapping: float | None = None,
+        flex: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.window = config.window_size[0] + 1 if _layer_has_window(config, layer_number) else None
         self.logit_softcapping = logit_softcapping
+        self.flex = flex
         self.cp_comm_type = cp_comm_type
         self.cp_group = pg_collection.cp
         self.layer_number = layer_number
@@ -111,8 +115,7 @@ class CoreAttention(MegatronModule):
         parts = []
         for chunk, part in zip((rank, 2 * cp - 1 - rank), query.chunk(2, 0), strict=True):
             end = (chunk + 1) * length
-            seen = None if documents is None else documents[:, :end]
-            parts.append(self._attend(part, key[:end], value[:end], seen))
+            parts.append(self._attend(part, key[:end], value[:end], documents))
         return torch.cat(parts, 0)
 
     def _attend(
@@ -122,6 +125,9 @@ class CoreAttention(MegatronModule):
         sq, sk = query.shape[0], key.shape[0]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         plain = mask is None and self.window is None
+        if self._takes_flex(q, mask):
+            rule = (self.softmax_scale, self.logit_softcapping)
+            return flex.attend((q, k, v), mask, self.window, rule).permute(2, 0, 1, 3)
         allowed = None if plain else self._allowed(mask, sq, sk, query.device)
         with self._dropout_region(), _kernel_order(query.device) if plain and sq == sk else nullcontext():
             if self.logit_softcapping is not None:
@@ -140,6 +146,14 @@ class CoreAttention(MegatronModule):
                     enable_gqa=q.shape[1] != k.shape[1],
                 )
         return context.permute(2, 0, 1, 3)
+
+    def _takes_flex(self, q: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        """Whether this is a case for FlexAttention, which knows neither dropout nor ready-made masks."""
+        if not (self.flex and q.is_cuda) or (self.training and self.dropout > 0.0):
+            return False
+        if mask is not None:
+            return mask.dtype != torch.bool
+        return self.window is not None or self.logit_softcapping is not None
 
     def _attend_cached(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allowed: torch.Tensor
@@ -179,7 +193,7 @@ class CoreAttention(MegatronModule):
             allowed = allowed & (keys > queries - self.window)
         if mask is None:
             return allowed[None, None]
-        same_document = mask[:, None, sk - sq : sk, None] == mask[:, None, None, :]
+        same_document = mask[:, None, sk - sq : sk, None] == mask[:, None, None, :sk]
         return allowed[None, None] & same_document
 
     def _dropout_region(self) -> Any:

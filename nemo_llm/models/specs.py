@@ -34,6 +34,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from nemo_llm.config import ModelConfig, RunConfig
+from nemo_llm.config.performance import PerformanceConfig
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.attention import CoreAttention, LocalRotaryAttention
 from nemo_llm.models.fp8 import LINEARS
@@ -52,8 +53,8 @@ if not hasattr(moe_utils, "te_general_gemm"):
 class TorchBackend(LocalSpecProvider):
     """The parts of a layer on machines without Transformer Engine."""
 
-    def __init__(self, model: ModelConfig, fused: bool, linears: tuple[type, type]) -> None:
-        self.model, self.fused = model, fused
+    def __init__(self, model: ModelConfig, performance: PerformanceConfig, linears: tuple[type, type]) -> None:
+        self.model, self.performance = model, performance
         self.column, self.row = linears
 
     def column_parallel_linear(self) -> type:
@@ -64,7 +65,7 @@ class TorchBackend(LocalSpecProvider):
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> Any:
         # A head is too short for a row of its own in the kernel.
-        return Norm if for_qk else ModuleSpec(module=Norm, params={"fused": self.fused})
+        return Norm if for_qk else ModuleSpec(module=Norm, params={"fused": self.performance.fused_kernels})
 
     def qk_norm(self, heads: int, tp_group: Any) -> Any:
         """The norm of queries or of keys, of which the model has ``heads``."""
@@ -75,7 +76,11 @@ class TorchBackend(LocalSpecProvider):
         return ModuleSpec(module=WholeWidthNorm, params={"heads": heads, "tp_group": tp_group})
 
     def core_attention(self) -> Any:
-        return partial(CoreAttention, logit_softcapping=self.model.attn_logit_softcapping)
+        return partial(
+            CoreAttention,
+            logit_softcapping=self.model.attn_logit_softcapping,
+            flex=self.performance.flex_attention,
+        )
 
 
 _NAMES_BEFORE_QKV = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
@@ -145,7 +150,7 @@ def build_block_spec(
         return _users_block_spec(model, config, vp_stage)
     if backend == "transformer_engine":
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-    parts, moe_parts = (TorchBackend(model, cfg.performance.fused_kernels, _linears(cfg, moe)) for moe in (False, True))
+    parts, moe_parts = (TorchBackend(model, cfg.performance, _linears(cfg, moe)) for moe in (False, True))
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     has_experts = [model.moe is not None and model.moe.has_layer(offset + i) for i in range(count)]

@@ -210,6 +210,23 @@ def product_case(shape: Any) -> float:
     return largest
 
 
+def flex_case(sizes: tuple[int, ...], documents: bool, window: int | None, cap: float | None) -> float:
+    """FlexAttention as models/flex.py calls it, with gradients; ``sizes`` = (b, n, g, sq, sk, d), bf16."""
+    from nemo_llm.models.flex import attend
+    from tests.models.test_flex import dense
+
+    b, n, g, sq, sk, width = sizes
+    numbers = (torch.rand(b, sk + 5, device="cuda") < 0.01).cumsum(-1) if documents else None
+    inputs = [
+        torch.randn(b, heads, length, width, device="cuda", dtype=torch.bfloat16)
+        for heads, length in ((n, sq), (g, sk), (g, sk))
+    ]
+    rule = (width**-0.5, cap)
+    return compare(
+        lambda *t: (attend(t, numbers, window, rule),), lambda *t: (dense(t, numbers, window, rule),), inputs
+    )
+
+
 def all_cases(device: str, small: bool):
     """(name, dtype, error) of every case."""
     torch.manual_seed(1)
@@ -252,18 +269,24 @@ def all_cases(device: str, small: bool):
     for size, window, cap, dtype in itertools.product(sizes, (None, 40), (None, 3.0), dtypes):
         yield f"decode {size} window {window} cap {cap}", dtype, decode_case(size, (window, cap), dtype, device)
     if not small:
-        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            # A value on the edge between two FP8 numbers may fall to either side: the scale is a float32 rounding off.
-            yield "quantize 1000x528", torch.bfloat16, quantize_case(1000, 528, dtype)
-        from nemo_llm.models.cublaslt import Shape
+        yield from library_cases()
 
-        for rows, inner, columns in ((4096, 2048, 3072), (1000, 528, 24), (8, 8192, 8), (2048, 16384, 2048)):
-            for flags in ((False, True, False), (False, False, False), (True, False, True)):
-                yield (
-                    f"product {rows}x{inner}x{columns} {flags}",
-                    torch.bfloat16,
-                    product_case(Shape(rows, inner, columns, *flags)),
-                )
+
+def library_cases():
+    """(name, dtype, error) of what has no kernel of our own, on a GPU alone: FP8, FlexAttention, cuBLASLt."""
+    from nemo_llm.models.cublaslt import Shape
+
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        # A value on the edge between two FP8 numbers may fall to either side: the scale is a float32 rounding off.
+        yield "quantize 1000x528", torch.bfloat16, quantize_case(1000, 528, dtype)
+    sizes = [(2, 4, 2, 512, 512, 64), (1, 8, 8, 300, 300, 128), (2, 4, 1, 256, 640, 128), (1, 2, 1, 999, 999, 256)]
+    for size, documents, window, cap in itertools.product(sizes, (False, True), (None, 100), (None, 5.0)):
+        name = f"flex {size} documents {documents} window {window} cap {cap}"
+        yield name, torch.bfloat16, flex_case(size, documents, window, cap)
+    for rows, inner, columns in ((4096, 2048, 3072), (1000, 528, 24), (8, 8192, 8), (2048, 16384, 2048)):
+        for flags in ((False, True, False), (False, False, False), (True, False, True)):
+            shape = Shape(rows, inner, columns, *flags)
+            yield f"product {rows}x{inner}x{columns} {flags}", torch.bfloat16, product_case(shape)
 
 
 def kernels_not_warmed(device: str) -> set[str]:

@@ -44,7 +44,7 @@ def _library() -> Any:
     """
     if torch.version.cuda is None:
         raise OSError("this PyTorch was built without CUDA")
-    library = ctypes.CDLL(f"libcublasLt.so.{torch.version.cuda.split('.')[0]}", mode=ctypes.DEFAULT_MODE)
+    library = ctypes.CDLL(f"libcublasLt.so.{torch.version.cuda.split('.')[0]}")
     signatures: dict[str, list] = {
         "cublasLtCreate": [POINTER(c_void_p)],
         "cublasLtMatmulDescCreate": [POINTER(c_void_p), c_int, c_int],

@@ -12,9 +12,7 @@ _ROWS, _COLUMNS = 8, 1024  # of a tile
 
 
 @triton.jit
-def _add_rows(
-    buffer, gradient, tokens, order, count, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+def _add_rows(buffer, gradient, tokens, order, count, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """``tokens`` are sorted, ``order`` says where each stood; the first of a run of equal tokens adds up the run."""
     start = tl.program_id(0)
     token = tl.load(tokens + start)

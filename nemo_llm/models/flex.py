@@ -65,7 +65,7 @@ def _capped(cap: float) -> Callable[..., Tensor]:
 
 def _block_mask(
     documents: Tensor | None, window: int | None, lengths: tuple[int, int], device: torch.device
-) -> BlockMask:  # fmt: skip
+) -> BlockMask:
     """Made once for the same documents, as long as they are not written to."""
     version = None if documents is None else (id(documents), documents._version)
     key = (version, window, lengths, device)

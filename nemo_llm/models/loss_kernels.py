@@ -12,9 +12,7 @@ _LOWEST = tl.constexpr(-1e38)  # below every logit, and finite: infinity less in
 
 
 @triton.jit
-def _losses_and_gradient(
-    logits, labels, weights, losses, hits, columns, known, z_coeff, BLOCK: tl.constexpr
-):  # fmt: skip
+def _losses_and_gradient(logits, labels, weights, losses, hits, columns, known, z_coeff, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * columns
     label = tl.load(labels + row)

@@ -33,9 +33,7 @@ def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x @ weight.t() if product is None else _run(product, x, weight, x.new_empty(x.shape[0], weight.shape[0]))
 
 
-def input_gradient(
-    output_grad: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
-) -> torch.Tensor:  # fmt: skip
+def input_gradient(output_grad: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """``output_grad @ weight``: [T, o] and [o, i] -> [T, i], written to ``out`` if given."""
     if out is None:
         out = output_grad.new_empty(output_grad.shape[0], weight.shape[1])

@@ -97,9 +97,7 @@ def _qkv(
     v += token * groups * D
     cos += position * TURNED
     sin += position * TURNED
-    _move_heads(
-        mixed, q, cos, sin, groups * R, R + 2, 0, R, D, TURNED, BACKWARD, BLOCK_Q, BLOCK_HALF, BLOCK_REST
-    )  # fmt: skip
+    _move_heads(mixed, q, cos, sin, groups * R, R + 2, 0, R, D, TURNED, BACKWARD, BLOCK_Q, BLOCK_HALF, BLOCK_REST)
     _move_heads(mixed, k, cos, sin, groups, R + 2, R, 1, D, TURNED, BACKWARD, BLOCK_K, BLOCK_HALF, BLOCK_REST)
     _move_heads(mixed, v, cos, sin, groups, R + 2, R + 1, 1, D, 0, BACKWARD, BLOCK_V, 1, BLOCK_D)
 

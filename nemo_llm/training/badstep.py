@@ -72,7 +72,7 @@ def remember(run: TrainingRun, loss: float, grad_norm: float | None) -> None:
 
 def update_weights(
     optimizer: Any, num_tokens: int, accept: Callable[[float | None], bool]
-) -> tuple[bool, float | None]:  # fmt: skip
+) -> tuple[bool, float | None]:
     """Clip and update unless ``accept`` refuses the gradient norm; returns (whether weights changed, the norm).
 
     The buffers hold the gradient of the sum of ``num_tokens`` losses. Both the mean and the clipping are one factor,

@@ -43,7 +43,7 @@ def parts_of_step(cfg: RunConfig, gpus: int, vocab_size: int) -> list[Part]:
     parameters = count_parameters(model, vocabulary).total
     micro_batches = tokens // length // cfg.trainer.micro_batch_size
     return [
-        Part("matrix products", 6.0 * matmul_weights(model, vocabulary) * tokens, _product_bytes(cfg, tokens, vocabulary)),
+        Part("matrix products", 6.0 * matmul_weights(model, vocabulary) * tokens, _product_bytes(model, tokens, vocabulary, micro_batches)),
         _attention(model, length, tokens, vocabulary),
         Part("norms, and adding residuals", 0.0, _norm_bytes(model, tokens)),
         Part("activation of the MLP", 0.0, _activation_bytes(model, tokens)),
@@ -70,16 +70,14 @@ def _mlp_rows(model: ModelConfig, layer: int) -> tuple[int, int]:
     return model.ffn_hidden_size, 1
 
 
-def _product_bytes(cfg: RunConfig, tokens: int, vocabulary: int) -> float:
+def _product_bytes(model: ModelConfig, tokens: int, vocabulary: int, micro_batches: int) -> float:
     """Inputs, outputs and weights of all three products of every linear layer, once each."""
-    model = cfg.model
     widths = model.num_layers * (model.hidden_size + _qkv_width(model))
     widths += model.num_layers * (model.num_attention_heads * model.head_dim + model.hidden_size)
     for layer in range(model.num_layers):
         units, experts = _mlp_rows(model, layer)
         widths += experts * (2 * model.hidden_size + (3 if model.gated_linear_unit else 2) * units)
     widths += model.hidden_size + vocabulary
-    micro_batches = tokens // cfg.data.seq_length // cfg.trainer.micro_batch_size
     return _BF16 * (3.0 * widths * tokens + 2.0 * matmul_weights(model, vocabulary) * micro_batches)
 
 

@@ -8,7 +8,7 @@ from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_regi
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import reduce_scatter_to_sequence_parallel_region
 
-from nemo_llm.models.gradients import returned_gradient
+from nemo_llm.models.gradients import gradient_buffer, returned_gradient
 
 
 class Embedding(VocabParallelEmbedding):
@@ -44,9 +44,7 @@ class _LookUp(torch.autograd.Function):
         """The weight's gradient is added to ``main_grad`` where there is one, and announced."""
         (tokens,) = ctx.saved_tensors
         weight: torch.Tensor = ctx.weight
-        buffer = getattr(weight, "main_grad", None)
-        if buffer is None:
-            buffer = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        buffer = gradient_buffer(weight)
         _add_rows(buffer, tokens.flatten(), output_grad.flatten(0, -2))
         return None, returned_gradient(weight, buffer), None
 

@@ -8,6 +8,13 @@ from megatron.core.tensor_parallel import layers
 from nemo_llm.models.products import add_weight_gradient
 
 
+def gradient_buffer(weight: torch.Tensor) -> torch.Tensor:
+    """Megatron's fp32 buffer of this weight's gradient, else a buffer of our own, zeros."""
+    if hasattr(weight, "main_grad"):
+        return weight.main_grad
+    return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+
+
 def returned_gradient(weight: torch.Tensor, gradient: torch.Tensor | None, tied: bool = False) -> torch.Tensor | None:
     """What autograd is given for the weight.
 

@@ -100,6 +100,12 @@ class LanguageModel(GPTModel):
         if fused_chunk_tokens is not None and config.gradient_accumulation_fusion:
             self._announce_empty_gradient()
 
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """The output projection's ``[v/tp, h]``, of a chunk that ends the model: its own or the embedding's."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+
     def _announce_empty_gradient(self) -> None:
         """Undo Megatron's mark on a matrix that is embedding and output layer of one chunk.
 
@@ -107,7 +113,7 @@ class LanguageModel(GPTModel):
         Here both uses add to the buffer themselves.
         """
         if self.pre_process and self.post_process and self.share_embeddings_and_output_weights:
-            self.shared_embedding_or_output_weight().zero_out_wgrad = False
+            self.output_weight.zero_out_wgrad = False
 
     def sharded_state_dict(self, *arguments: Any, **settings: Any) -> dict:
         """As Megatron's, which looks for an output layer in every chunk that ends a model; a head stands for none."""
@@ -160,9 +166,8 @@ class LanguageModel(GPTModel):
             hidden = gather_from_sequence_parallel_region(hidden, group=group)
         elif group.size() > 1:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        here = tied and self.pre_process
+        weight = self.output_weight
+        here = self.share_embeddings_and_output_weights and self.pre_process
         rule = LossRule(
             known_here=self.known_tokens - group.rank() * weight.shape[0],
             z_coeff=self.z_loss_coeff if self.training else 0.0,

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from nemo_llm.models.gradients import returned_gradient
+from nemo_llm.models.gradients import gradient_buffer, returned_gradient
 from nemo_llm.models.products import add_weight_gradient, input_gradient, project
 
 
@@ -45,10 +45,9 @@ class LinearProduct(torch.autograd.Function):
         x_grad = input_gradient(output_grad, weight) if ctx.needs_input_grad[0] else None
         if x is None:
             return x_grad, None
-        if hasattr(weight, "main_grad"):
-            add_weight_gradient(weight.main_grad, output_grad, x)
-            return x_grad, returned_gradient(weight, weight.main_grad)
-        return x_grad, output_grad.t() @ x
+        buffer = gradient_buffer(weight)
+        add_weight_gradient(buffer, output_grad, x)
+        return x_grad, returned_gradient(weight, buffer)
 
 
 class WholeColumnLinear(WholeLinear, ColumnParallelLinear):

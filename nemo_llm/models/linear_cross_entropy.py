@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_llm.models.gradients import returned_gradient
+from nemo_llm.models.gradients import gradient_buffer, returned_gradient
 from nemo_llm.models.products import add_weight_gradient, input_gradient, project
 
 
@@ -67,7 +67,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
         hits = torch.empty_like(losses)
         hidden_grad = torch.empty_like(hidden) if wanted else None
-        weight_grad = _new_weight_gradient(weight) if wanted and ctx.needs_input_grad[1] else None
+        weight_grad = gradient_buffer(weight) if wanted and ctx.needs_input_grad[1] else None
         for start in range(0, labels.shape[0], rule.chunk_tokens):
             part = slice(start, start + rule.chunk_tokens)
             logits = project(hidden[part], weight)
@@ -91,13 +91,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         """The gradients that the forward pass took; the incoming one is ``loss_mask`` by contract."""
         (hidden_grad,) = ctx.saved_tensors
         return hidden_grad, returned_gradient(ctx.weight, ctx.weight_grad, ctx.tied), None, None, None
-
-
-def _new_weight_gradient(weight: torch.Tensor) -> torch.Tensor:
-    """Megatron's fp32 buffer of this weight, else a buffer of our own."""
-    if hasattr(weight, "main_grad"):
-        return weight.main_grad
-    return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
 
 
 def _to_losses_and_gradient(

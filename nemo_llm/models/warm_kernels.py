@@ -78,10 +78,8 @@ def _product_shapes(cfg: RunConfig, chunk: LanguageModel) -> Iterator[Shape]:
         if plain and getattr(module, "weight", None) is not None:
             yield from shapes_of_linear(tokens, module.weight)
     if chunk.post_process and chunk.score is None and chunk.fused_chunk_tokens is not None:
-        tied = chunk.share_embeddings_and_output_weights
-        weight = chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
         for rows in _chunks_of_tokens(tokens, chunk.fused_chunk_tokens):
-            yield from shapes_of_linear(rows, weight)
+            yield from shapes_of_linear(rows, chunk.output_weight)
 
 
 def _chunks_of_tokens(tokens: int, chunk: int) -> set[int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from nemo_llm.checkpoint.optimizer_state import optimizer_parts
 from nemo_llm.data.blended import BlendedSource
 from nemo_llm.data.ledger import ledger
 from nemo_llm.log import get_logger
@@ -79,13 +80,13 @@ def update_weights(
     which the optimizer applies as it reads them: no pass over all gradients for either. Otherwise these are the steps
     of Megatron-Core 0.16.1's ``ChainedOptimizer.step``, which leaves no room for a look between them.
     """
+    tokens = max(num_tokens, 1)
     overflow = optimizer.prepare_grads()
-    norm = None if overflow else optimizer.get_grad_norm() / max(num_tokens, 1)
+    norm = None if overflow else optimizer.get_grad_norm() / tokens
     if norm is None or not accept(norm):
         return False, norm
-    for part in optimizer.chained_optimizers:
-        if not part.is_stub_optimizer:
-            part.optimizer.gradient_factor = _clipping(part.config.clip_grad, norm) / max(num_tokens, 1)
+    for part in optimizer_parts(optimizer):
+        part.optimizer.gradient_factor = _clipping(part.config.clip_grad, norm) / tokens
     return bool(optimizer.step_with_ready_grads()), norm
 
 

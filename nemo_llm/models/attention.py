@@ -35,7 +35,8 @@ class CoreAttention(MegatronModule):
         cp_comm_type: ``a2a`` (heads exchanged for sequence, Ulysses) or ``all_gather`` (keys and values gathered).
         pg_collection: Megatron's process groups.
         logit_softcapping: ``cap * tanh(logits / cap)`` before the softmax (Gemma 2, arXiv:2408.00118), or None.
-        flex: on CUDA, windows, documents and caps by models/flex.py, which makes no matrix of all scores.
+        flex_length: on CUDA, windows, documents and caps of samples of this length by models/flex.py, which makes no
+            matrix of all scores and is compiled for each length; None: never.
     """
 
     def __init__(
@@ -52,14 +53,14 @@ class CoreAttention(MegatronModule):
         *,
         pg_collection: ProcessGroupCollection,
         logit_softcapping: float | None = None,
-        flex: bool = False,
+        flex_length: int | None = None,
     ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.window = config.window_size[0] + 1 if _layer_has_window(config, layer_number) else None
         self.logit_softcapping = logit_softcapping
-        self.flex = flex
+        self.flex_length = flex_length
         self.cp_comm_type = cp_comm_type
         self.cp_group = pg_collection.cp
         self.layer_number = layer_number
@@ -124,10 +125,11 @@ class CoreAttention(MegatronModule):
         """[sq, b, n, d] x [sk, b, g, d] -> [sq, b, n, d]; the queries are the last ``sq`` of the ``sk`` positions."""
         sq, sk = query.shape[0], key.shape[0]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        plain = mask is None and self.window is None
-        if self._takes_flex(q, mask):
+        window = None if self.window is None or self.window >= sk else self.window  # one that is never left is none
+        plain = mask is None and window is None
+        if self._takes_flex(q, sk, mask, plain):
             rule = (self.softmax_scale, self.logit_softcapping)
-            return flex.attend((q, k, v), mask, self.window, rule).permute(2, 0, 1, 3)
+            return flex.attend((q, k, v), mask, window, rule).permute(2, 0, 1, 3)
         allowed = None if plain else self._allowed(mask, sq, sk, query.device)
         with self._dropout_region(), _kernel_order(query.device) if plain and sq == sk else nullcontext():
             if self.logit_softcapping is not None:
@@ -147,13 +149,18 @@ class CoreAttention(MegatronModule):
                 )
         return context.permute(2, 0, 1, 3)
 
-    def _takes_flex(self, q: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    def _takes_flex(self, q: torch.Tensor, sk: int, mask: torch.Tensor | None, plain: bool) -> bool:
         """Whether this is a case for FlexAttention, which knows neither dropout nor ready-made masks."""
-        if not (self.flex and q.is_cuda) or (self.training and self.dropout > 0.0):
+        if self.flex_length is None or not q.is_cuda or (self.training and self.dropout > 0.0):
+            return False
+        # Context-parallel ranks gather keys up to the end of a chunk. Other lengths are those of prompts: for them
+        # compiling would take longer than the matrix of scores.
+        cp = self.cp_group.size()
+        if sk % (self.flex_length // (2 * cp) if cp > 1 else self.flex_length) or q.shape[-1] < _FLEX_LEAST_HEAD_SIZE:
             return False
         if mask is not None:
             return mask.dtype != torch.bool
-        return self.window is not None or self.logit_softcapping is not None
+        return not plain or self.logit_softcapping is not None
 
     def _attend_cached(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allowed: torch.Tensor
@@ -225,6 +232,9 @@ _KERNELS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+
+
+_FLEX_LEAST_HEAD_SIZE = 16  # PyTorch 2.13 refuses less
 
 
 def _kernel_order(device: torch.device) -> Any:

@@ -126,7 +126,7 @@ class Product:
         self._first = _layout(shape.right_size, torch.bfloat16)
         self._second = _layout(shape.left_size, torch.bfloat16)
         self._output = _layout((shape.rows, shape.columns), shape.out_dtype)
-        self._one, self._keep = c_float(1.0), c_float(float(shape.accumulate))
+        self._zero, self._one, self._keep = c_float(0.0), c_float(1.0), c_float(float(shape.accumulate))
         self._candidates = self._find()
         self.chosen = 0
 
@@ -153,8 +153,17 @@ class Product:
         """Whether these tensors lie in memory as the kernels need it."""
         return all(x.is_contiguous() and x.data_ptr() % _ALIGNMENT == 0 for x in tensors)
 
-    def run(self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, kernel: int | None = None) -> None:
-        """Write (or add) the product to ``out`` by the chosen kernel or by number ``kernel``.
+    def run(
+        self,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        out: torch.Tensor,
+        kernel: int | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write the product to ``out``, or add it where the shape says so and not ``overwrite``.
+
+        By the chosen kernel, or by number ``kernel``.
 
         Raises:
             RuntimeError: the library refused.
@@ -163,7 +172,7 @@ class Product:
         _call(
             "cublasLtMatmul", self._handle, self._operation,
             byref(self._one), right.data_ptr(), self._first, left.data_ptr(), self._second,
-            byref(self._keep), out.data_ptr(), self._output, out.data_ptr(), self._output,
+            byref(self._zero if overwrite else self._keep), out.data_ptr(), self._output, out.data_ptr(), self._output,
             byref(candidate.algorithm), None, 0, torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
 

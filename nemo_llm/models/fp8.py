@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from nemo_llm.models.gradients import returned_gradient
+from nemo_llm.models.gradients import returned_gradient, take_stale
 from nemo_llm.models.linear import WholeLinear
 
 _SMALLEST_MAXIMUM = 1e-12  # of a tensor of zeros: its scale must stay finite
@@ -46,18 +46,24 @@ def quantize(x: torch.Tensor, dtype: torch.dtype) -> Quantized:
 
 
 def multiply(
-    left: tuple[torch.Tensor, torch.Tensor], right: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype, fast: bool
+    left: tuple[torch.Tensor, torch.Tensor],
+    right: tuple[torch.Tensor, torch.Tensor],
+    dtype: torch.dtype,
+    fast: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``left @ right^T``: FP8 [m, k] and [n, k] with their factors -> [m, n] in ``dtype``.
+    """``left @ right^T``: FP8 [m, k] and [n, k] with their factors -> [m, n] in ``dtype``, written to ``out`` if given.
 
     Args:
         fast: let the tensor cores add in fewer bits, as is done in forward passes.
     """
     (a, a_factor), (b, b_factor) = left, right
     if not a.is_cuda:
-        return ((a.float() @ b.float().t()) * (a_factor * b_factor)).to(dtype)
+        product = ((a.float() @ b.float().t()) * (a_factor * b_factor)).to(dtype)
+        return product if out is None else out.copy_(product)
     # Private in PyTorch 2.10 to 2.13, which has no public FP8 product; tests/models/test_fp8.py holds its signature.
-    return torch._scaled_mm(a, b.t(), scale_a=a_factor, scale_b=b_factor, out_dtype=dtype, use_fast_accum=fast)
+    settings = {"scale_a": a_factor, "scale_b": b_factor, "out_dtype": dtype, "use_fast_accum": fast}
+    return torch._scaled_mm(a, b.t(), **settings, **({} if out is None else {"out": out}))
 
 
 class Fp8Product(torch.autograd.Function):
@@ -76,17 +82,22 @@ class Fp8Product(torch.autograd.Function):
         """Gradient of ``x``; the weight's is added to ``main_grad`` where there is one, and announced."""
         inputs, inputs_factor, weights, weights_factor = ctx.saved_tensors
         gradient = quantize(output_grad, ctx.gradient_dtype)
-        x_grad = multiply((gradient.rows, gradient.factor), (weights, weights_factor), output_grad.dtype, fast=False)
+        x_grad = multiply((gradient.rows, gradient.factor), (weights, weights_factor), output_grad.dtype)
         weight: torch.Tensor = ctx.weight
         if not ctx.needs_input_grad[1]:
             return x_grad, None, None
-        weight_grad = multiply((gradient.columns, gradient.factor), (inputs, inputs_factor), torch.float32, fast=False)
-        if hasattr(weight, "main_grad"):
-            weight.main_grad.add_(weight_grad)
+        factors = ((gradient.columns, gradient.factor), (inputs, inputs_factor))
+        buffer = getattr(weight, "main_grad", None)
+        if buffer is not None and take_stale(buffer):
+            weight_grad = multiply(*factors, torch.float32, out=buffer)
+        else:
+            weight_grad = multiply(*factors, torch.float32)
+            if buffer is not None:
+                buffer.add_(weight_grad)
         return x_grad, returned_gradient(weight, weight_grad), None
 
 
-class _Fp8Linear(WholeLinear):
+class Fp8Linear(WholeLinear):
     """What both linear modules share; one tensor-parallel rank holds the whole weight (config/checks_recipe.py)."""
 
     gradient_dtype: torch.dtype
@@ -95,25 +106,25 @@ class _Fp8Linear(WholeLinear):
         return Fp8Product.apply(x, self.weight, self.gradient_dtype)
 
 
-class HybridColumnLinear(_Fp8Linear, ColumnParallelLinear):
+class HybridColumnLinear(Fp8Linear, ColumnParallelLinear):
     """Megatron's column-parallel linear layer in FP8; gradients in E5M2."""
 
     gradient_dtype = torch.float8_e5m2
 
 
-class HybridRowLinear(_Fp8Linear, RowParallelLinear):
+class HybridRowLinear(Fp8Linear, RowParallelLinear):
     """Megatron's row-parallel linear layer in FP8; gradients in E5M2."""
 
     gradient_dtype = torch.float8_e5m2
 
 
-class E4m3ColumnLinear(_Fp8Linear, ColumnParallelLinear):
+class E4m3ColumnLinear(Fp8Linear, ColumnParallelLinear):
     """Megatron's column-parallel linear layer in FP8; gradients in E4M3."""
 
     gradient_dtype = torch.float8_e4m3fn
 
 
-class E4m3RowLinear(_Fp8Linear, RowParallelLinear):
+class E4m3RowLinear(Fp8Linear, RowParallelLinear):
     """Megatron's row-parallel linear layer in FP8; gradients in E4M3."""
 
     gradient_dtype = torch.float8_e4m3fn

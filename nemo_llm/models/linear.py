@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from nemo_llm.models.gradients import gradient_buffer, returned_gradient
+from nemo_llm.models.gradients import gradient_buffer, returned_gradient, take_stale
 from nemo_llm.models.products import add_weight_gradient, input_gradient, project
 
 
@@ -46,7 +46,7 @@ class LinearProduct(torch.autograd.Function):
         if x is None:
             return x_grad, None
         buffer = gradient_buffer(weight)
-        add_weight_gradient(buffer, output_grad, x)
+        add_weight_gradient(buffer, output_grad, x, overwrite=take_stale(buffer))
         return x_grad, returned_gradient(weight, buffer)
 
 

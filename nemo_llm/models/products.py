@@ -41,22 +41,30 @@ def input_gradient(output_grad: torch.Tensor, weight: torch.Tensor, out: torch.T
     return torch.mm(output_grad, weight, out=out) if product is None else _run(product, output_grad, weight, out)
 
 
-def add_weight_gradient(buffer: torch.Tensor, output_grad: torch.Tensor, inputs: torch.Tensor) -> None:
+def add_weight_gradient(
+    buffer: torch.Tensor, output_grad: torch.Tensor, inputs: torch.Tensor, overwrite: bool = False
+) -> None:
     """``buffer += output_grad^T @ inputs``: ``[o, i]`` fp32, ``[T, o]`` and ``[T, i]`` in any dtype.
 
     On CUDA the matrix product reads bf16 and adds in fp32, in one kernel.
+
+    Args:
+        overwrite: ``buffer`` holds nothing of use: = instead of +=.
     """
     if inputs.shape[0] == 0:  # an expert that no token chose
+        if overwrite:
+            buffer.zero_()
         return
     product = _find(_weight_gradient(inputs.shape[0], buffer), output_grad, inputs, buffer)
+    beta = 0 if overwrite else 1
     if product is not None:
-        _run(product, output_grad, inputs, buffer)
+        product.run(output_grad, inputs, buffer, overwrite=overwrite)
     elif output_grad.dtype == buffer.dtype:
-        buffer.addmm_(output_grad.t(), inputs)
+        buffer.addmm_(output_grad.t(), inputs, beta=beta)
     elif buffer.is_cuda:
-        torch.addmm(buffer, output_grad.t(), inputs, out_dtype=buffer.dtype, out=buffer)
+        torch.addmm(buffer, output_grad.t(), inputs, out_dtype=buffer.dtype, beta=beta, out=buffer)
     else:
-        buffer.addmm_(output_grad.t().to(buffer.dtype), inputs.to(buffer.dtype))
+        buffer.addmm_(output_grad.t().to(buffer.dtype), inputs.to(buffer.dtype), beta=beta)
 
 
 def shapes_of_linear(tokens: int, weight: torch.Tensor) -> list[Shape]:

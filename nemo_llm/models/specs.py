@@ -34,7 +34,6 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from nemo_llm.config import ModelConfig, RunConfig
-from nemo_llm.config.performance import PerformanceConfig
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.attention import CoreAttention, LocalRotaryAttention
 from nemo_llm.models.fp8 import LINEARS
@@ -53,9 +52,12 @@ if not hasattr(moe_utils, "te_general_gemm"):
 class TorchBackend(LocalSpecProvider):
     """The parts of a layer on machines without Transformer Engine."""
 
-    def __init__(self, model: ModelConfig, performance: PerformanceConfig, linears: tuple[type, type]) -> None:
-        self.model, self.performance = model, performance
+    def __init__(self, cfg: RunConfig, linears: tuple[type, type]) -> None:
+        self.model, self.performance = cfg.model, cfg.performance
         self.column, self.row = linears
+        # Not within a layer that is compiled as a whole.
+        flex = cfg.performance.flex_attention and not cfg.performance.compile_layers
+        self.flex_length = cfg.data.seq_length if flex else None
 
     def column_parallel_linear(self) -> type:
         return self.column
@@ -79,7 +81,7 @@ class TorchBackend(LocalSpecProvider):
         return partial(
             CoreAttention,
             logit_softcapping=self.model.attn_logit_softcapping,
-            flex=self.performance.flex_attention,
+            flex_length=self.flex_length,
         )
 
 
@@ -150,7 +152,7 @@ def build_block_spec(
         return _users_block_spec(model, config, vp_stage)
     if backend == "transformer_engine":
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-    parts, moe_parts = (TorchBackend(model, cfg.performance, _linears(cfg, moe)) for moe in (False, True))
+    parts, moe_parts = (TorchBackend(cfg, _linears(cfg, moe)) for moe in (False, True))
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     has_experts = [model.moe is not None and model.moe.has_layer(offset + i) for i in range(count)]

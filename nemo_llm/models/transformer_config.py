@@ -122,7 +122,7 @@ def _model_fields(model: ModelConfig) -> dict[str, Any]:
         "qk_layernorm": model.qk_layernorm and model.qk_layernorm_scope == "head",
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
-        "softmax_scale": _softmax_scale(model),
+        "softmax_scale": softmax_scale(model),
         # Megatron counts the tokens to the left of the present one; our window includes the token itself.
         "window_size": None if model.window_size is None else (model.window_size - 1, 0),
         "window_attn_skip_freq": model.window_attn_skip_freq,
@@ -136,7 +136,7 @@ def _model_fields(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _softmax_scale(model: ModelConfig) -> float | None:
+def softmax_scale(model: ModelConfig) -> float | None:
     """YaRN's factor on queries and keys is one on the logits: all channels are rotated (config/checks_model.py)."""
     factor = attention_factor(model.rope_scaling)
     if factor == 1.0:

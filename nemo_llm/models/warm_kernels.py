@@ -25,7 +25,7 @@ from nemo_llm.models.linear_cross_entropy import compile_for_loss
 from nemo_llm.models.products import choose_kernels, shapes_of_linear
 from nemo_llm.models.rope import rotate_fused
 from nemo_llm.models.specs import choose_backend
-from nemo_llm.models.transformer_config import DTYPES, qkv_in_one
+from nemo_llm.models.transformer_config import DTYPES, qkv_in_one, softmax_scale
 from nemo_llm.parallel.runtime import ParallelRuntime
 
 _log = get_logger(__name__)
@@ -107,6 +107,8 @@ def run_kernels(cfg: RunConfig, device: torch.device, vocab_size: int) -> None:
             _run_swiglu(cfg, tokens, like)
     if model.position_embedding_type == "rope" and cfg.performance.fused_rope:
         _run_rope(cfg, length, like)
+    if cfg.performance.flex_attention and choose_backend(model, "cuda") == "torch":
+        _run_flex(cfg, like)
     if fused_chunk_tokens(cfg) is not None:
         columns = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by) // tp
         for rows in _chunks_of_tokens(tokens, cfg.performance.cross_entropy_chunk_tokens):
@@ -162,6 +164,32 @@ def _run_rope(cfg: RunConfig, length: int, like: dict) -> None:
     for heads in {model.num_attention_heads // tp, max(model.num_query_groups // tp, 1)}:
         heads_in = torch.zeros(length, batch, heads, model.head_dim, **like).requires_grad_()
         rotate_fused(heads_in, angles).sum().backward()
+
+
+def _run_flex(cfg: RunConfig, like: dict) -> None:
+    """Attention of layers with a window and of those without, where the scores are masked or capped.
+
+    Not under context parallelism, where each rank has lengths of its own.
+    """
+    from nemo_llm.models import flex
+
+    model, tp, length = cfg.model, cfg.parallelism.tensor_model_parallel_size, cfg.data.seq_length
+    dropped, split = model.attention_dropout > 0.0, cfg.parallelism.context_parallel_size > 1
+    if dropped or split or model.mla is not None or cfg.performance.compile_layers:
+        return
+    batch, cap = cfg.trainer.micro_batch_size, model.attn_logit_softcapping
+    documents = None
+    if cfg.data.reset_attention_mask:
+        documents = torch.zeros(batch, length, dtype=torch.int32, device=like["device"])
+    windows = {model.window_size} if model.window_attn_skip_freq is None else {model.window_size, None}
+    for window in {None if window is None or window >= length else window for window in windows}:
+        if window is None and documents is None and cap is None:
+            continue
+        heads = [model.num_attention_heads // tp, *[max(model.num_query_groups // tp, 1)] * 2]
+        tensors = [torch.zeros(length, batch, n, model.head_dim, **like).requires_grad_() for n in heads]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in tensors)
+        scale = softmax_scale(model) or model.head_dim**-0.5
+        flex.attend((q, k, v), documents, window, (scale, cap)).permute(2, 0, 1, 3).flatten(2).sum().backward()
 
 
 def _run_loss(logits: torch.Tensor, alone: bool) -> None:

@@ -27,6 +27,7 @@ from nemo_llm.peft.state import load_adapter
 from nemo_llm.tasks import pretrain
 from nemo_llm.training.batch_ramp import build_batch_ramp
 from nemo_llm.training.batches import build_loaders
+from nemo_llm.training.gradients import mark_overwritten, zero_untouched
 from nemo_llm.training.optimizer import build_optimizer
 from nemo_llm.training.resume import load_first_weights
 from nemo_llm.training.state import TrainingRun, TrainState
@@ -51,6 +52,9 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
     base_fingerprint = "" if cfg.peft is None else freeze_and_adapt(cfg, chunks, runtime)
     choose_products(cfg, chunks, runtime.device)
     model = wrap_data_parallel(cfg, chunks)
+    if not cfg.performance.compile_layers:  # which would make constants of the marks
+        for chunk in model:
+            mark_overwritten(chunk)
     optimizer = build_optimizer(cfg, model, runtime)
     connect_schedule(cfg, model, optimizer)
     return TrainingRun(
@@ -124,4 +128,6 @@ def connect_schedule(cfg: RunConfig, model: list[DistributedDataParallel], optim
 
 def _sum_gradients(model: list[torch.nn.Module], _num_tokens: torch.Tensor | None = None, **settings: Any) -> None:
     """Megatron's sum over ranks, without its division by the number of tokens (`badstep.update_weights`)."""
+    for chunk in model:
+        zero_untouched(chunk)
     finalize_model_grads(model, None, **settings)

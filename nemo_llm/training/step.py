@@ -8,6 +8,7 @@ from megatron.core import tensor_parallel
 
 from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.training.badstep import BadStep, diagnose, find_reason, record, remember, update_weights
+from nemo_llm.training.gradients import forget_gradients
 from nemo_llm.training.schedule import learning_rate
 from nemo_llm.training.state import StepResult, TrainingRun
 
@@ -50,7 +51,7 @@ def forward_backward(run: TrainingRun, batches: list[dict[str, torch.Tensor]]) -
     seed_dropout(run)
     # 1. Forget the gradients of the step before.
     for chunk in run.model:
-        chunk.zero_grad_buffer()
+        forget_gradients(chunk)
     run.optimizer.zero_grad()
 
     # 2. Forward and backward over the micro-batches, by Megatron's schedule for this pipeline. Each micro-batch gave

@@ -1,12 +1,15 @@
 """Each Triton kernel against float64 autograd on random inputs and odd shapes; on the device that is named.
 
-``python -m tests.models.kernel_checks cpu`` in Triton's interpreter (TRITON_INTERPRET=1), ``cuda`` on a GPU. Prints the
-largest error of each, relative to the largest value, and ends with 1 where one is over its bound.
+``python -m tests.models.kernel_checks cpu`` in Triton's interpreter (TRITON_INTERPRET=1), ``cuda`` on a GPU; with a
+third word the cases whose names begin with it. Prints the largest error of each, relative to the largest value, and
+ends with 1 where one is over its bound.
 """
 
 import inspect
 import itertools
 import sys
+import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -189,6 +192,16 @@ def quantize_case(m: int, k: int, dtype: torch.dtype) -> float:
     return (ours.rows.cpu().float() != wanted.rows.float()).float().mean().item()
 
 
+def fp8_product_case(rows: int, inner: int, columns: int) -> float:
+    """A weight's gradient in FP8, written over what is in the buffer: the values of the product that makes its own."""
+    from nemo_llm.models.fp8 import multiply, quantize
+
+    left, right = (quantize(torch.randn(size, inner, device="cuda"), torch.float8_e4m3fn) for size in (rows, columns))
+    factors = ((left.rows, left.factor), (right.rows, right.factor))
+    buffer = torch.full((rows, columns), torch.nan, device="cuda")
+    return error(multiply(*factors, torch.float32, out=buffer), multiply(*factors, torch.float32).double())
+
+
 def product_case(shape: Any) -> float:
     """Every kernel that cuBLASLt has for a product: how many differ from PyTorch's result in any bit."""
     from nemo_llm.models.cublaslt import Product
@@ -206,15 +219,40 @@ def product_case(shape: Any) -> float:
         product.run(left, right, out, kernel)
         different += not torch.equal(out, wanted)
         largest = max(largest, error(out, exact))
+        if shape.accumulate:
+            out.fill_(torch.nan)
+            product.run(left, right, out, kernel, overwrite=True)
+            largest = max(largest, error(out, exact - start.double()))
     print(f"     {different} of {len(product)} kernels differ from PyTorch's in bits: {shape}")
     return largest
+
+
+def dense(
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    documents: torch.Tensor | None,
+    window: int | None,
+    rule: tuple[float, float | None],
+) -> torch.Tensor:
+    """As `flex.attend`, in float64 and by the definition."""
+    q, k, v = (x.double() for x in tensors)
+    (scale, cap), sq, sk = rule, q.shape[2], k.shape[2]
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * scale
+    scores = scores if cap is None else cap * torch.tanh(scores / cap)
+    query, key = torch.arange(sk - sq, sk, device=q.device)[:, None], torch.arange(sk, device=q.device)[None]
+    seen = (key <= query)[None, None]
+    if window is not None:
+        seen = seen & (key > query - window)
+    if documents is not None:
+        seen = seen & (documents[:, None, sk - sq : sk, None] == documents[:, None, None, :sk])
+    return F.softmax(scores.masked_fill(~seen, -torch.inf), -1) @ v
 
 
 def flex_case(sizes: tuple[int, ...], documents: bool, window: int | None, cap: float | None) -> float:
     """FlexAttention as models/flex.py calls it, with gradients; ``sizes`` = (b, n, g, sq, sk, d), bf16."""
     from nemo_llm.models.flex import attend
-    from tests.models.test_flex import dense
 
+    torch.compiler.reset()  # more cases than torch.compile keeps of one function
     b, n, g, sq, sk, width = sizes
     numbers = (torch.rand(b, sk + 5, device="cuda") < 0.01).cumsum(-1) if documents else None
     inputs = [
@@ -228,16 +266,17 @@ def flex_case(sizes: tuple[int, ...], documents: bool, window: int | None, cap: 
 
 
 def all_cases(device: str, small: bool):
-    """(name, dtype, error) of every case."""
+    """(name, dtype, what gives the error) of every case."""
     torch.manual_seed(1)
     dtypes = (torch.float32,) if small else (torch.float32, torch.bfloat16)
     shapes = [(5, 2, 24), (3, 1, 160)] if small else [(5, 2, 24), (1000, 4, 2048), (513, 1, 5440), (64, 2, 8192)]
     for shape, dtype, kind in itertools.product(shapes, dtypes, itertools.product((False, True), repeat=3)):
-        yield f"norm {shape} residual, layer, zero-centred {kind}", dtype, norm_case(shape, dtype, device, kind)
+        name = f"norm {shape} residual, layer, zero-centred {kind}"
+        yield name, dtype, partial(norm_case, shape, dtype, device, kind)
     for (rows, units), dtype, bias in itertools.product(
         [(3, 24), (2, 1030)] if small else [(3, 24), (4096, 8192), (777, 5440)], dtypes, (False, True)
     ):
-        yield f"swiglu {rows}x{units} bias {bias}", dtype, swiglu_case(rows, units, dtype, device, bias)
+        yield f"swiglu {rows}x{units} bias {bias}", dtype, partial(swiglu_case, rows, units, dtype, device, bias)
     sizes = [((4, 2, 2, 3, 12), 12), ((3, 1, 1, 1, 8), 4), ((2, 2, 3, 1, 16), 8)]
     if not small:
         sizes += [
@@ -247,16 +286,16 @@ def all_cases(device: str, small: bool):
             ((64, 1, 1, 71, 64), 64),
         ]
     for (size, turned), dtype in itertools.product(sizes, dtypes):
-        yield f"qkv {size} turned {turned}", dtype, qkv_case(size, turned, dtype, device)
+        yield f"qkv {size} turned {turned}", dtype, partial(qkv_case, size, turned, dtype, device)
     for dtype in dtypes:
-        yield "qkv by row", dtype, rotation_by_row_case((5, 2, 3, 16), dtype, device)
+        yield "qkv by row", dtype, partial(rotation_by_row_case, (5, 2, 3, 16), dtype, device)
     sizes = [(5, 64, 59), (3, 130, 130)] + ([] if small else [(700, 50304, 50257), (300, 128256, 128256), (9, 1000, 7)])
     for size, z_coeff, dtype in itertools.product(sizes, (0.0, 1e-2), dtypes):
-        yield f"loss {size} z {z_coeff}", dtype, loss_case(size, z_coeff, dtype, device)
+        yield f"loss {size} z {z_coeff}", dtype, partial(loss_case, size, z_coeff, dtype, device)
     sizes = [(11, 24, 70), (40, 300, 9)] + ([] if small else [(5000, 2048, 32768), (1, 5440, 3000)])
     for size, dtype in itertools.product(sizes, dtypes):
         tokens = torch.randint(-1, size[0], (size[2],), device=device)
-        yield f"embedding {size}", torch.float32, embedding_case(size, tokens, dtype)
+        yield f"embedding {size}", torch.float32, partial(embedding_case, size, tokens, dtype)
     sizes = [(3, 2, 3, 12, 70), (2, 1, 1, 16, 600)]
     if not small:
         sizes += [
@@ -267,26 +306,28 @@ def all_cases(device: str, small: bool):
             (2, 2, 2, 256, 700),
         ]
     for size, window, cap, dtype in itertools.product(sizes, (None, 40), (None, 3.0), dtypes):
-        yield f"decode {size} window {window} cap {cap}", dtype, decode_case(size, (window, cap), dtype, device)
+        name = f"decode {size} window {window} cap {cap}"
+        yield name, dtype, partial(decode_case, size, (window, cap), dtype, device)
     if not small:
         yield from library_cases()
 
 
 def library_cases():
-    """(name, dtype, error) of what has no kernel of our own, on a GPU alone: FP8, FlexAttention, cuBLASLt."""
+    """As `all_cases`, of what has no kernel of our own, on a GPU alone: FP8, FlexAttention, cuBLASLt."""
     from nemo_llm.models.cublaslt import Shape
 
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         # A value on the edge between two FP8 numbers may fall to either side: the scale is a float32 rounding off.
-        yield "quantize 1000x528", torch.bfloat16, quantize_case(1000, 528, dtype)
+        yield "quantize 1000x528", torch.bfloat16, partial(quantize_case, 1000, 528, dtype)
+    yield "product in FP8", torch.float32, partial(fp8_product_case, 528, 1024, 272)
     sizes = [(2, 4, 2, 512, 512, 64), (1, 8, 8, 300, 300, 128), (2, 4, 1, 256, 640, 128), (1, 2, 1, 999, 999, 256)]
     for size, documents, window, cap in itertools.product(sizes, (False, True), (None, 100), (None, 5.0)):
         name = f"flex {size} documents {documents} window {window} cap {cap}"
-        yield name, torch.bfloat16, flex_case(size, documents, window, cap)
+        yield name, torch.bfloat16, partial(flex_case, size, documents, window, cap)
     for rows, inner, columns in ((4096, 2048, 3072), (1000, 528, 24), (8, 8192, 8), (2048, 16384, 2048)):
         for flags in ((False, True, False), (False, False, False), (True, False, True)):
             shape = Shape(rows, inner, columns, *flags)
-            yield f"product {rows}x{inner}x{columns} {flags}", torch.bfloat16, product_case(shape)
+            yield f"product {rows}x{inner}x{columns} {flags}", torch.bfloat16, partial(product_case, shape)
 
 
 def kernels_not_warmed(device: str) -> set[str]:
@@ -325,12 +366,19 @@ def kernels_not_warmed(device: str) -> set[str]:
 
 def main() -> int:
     """Print every case; 1 where one fails."""
-    device = sys.argv[1]
+    device, beginning = sys.argv[1], " ".join(sys.argv[2:])
     failed = 0
-    for name, dtype, largest in all_cases(device, small=device == "cpu"):
+    for name, dtype, case in all_cases(device, small=device == "cpu"):
+        if not name.startswith(beginning):
+            continue
+        began = time.perf_counter()
+        largest = case()
         good = largest < BOUNDS[dtype]
         failed += not good
-        print(f"{'ok  ' if good else 'FAIL'} {largest:9.1e} {str(dtype)[6:]:9} {name}")
+        seconds = time.perf_counter() - began
+        print(f"{'ok  ' if good else 'FAIL'} {largest:9.1e} {seconds:5.1f} s {str(dtype)[6:]:9} {name}", flush=True)
+    if beginning:
+        return int(failed > 0)
     not_warmed = kernels_not_warmed(device)
     print(f"{'FAIL' if not_warmed else 'ok  '} kernels that are not compiled ahead: {sorted(not_warmed) or 'none'}")
     return int(failed > 0 or bool(not_warmed))

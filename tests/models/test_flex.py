@@ -3,34 +3,19 @@
 Gradients are compared on a GPU: ``python -m tests.models.kernel_checks cuda``.
 """
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode  # the only CUDA tensors of a machine without CUDA
 
 from nemo_llm.models import flex
+from nemo_llm.models.attention import CoreAttention
+from tests.models.kernel_checks import dense
 
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 60 + [2] * 135, [0] * 130 + [1] * 1 + [2] * 69])
-
-
-def dense(
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    documents: torch.Tensor | None,
-    window: int | None,
-    rule: tuple[float, float | None],
-) -> torch.Tensor:
-    """As `flex.attend`, in float64 and by the definition."""
-    q, k, v = (x.double() for x in tensors)
-    (scale, cap), sq, sk = rule, q.shape[2], k.shape[2]
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = q @ k.mT * scale
-    scores = scores if cap is None else cap * torch.tanh(scores / cap)
-    query, key = torch.arange(sk - sq, sk, device=q.device)[:, None], torch.arange(sk, device=q.device)[None]
-    seen = (key <= query)[None, None]
-    if window is not None:
-        seen = seen & (key > query - window)
-    if documents is not None:
-        seen = seen & (documents[:, None, sk - sq : sk, None] == documents[:, None, None, :sk])
-    return F.softmax(scores.masked_fill(~seen, -torch.inf), -1) @ v
 
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
@@ -80,3 +65,64 @@ def test_other_documents_compile_nothing() -> None:
         ours = attention(*tensors, block_mask=mask, scale=0.25)
         assert torch.allclose(ours.double(), dense(tensors, documents, None, (0.25, None)), atol=2e-6)
         assert counter.frame_count == 2
+
+
+def core(window: int | None = None, cap: float | None = None, **others: Any) -> CoreAttention:
+    """Attention over samples of 64 tokens."""
+    settings = {"cp": 1, "dropout": 0.0, "flex_length": 64} | others
+    config = SimpleNamespace(
+        kv_channels=16,
+        attention_dropout=settings["dropout"],
+        window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=None,
+    )
+    groups = SimpleNamespace(cp=SimpleNamespace(size=lambda: settings["cp"]))
+    return CoreAttention(config, 1, pg_collection=groups, logit_softcapping=cap, flex_length=settings["flex_length"])
+
+
+@pytest.mark.parametrize(
+    ("attention", "length", "documents", "taken"),
+    [
+        (core(), 64, None, False),  # plainly causal: cuDNN's or FlashAttention's
+        (core(), 64, torch.int32, True),
+        (core(window=20), 64, None, True),
+        (core(window=64), 64, None, False),
+        (core(cap=5.0), 64, None, True),
+        (core(cap=5.0), 50, None, False),  # a prompt
+        (core(window=20, cp=2), 48, None, True),  # a chunk of a context-parallel rank sees three of four
+        (core(window=20, cp=2), 50, None, False),
+        (core(window=20, flex_length=None), 64, None, False),
+        (core(window=20, dropout=0.1), 64, None, False),
+        (core(), 64, torch.bool, False),  # a mask that is ready
+    ],
+)
+def test_flex_is_for_masks_of_training(
+    attention: CoreAttention, length: int, documents: torch.dtype | None, taken: bool, monkeypatch: Any
+) -> None:
+    calls = []
+
+    def attend(tensors: tuple[torch.Tensor, ...], *_: Any) -> torch.Tensor:
+        calls.append(tensors)
+        return torch.empty_like(tensors[0])
+
+    monkeypatch.setattr(flex, "attend", attend)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))  # asked before the kernels that remain
+    monkeypatch.setattr(attention, "_dropout_region", nullcontext)
+    monkeypatch.setattr(attention, "_allowed", lambda *_: None)
+    monkeypatch.setattr(attention, "_attend_softcapped", lambda q, *_: torch.empty_like(q))
+    with FakeTensorMode():
+        q, k = torch.empty(length, 2, 4, 16, device="cuda"), torch.empty(length, 2, 2, 16, device="cuda")
+        mask = None
+        if documents == torch.bool:
+            mask = torch.empty(2, 1, length, length, dtype=documents, device="cuda")
+        elif documents is not None:
+            mask = torch.empty(2, length, dtype=documents, device="cuda")
+        assert attention._attend(q, k, k, mask).shape == q.shape
+    assert bool(calls) == taken
+
+
+def test_a_window_that_is_never_left_is_none() -> None:
+    torch.manual_seed(3)
+    q, k, v = torch.randn(64, 2, 4, 16), torch.randn(64, 2, 2, 16), torch.randn(64, 2, 2, 16)
+    assert torch.equal(core(window=64)._attend(q, k, v, None), core()._attend(q, k, v, None))
+    assert not torch.allclose(core(window=63)._attend(q, k, v, None)[-1], core()._attend(q, k, v, None)[-1])

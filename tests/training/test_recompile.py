@@ -24,6 +24,7 @@ def _frames() -> list[int]:
             "trainer.micro_batch_size=1",
             "trainer.rampup_batch_size={start_global_batch_size: 1, increment: 2, ramp_samples: 8}",
             "trainer.val_steps=1000",
+            "performance.compile_layers=true",  # on CPU it compiles nothing of its own; weights are not marked with it
             "exp_manager.enabled=false",
         ]
     )

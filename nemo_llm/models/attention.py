@@ -156,7 +156,7 @@ class CoreAttention(MegatronModule):
         # Context-parallel ranks gather keys up to the end of a chunk. Other lengths are those of prompts: for them
         # compiling would take longer than the matrix of scores.
         cp = self.cp_group.size()
-        if sk % (self.flex_length // (2 * cp) if cp > 1 else self.flex_length) or q.shape[-1] < _FLEX_LEAST_HEAD_SIZE:
+        if sk % (self.flex_length // (2 * cp) if cp > 1 else self.flex_length) or q.shape[-1] < LEAST_FLEX_HEAD_SIZE:
             return False
         if mask is not None:
             return mask.dtype != torch.bool
@@ -234,7 +234,7 @@ _KERNELS = [
 ]
 
 
-_FLEX_LEAST_HEAD_SIZE = 16  # PyTorch 2.13 refuses less
+LEAST_FLEX_HEAD_SIZE = 16  # PyTorch 2.13 refuses less
 
 
 def _kernel_order(device: torch.device) -> Any:

@@ -18,6 +18,7 @@ from nemo_llm.checkpoint.folder import resolve_checkpoint
 from nemo_llm.config import RunConfig
 from nemo_llm.log import get_logger
 from nemo_llm.models.build import build_model_chunks
+from nemo_llm.models.choices import describe_choices
 from nemo_llm.models.warm_kernels import choose_products, warm_kernels
 from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.peft.attach import attach_peft, count_parameters
@@ -50,6 +51,8 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
     warm_kernels(cfg, runtime, vocab_size)
     chunks = build_model_chunks(cfg, runtime, vocab_size)
     base_fingerprint = "" if cfg.peft is None else freeze_and_adapt(cfg, chunks, runtime)
+    for line in describe_choices(cfg, runtime.device):
+        _log.info("%s", line)
     choose_products(cfg, chunks, runtime.device)
     model = wrap_data_parallel(cfg, chunks)
     if not cfg.performance.compile_layers:  # which would make constants of the marks

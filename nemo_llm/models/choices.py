@@ -1,0 +1,98 @@
+"""What carries out this run's arithmetic, and why: said once at start, so that nothing is chosen in silence."""
+
+import types
+from importlib.util import find_spec
+
+import torch
+from megatron.core.tensor_parallel import layers
+
+from nemo_llm.config import RunConfig
+from nemo_llm.models.attention import LEAST_FLEX_HEAD_SIZE
+from nemo_llm.models.build import fused_chunk_tokens
+from nemo_llm.models.specs import choose_backend
+
+_HOPPER = (9, 0)
+
+
+def describe_choices(cfg: RunConfig, device: torch.device) -> list[str]:
+    """One line each, for the log.
+
+    Args:
+        device: where the model runs.
+    """
+    backend = choose_backend(cfg.model, device.type)
+    lines = [_layers(cfg, backend, device)]
+    if device.type != "cuda":
+        return lines
+    hopper = torch.cuda.get_device_capability(device) >= _HOPPER
+    if backend == "torch":
+        lines += [_attention(cfg, hopper), _matrices(cfg, hopper)]
+    return [*lines, _loss(cfg), _gradients(cfg)]
+
+
+def _layers(cfg: RunConfig, backend: str, device: torch.device) -> str:
+    impl, asked = cfg.model.transformer_impl, f"model.transformer_impl={cfg.model.transformer_impl}"
+    name = "Transformer Engine's" if backend == "transformer_engine" else "the torch backend's"
+    fp8 = "" if cfg.precision.fp8 is None else f" with FP8 products ({cfg.precision.fp8.fp8_recipe})"
+    if impl != "auto":
+        why = asked
+    elif device.type != "cuda":
+        why = f"{asked}, no CUDA device"
+    elif find_spec("transformer_engine") is None:
+        why = f"{asked}, Transformer Engine is not installed"
+    elif backend == "torch":
+        why = f"{asked}, Transformer Engine has not all parts of this model"
+    else:
+        why = f"{asked}, Transformer Engine is installed"
+    return f"layers: {name}, {cfg.precision.params_dtype}{fp8} ({why})"
+
+
+def _attention(cfg: RunConfig, hopper: bool) -> str:
+    model, performance = cfg.model, cfg.performance
+    plain = "cuDNN's kernels before FlashAttention's" if hopper else "PyTorch's choice of kernels"
+    windowed = model.window_size is not None and model.window_size < cfg.data.seq_length
+    kinds = {
+        "windows": windowed,
+        "document masks": cfg.data.reset_attention_mask,
+        "capped scores": model.attn_logit_softcapping is not None,
+    }
+    special = " and ".join(kind for kind, wanted in kinds.items() if wanted)
+    if not special:
+        return f"attention: {plain}"
+    reasons = {
+        "performance.flex_attention=false": not performance.flex_attention,
+        "performance.compile_layers=true": performance.compile_layers,
+        f"model.attention_dropout={model.attention_dropout}": model.attention_dropout > 0.0,
+        "latent attention": model.mla is not None,
+        f"heads of {model.head_dim} channels": model.head_dim < LEAST_FLEX_HEAD_SIZE,
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), None)
+    how = "FlexAttention" if why is None else f"a matrix of all scores ({why})"
+    return f"attention: {plain}; {special} by {how}"
+
+
+def _matrices(cfg: RunConfig, hopper: bool) -> str:
+    reasons = {
+        "performance.choose_matrix_kernels=false": not cfg.performance.choose_matrix_kernels,
+        "performance.compile_layers=true": cfg.performance.compile_layers,
+        "a GPU before Hopper": not hopper,
+        f"parameters in {cfg.precision.params_dtype}": cfg.precision.params_dtype != "bf16",
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), None)
+    kernels = "the fastest of cuBLASLt's kernels with its bits" if why is None else f"no other tried ({why})"
+    return f"matrix products: PyTorch's choice of kernel; {kernels}"
+
+
+def _loss(cfg: RunConfig) -> str:
+    if (tokens := fused_chunk_tokens(cfg)) is not None:
+        return f"loss: with the output projection, {tokens:,} tokens at a time"
+    reason = "fp16" if cfg.performance.fused_linear_cross_entropy else "performance.fused_linear_cross_entropy=false"
+    return f"loss: from whole logits ({reason})"
+
+
+def _gradients(cfg: RunConfig) -> str:
+    if not cfg.performance.gradient_accumulation_fusion:
+        return "weight gradients: added apart (performance.gradient_accumulation_fusion=false)"
+    ours = isinstance(getattr(layers, "fused_weight_gradient_mlp_cuda", None), types.SimpleNamespace)
+    apex = "apex is not installed" if ours else "apex's kernel where Megatron's own layers are used"
+    return f"weight gradients: added by the matrix products ({apex})"

@@ -32,6 +32,15 @@ TWO = [
     "+model=llama3_1b", "trainer.global_batch_size=32", "trainer.micro_batch_size=8", "model.transformer_impl=torch",
     "parallelism.use_distributed_optimizer=true",
 ]  # fmt: skip
+DOCUMENTS = [
+    "+model=llama3_1b", "model.transformer_impl=torch", "trainer.global_batch_size=8", "trainer.micro_batch_size=4",
+    "data.reset_attention_mask=true", "data.reset_position_ids=true",
+]  # fmt: skip
+GEMMA = [
+    "+model=gemma2_2b", "model.num_layers=6", "model.transformer_impl=torch", "data.seq_length=4096",
+    "trainer.global_batch_size=4", "trainer.micro_batch_size=1",
+]  # fmt: skip
+BY_MATRIX = ["performance.flex_attention=false"]
 FULL = [
     "parallelism.recompute_granularity=full", "parallelism.recompute_method=uniform", "parallelism.recompute_num_layers=1",
 ]  # fmt: skip
@@ -72,6 +81,14 @@ ROWS = {
     "1b fp8 te": Row([*OURS, *SMALL, "precision=fp8_delayed"], peer="1b peer mcore te fp8"),
     "gpt_1b peer": Row([*MEGATRON, "--model", "gpt_1b", "--seq", "2048", "--micro-batch", "8", "--micro-batches", "2"]),
     "gpt_1b bf16": Row([*OURS, *GPT, "model.transformer_impl=torch"], peer="gpt_1b peer"),
+    "gpt_1b bf16, micro-batch 16": Row(
+        [*OURS, "+model=gpt_1b", "model.transformer_impl=torch", "trainer.global_batch_size=16",
+         "trainer.micro_batch_size=16"], peer="gpt_1b peer",
+    ),
+    "1b documents by matrix": Row([*OURS, *DOCUMENTS, *BY_MATRIX]),
+    "1b documents": Row([*OURS, *DOCUMENTS], peer="1b documents by matrix"),
+    "gemma2 x6 by matrix": Row([*OURS, *GEMMA, *BY_MATRIX]),
+    "gemma2 x6": Row([*OURS, *GEMMA], peer="gemma2 x6 by matrix"),
     "moe peer": Row([*MEGATRON, "--model", "moe", "--micro-batch", "2", "--micro-batches", "4"]),
     "moe bf16": Row([*OURS, *MOE, "model.transformer_impl=torch"], peer="moe peer"),
     "moe bf16 te": Row(

@@ -72,7 +72,7 @@ image_digest() { # FILE_OR_NAME -> " sha256:..." of a file, nothing for a name
 set_environment() {
   local cache=${NEMO_LLM_CACHE:-/tmp/nemo_llm_cache_$UID}
   export HYDRA_FULL_ERROR=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_ASYNC_ERROR_HANDLING=1
-  export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+  export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-${PYTORCH_ALLOC_CONF:-expandable_segments:True}}
   # Compiled kernels on the node's own disk: thousands of small files, wanted by every rank at once.
   export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
   export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}

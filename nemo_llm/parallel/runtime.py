@@ -172,7 +172,8 @@ def start_runtime(cfg: RunConfig, place: ProcessPlace | None = None) -> Parallel
         os.environ.setdefault(name, value)
     device = select_device(cfg, place)
     # Grown segments instead of many of fixed sizes: less memory lost to fragments when activations change size.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name, which the older would beat
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if cfg.parallelism.tensor_model_parallel_size * cfg.parallelism.context_parallel_size > 1:
         # Kernels then start in the order they were launched, which Megatron's overlap of TP and CP relies on.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

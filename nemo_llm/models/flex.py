@@ -34,19 +34,26 @@ def attend(
         documents: numbers ``[b, s]``, s at least sk; a token sees its own document alone. None: everything before it.
         window: how many positions a token sees, itself included; None: all.
         rule: factor on the scores, and the cap of ``cap * tanh(score / cap)`` (Gemma 2, arXiv:2408.00118) or None.
+
+    Raises:
+        RuntimeError: PyTorch could not compile a kernel for this GPU or these sizes.
     """
     q, k, v = tensors
     scale, cap = rule
     attention = _compiled()[0] if q.is_cuda else flex_attention
-    return attention(
-        q,
-        k,
-        v,
-        score_mod=None if cap is None else _capped(cap),
-        block_mask=_block_mask(documents, window, (q.shape[2], k.shape[2]), q.device),
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    try:
+        return attention(
+            q,
+            k,
+            v,
+            score_mod=None if cap is None else _capped(cap),
+            block_mask=_block_mask(documents, window, (q.shape[2], k.shape[2]), q.device),
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+    except RuntimeError as error:
+        error.add_note(f"FlexAttention failed for {tuple(q.shape)}: performance.flex_attention=false does without it")
+        raise
 
 
 @cache

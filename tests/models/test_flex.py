@@ -78,6 +78,17 @@ def core(window: int | None = None, cap: float | None = None, **others: Any) -> 
     return CoreAttention(config, 1, pg_collection=groups, logit_softcapping=cap, flex_length=settings["flex_length"])
 
 
+def test_a_failure_names_the_way_out(monkeypatch: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(flex, "flex_attention", fail)
+    tensors = tuple(torch.randn(1, heads, 32, 16) for heads in (4, 2, 2))
+    with pytest.raises(RuntimeError, match="shared memory") as caught:
+        flex.attend(tensors, None, 8, (1.0, None))
+    assert "performance.flex_attention=false" in caught.value.__notes__[0]
+
+
 WINDOW, PLAIN = False, True
 
 

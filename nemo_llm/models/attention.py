@@ -150,13 +150,13 @@ class CoreAttention(MegatronModule):
         return context.permute(2, 0, 1, 3)
 
     def _takes_flex(self, q: torch.Tensor, sk: int, mask: torch.Tensor | None, plain: bool) -> bool:
-        """Whether this is a case for FlexAttention, which knows neither dropout nor ready-made masks."""
-        if self.flex_length is None or not q.is_cuda or (self.training and self.dropout > 0.0):
+        """Whether this is a case for FlexAttention, which takes no ready-made masks."""
+        if self.flex_length is None or not q.is_cuda:
             return False
         # Context-parallel ranks gather keys up to the end of a chunk. Other lengths are those of prompts: for them
         # compiling would take longer than the matrix of scores.
         cp = self.cp_group.size()
-        if sk % (self.flex_length // (2 * cp) if cp > 1 else self.flex_length) or q.shape[-1] < LEAST_FLEX_HEAD_SIZE:
+        if sk % (self.flex_length // (2 * cp) if cp > 1 else self.flex_length):
             return False
         if mask is not None:
             return mask.dtype != torch.bool
@@ -232,9 +232,6 @@ _KERNELS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-
-
-LEAST_FLEX_HEAD_SIZE = 16  # PyTorch 2.13 refuses less
 
 
 def _kernel_order(device: torch.device) -> Any:

@@ -7,9 +7,10 @@ import torch
 from megatron.core.tensor_parallel import layers
 
 from nemo_llm.config import RunConfig
-from nemo_llm.models.attention import LEAST_FLEX_HEAD_SIZE
+from nemo_llm.models import flex
 from nemo_llm.models.build import fused_chunk_tokens
 from nemo_llm.models.specs import choose_backend
+from nemo_llm.models.warm_kernels import why_no_choice
 
 _HOPPER = (9, 0)
 
@@ -20,13 +21,12 @@ def describe_choices(cfg: RunConfig, device: torch.device) -> list[str]:
     Args:
         device: where the model runs.
     """
-    backend = choose_backend(cfg.model, device.type)
-    lines = [_layers(cfg, backend, device)]
+    backend, own = choose_backend(cfg.model, device.type), cfg.model.layer_spec
+    lines = [_layers(cfg, backend, device) if own is None else f"layers: model.layer_spec={own}"]
     if device.type != "cuda":
         return lines
-    hopper = torch.cuda.get_device_capability(device) >= _HOPPER
-    if backend == "torch":
-        lines += [_attention(cfg, hopper), _matrices(cfg, hopper)]
+    if backend == "torch" and own is None:
+        lines += [_attention(cfg, torch.cuda.get_device_capability(device) >= _HOPPER), _matrices(cfg, device)]
     return [*lines, _loss(cfg), _gradients(cfg)]
 
 
@@ -48,7 +48,7 @@ def _layers(cfg: RunConfig, backend: str, device: torch.device) -> str:
 
 
 def _attention(cfg: RunConfig, hopper: bool) -> str:
-    model, performance = cfg.model, cfg.performance
+    model = cfg.model
     plain = "cuDNN's kernels before FlashAttention's" if hopper else "PyTorch's choice of kernels"
     windowed = model.window_size is not None and model.window_size < cfg.data.seq_length
     kinds = {
@@ -59,26 +59,13 @@ def _attention(cfg: RunConfig, hopper: bool) -> str:
     special = " and ".join(kind for kind, wanted in kinds.items() if wanted)
     if not special:
         return f"attention: {plain}"
-    reasons = {
-        "performance.flex_attention=false": not performance.flex_attention,
-        "performance.compile_layers=true": performance.compile_layers,
-        f"model.attention_dropout={model.attention_dropout}": model.attention_dropout > 0.0,
-        "latent attention": model.mla is not None,
-        f"heads of {model.head_dim} channels": model.head_dim < LEAST_FLEX_HEAD_SIZE,
-    }
-    why = next((reason for reason, holds in reasons.items() if holds), None)
+    why = flex.why_not(cfg)
     how = "FlexAttention" if why is None else f"a matrix of all scores ({why})"
     return f"attention: {plain}; {special} by {how}"
 
 
-def _matrices(cfg: RunConfig, hopper: bool) -> str:
-    reasons = {
-        "performance.choose_matrix_kernels=false": not cfg.performance.choose_matrix_kernels,
-        "performance.compile_layers=true": cfg.performance.compile_layers,
-        "a GPU before Hopper": not hopper,
-        f"parameters in {cfg.precision.params_dtype}": cfg.precision.params_dtype != "bf16",
-    }
-    why = next((reason for reason, holds in reasons.items() if holds), None)
+def _matrices(cfg: RunConfig, device: torch.device) -> str:
+    why = why_no_choice(cfg, device)
     kernels = "the fastest of cuBLASLt's kernels with its bits" if why is None else f"no other tried ({why})"
     return f"matrix products: PyTorch's choice of kernel; {kernels}"
 

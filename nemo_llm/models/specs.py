@@ -35,6 +35,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from nemo_llm.config import ModelConfig, RunConfig
 from nemo_llm.errors import ConfigError, Problem
+from nemo_llm.models import flex
 from nemo_llm.models.attention import CoreAttention, LocalRotaryAttention
 from nemo_llm.models.fp8 import LINEARS
 from nemo_llm.models.fused_layer import FusedLayer
@@ -55,9 +56,7 @@ class TorchBackend(LocalSpecProvider):
     def __init__(self, cfg: RunConfig, linears: tuple[type, type]) -> None:
         self.model, self.performance = cfg.model, cfg.performance
         self.column, self.row = linears
-        # Not within a layer that is compiled as a whole.
-        flex = cfg.performance.flex_attention and not cfg.performance.compile_layers
-        self.flex_length = cfg.data.seq_length if flex else None
+        self.flex_length = cfg.data.seq_length if flex.why_not(cfg) is None else None
 
     def column_parallel_linear(self) -> type:
         return self.column

@@ -17,6 +17,7 @@ from megatron.core.utils import unwrap_model
 from nemo_llm.config import RunConfig
 from nemo_llm.config.arithmetic import padded_vocab_size
 from nemo_llm.log import get_logger
+from nemo_llm.models import flex
 from nemo_llm.models.build import fused_chunk_tokens
 from nemo_llm.models.cublaslt import Shape
 from nemo_llm.models.language_model import LanguageModel
@@ -46,8 +47,7 @@ def warm_kernels(cfg: RunConfig, runtime: ParallelRuntime, vocab_size: int) -> N
 
 def choose_products(cfg: RunConfig, chunks: list[torch.nn.Module], device: torch.device) -> None:
     """Choose the kernels of the matrix products of these (unwrapped) chunks, and say which are not PyTorch's."""
-    wanted = cfg.performance.choose_matrix_kernels and not cfg.performance.compile_layers
-    if not wanted or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
+    if device.type != "cuda" or why_no_choice(cfg, device) is not None:
         return
     shapes = [shape for chunk in chunks for shape in _product_shapes(cfg, unwrap_model(chunk))]
     began = time.perf_counter()
@@ -67,10 +67,19 @@ def choose_products(cfg: RunConfig, chunks: list[torch.nn.Module], device: torch
         _log.debug("%s: %.3f ms, before %.3f ms", choice.shape, choice.after, choice.before)
 
 
+def why_no_choice(cfg: RunConfig, device: torch.device) -> str | None:
+    """Why the matrix products of this run keep PyTorch's choice of kernels on this GPU; None where another is tried."""
+    reasons = {
+        "performance.choose_matrix_kernels=false": not cfg.performance.choose_matrix_kernels,
+        "performance.compile_layers=true": cfg.performance.compile_layers,
+        "a GPU before Hopper": torch.cuda.get_device_capability(device)[0] < 9,
+        f"parameters in {cfg.precision.params_dtype}": cfg.precision.params_dtype != "bf16",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
 def _product_shapes(cfg: RunConfig, chunk: LanguageModel) -> Iterator[Shape]:
-    """Of the linear layers whose number of tokens is known, and of the fused loss, where they are in bf16."""
-    if cfg.precision.params_dtype != "bf16":
-        return
+    """Of the linear layers whose number of tokens is known, and of the fused loss."""
     tokens = cfg.data.seq_length // cfg.parallelism.context_parallel_size * cfg.trainer.micro_batch_size
     for module in chunk.modules():
         # Layers in FP8 have a product of their own, those in four bits no weight.
@@ -107,7 +116,8 @@ def run_kernels(cfg: RunConfig, device: torch.device, vocab_size: int) -> None:
             _run_swiglu(cfg, tokens, like)
     if model.position_embedding_type == "rope" and cfg.performance.fused_rope:
         _run_rope(cfg, length, like)
-    if cfg.performance.flex_attention and choose_backend(model, "cuda") == "torch":
+    # Under context parallelism each rank has lengths of its own.
+    if flex.why_not(cfg) is None and layout.context_parallel_size == 1 and choose_backend(model, "cuda") == "torch":
         _run_flex(cfg, like)
     if fused_chunk_tokens(cfg) is not None:
         columns = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by) // tp
@@ -167,16 +177,8 @@ def _run_rope(cfg: RunConfig, length: int, like: dict) -> None:
 
 
 def _run_flex(cfg: RunConfig, like: dict) -> None:
-    """Attention of layers with a window and of those without, where the scores are masked or capped.
-
-    Not under context parallelism, where each rank has lengths of its own.
-    """
-    from nemo_llm.models import flex
-
+    """Attention of layers with a window and of those without, where the scores are masked or capped."""
     model, tp, length = cfg.model, cfg.parallelism.tensor_model_parallel_size, cfg.data.seq_length
-    dropped, split = model.attention_dropout > 0.0, cfg.parallelism.context_parallel_size > 1
-    if dropped or split or model.mla is not None or cfg.performance.compile_layers:
-        return
     batch, cap = cfg.trainer.micro_batch_size, model.attn_logit_softcapping
     documents = None
     if cfg.data.reset_attention_mask:

@@ -31,6 +31,11 @@ CASES = [
     ("+model=llama3_1b data.reset_attention_mask=true model.attention_dropout=0.1",
      "attention: cuDNN's kernels before FlashAttention's; document masks by a matrix of all scores "
      "(model.attention_dropout=0.1)"),
+    ("+model=gpt_tiny data.reset_attention_mask=true model.kv_channels=8",
+     "attention: cuDNN's kernels before FlashAttention's; document masks by a matrix of all scores "
+     "(heads of 8 channels)"),
+    ("+model=gpt_tiny",
+     "matrix products: PyTorch's choice of kernel; no other tried (parameters in fp32)"),
 ]  # fmt: skip
 
 
@@ -45,6 +50,13 @@ def test_an_older_gpu_has_pytorchs_choices(monkeypatch: Any) -> None:
     lines = describe_choices(compose(["+model=llama3_1b"]), torch.device("cuda"))
     assert "attention: PyTorch's choice of kernels" in lines
     assert "matrix products: PyTorch's choice of kernel; no other tried (a GPU before Hopper)" in lines
+
+
+def test_a_spec_of_the_user_is_named_and_its_parts_are_not_known(monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    lines = describe_choices(compose(["+model=llama3_1b", "model.layer_spec=mine:layers"]), torch.device("cuda"))
+    assert lines[0] == "layers: model.layer_spec=mine:layers"
+    assert [line.split(":")[0] for line in lines[1:]] == ["loss", "weight gradients"]
 
 
 def test_a_cpu_needs_one_line() -> None:

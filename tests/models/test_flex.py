@@ -67,10 +67,10 @@ def test_other_documents_compile_nothing() -> None:
 
 def core(window: int | None = None, cap: float | None = None, **others: Any) -> CoreAttention:
     """Attention over samples of 64 tokens."""
-    settings = {"cp": 1, "dropout": 0.0, "flex_length": 64} | others
+    settings = {"cp": 1, "flex_length": 64} | others
     config = SimpleNamespace(
         kv_channels=16,
-        attention_dropout=settings["dropout"],
+        attention_dropout=0.0,
         window_size=None if window is None else (window - 1, 0),
         window_attn_skip_freq=None,
     )
@@ -103,7 +103,6 @@ WINDOW, PLAIN = False, True
         (core(cp=2), 48, None, WINDOW, True),  # a chunk of a context-parallel rank sees three of four
         (core(cp=2), 50, None, WINDOW, False),
         (core(flex_length=None), 64, None, WINDOW, False),
-        (core(dropout=0.1), 64, None, WINDOW, False),
         (core(), 64, torch.bool, False, False),  # a mask that is ready
     ],
 )

@@ -45,17 +45,23 @@ class DataSets:
 
 
 def build_train_and_validation(
-    config: DataConfig, tokenizer: Tokenizer, seed: int, virtual_tokens: int = 0, classes: Sequence[str] = ()
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    virtual_tokens: int = 0,
+    classes: Sequence[str] = (),
+    vocab_size: int | None = None,
 ) -> DataSets:
     """Open every source, check its token ids against the tokenizer, and return training and validation sources.
 
     With ``virtual_tokens`` every conversation, and every sample of running text, begins with that many negative ids.
-    ``classes`` are those of the model's head, for labelled texts.
+    ``classes`` are those of the model's head, for labelled texts. ``vocab_size`` is the model's, where that is not the
+    tokenizer's.
 
     The same on every rank; ranks that start together on an empty cache build it once. Raises ConfigError and
     InputError, naming the source.
     """
-    builder = _Builder(config, tokenizer, virtual_tokens, classes)
+    builder = _Builder(config, tokenizer, virtual_tokens, classes, vocab_size)
     shares = parse_split(config.split) if config.split is not None else (1.0, 0.0)
     train_entries = blend_entries(config.blend, "data.blend")
     train = builder.blend(train_entries, (0.0, shares[0]), seed, finite=False)
@@ -72,8 +78,16 @@ def build_train_and_validation(
 class _Builder:
     """Opens stores (each once) and makes blends of them."""
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, virtual_tokens: int, classes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        virtual_tokens: int,
+        classes: Sequence[str],
+        vocab_size: int | None,
+    ) -> None:
         self._config = config
+        self._vocab_size = tokenizer.vocab_size if vocab_size is None else min(vocab_size, tokenizer.vocab_size)
         self._classes = tuple(classes)
         self._virtual_tokens = virtual_tokens
         self._tokenizer = tokenizer
@@ -163,12 +177,12 @@ class _Builder:
     def _open(self, entry: BlendSource) -> TokenStore:
         if entry.mock is not None:
             mock = entry.mock
-            return MockStore(
-                mock.num_documents, mock.mean_document_length, self._tokenizer.vocab_size, self._tokenizer.eod_id
-            )
+            return MockStore(mock.num_documents, mock.mean_document_length, self._vocab_size, self._tokenizer.eod_id)
         if entry.text is not None:
             text_key, tokenizer = self._config.text_key, self._config.tokenizer
-            return open_text(entry.text, text_key, tokenizer, self._tokenizer, self._cache)
+            dataset = open_text(entry.text, text_key, tokenizer, self._tokenizer, self._cache)
+            self._check_tokens(dataset, entry.name)
+            return dataset
         if entry.chat is not None:
             return open_chats(entry.chat, self._config, self._tokenizer, self._cache, self._virtual_tokens)
         if entry.labelled is not None:
@@ -179,18 +193,23 @@ class _Builder:
             return open_labelled(entry.labelled, self._tokenizer, self._cache, rules)
         assert entry.prefix is not None
         dataset = IndexedDataset(entry.prefix)
-        _check_tokens(dataset, entry.name, self._tokenizer, self._cache)
+        self._check_tokens(dataset, entry.name)
         return dataset
 
-
-def _check_tokens(dataset: IndexedDataset, name: str, tokenizer: Tokenizer, cache: Path) -> None:
-    """Refuse a dataset made with another tokenizer or holding ids beyond the vocabulary (InputError)."""
-    largest = _largest_token(dataset, name, tokenizer, cache)
-    if largest >= tokenizer.vocab_size:
-        raise InputError(
-            f"source {name}: {dataset.bin_path} holds token id {largest}, but the tokenizer has {tokenizer.vocab_size} "
-            "ids; set data.tokenizer to the one that made this dataset"
-        )
+    def _check_tokens(self, dataset: IndexedDataset, name: str) -> None:
+        """Refuse a dataset made with another tokenizer or holding ids beyond a vocabulary (InputError)."""
+        tokenizer = self._tokenizer
+        largest = _largest_token(dataset, name, tokenizer, self._cache)
+        found = f"source {name}: {dataset.bin_path} holds token id {largest}, but"
+        if largest >= tokenizer.vocab_size:
+            raise InputError(
+                f"{found} the tokenizer has {tokenizer.vocab_size} ids; set data.tokenizer to the one that made this "
+                "dataset"
+            )
+        if largest >= self._vocab_size:
+            raise InputError(
+                f"{found} the model knows {self._vocab_size}; set model.vocab_size to {largest + 1} or more, or to null"
+            )
 
 
 def _largest_token(dataset: IndexedDataset, name: str, tokenizer: Tokenizer, cache: Path) -> int:

@@ -10,6 +10,7 @@ from nemo_llm.data.build import DataSets, build_train_and_validation
 from nemo_llm.data.loader import MicroBatch, MicroBatchLoader
 from nemo_llm.data.sample import Sample, SampleSource
 from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer
+from nemo_llm.errors import InputError
 from nemo_llm.models.context_parallel import take_local_chunks
 from nemo_llm.parallel.runtime import ParallelRuntime
 
@@ -18,7 +19,7 @@ class DeviceBatches:
     """Micro-batches of one source for this rank, on its device and cut for context parallelism."""
 
     def __init__(self, source: SampleSource, cfg: RunConfig, runtime: ParallelRuntime, prefetch: int) -> None:
-        self.source, self.runtime = source, runtime
+        self.source, self.runtime, self.vocab_size = source, runtime, cfg.model.vocab_size
         self.loader = MicroBatchLoader(
             source,
             dp_rank=runtime.dp_rank,
@@ -33,8 +34,25 @@ class DeviceBatches:
         return self.loader.wait_seconds
 
     def micro_batches(self, first_sample: int, num_samples: int) -> list[dict[str, torch.Tensor]]:
-        """The ``num_samples`` samples from ``first_sample`` on that are this data-parallel rank's, by micro-batch."""
-        return [self._to_device(batch) for batch in self.loader.micro_batches(first_sample, num_samples)]
+        """The ``num_samples`` samples from ``first_sample`` on that are this data-parallel rank's, by micro-batch.
+
+        Raises:
+            InputError: a token id that the model has no row for; on a GPU that would be an assertion on the device.
+        """
+        batches = self.loader.micro_batches(first_sample, num_samples)
+        return [self._to_device(self._checked(batch, first_sample, num_samples)) for batch in batches]
+
+    def _checked(self, batch: MicroBatch, first_sample: int, num_samples: int) -> MicroBatch:
+        if self.vocab_size is None:  # then it is the tokenizer's, and every source was compared with that
+            return batch
+        tokens, labels = batch["tokens"], batch["labels"]
+        largest = tokens.max() if labels.dtype == np.float32 else max(tokens.max(), labels.max())  # scores are no ids
+        if largest >= self.vocab_size:
+            raise InputError(
+                f"samples {first_sample} to {first_sample + num_samples - 1} hold token id {largest}, but the model "
+                f"knows {self.vocab_size}; set model.vocab_size to {largest + 1} or more, or to null"
+            )
+        return batch
 
     def _to_device(self, arrays: MicroBatch) -> dict[str, torch.Tensor]:
         runtime = self.runtime
@@ -77,7 +95,9 @@ def build_loaders(
     """
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     virtual_tokens = 0 if cfg.peft is None else cfg.peft.virtual_tokens
-    sets = build_train_and_validation(cfg.data, tokenizer, cfg.trainer.seed, virtual_tokens, cfg.model.head or ())
+    sets = build_train_and_validation(
+        cfg.data, tokenizer, cfg.trainer.seed, virtual_tokens, cfg.model.head or (), cfg.model.vocab_size
+    )
     train = DeviceBatches(sets.train, cfg, runtime, cfg.data.prefetch)
     validation = {
         name: DeviceBatches(PaddedSource(source), cfg, runtime, prefetch=0)

@@ -7,6 +7,7 @@ itself (dropout with its bias, experts' activation) and ``performance.compile_la
 collectives one rank cannot run alone: there every rank still compiles.
 """
 
+import math
 import time
 from collections.abc import Iterator
 
@@ -116,9 +117,7 @@ def run_kernels(cfg: RunConfig, device: torch.device, vocab_size: int) -> None:
             _run_swiglu(cfg, tokens, like)
     if model.position_embedding_type == "rope" and cfg.performance.fused_rope:
         _run_rope(cfg, length, like)
-    # Under context parallelism each rank has lengths of its own.
-    if flex.why_not(cfg) is None and layout.context_parallel_size == 1 and choose_backend(model, "cuda") == "torch":
-        _run_flex(cfg, like)
+    run_flex(cfg, like)
     if fused_chunk_tokens(cfg) is not None:
         columns = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by) // tp
         for rows in _chunks_of_tokens(tokens, cfg.performance.cross_entropy_chunk_tokens):
@@ -164,7 +163,7 @@ def _run_rope(cfg: RunConfig, length: int, like: dict) -> None:
 
     model, tp = cfg.model, cfg.parallelism.tensor_model_parallel_size
     batch, turned = cfg.trainer.micro_batch_size, int(model.head_dim * model.rotary_percent)
-    if cfg.performance.fused_kernels and qkv_in_one(model, cfg.parallelism):
+    if _splits_qkv(cfg):
         queries, groups = model.num_attention_heads // model.num_query_groups, model.num_query_groups // tp
         mixed = torch.zeros(length, batch, groups, (queries + 2) * model.head_dim, **like).requires_grad_()
         angles = torch.zeros(length, turned, dtype=torch.float32, device=like["device"])
@@ -176,9 +175,16 @@ def _run_rope(cfg: RunConfig, length: int, like: dict) -> None:
         rotate_fused(heads_in, angles).sum().backward()
 
 
-def _run_flex(cfg: RunConfig, like: dict) -> None:
-    """Attention of layers with a window and of those without, where the scores are masked or capped."""
+def run_flex(cfg: RunConfig, like: dict) -> None:
+    """Attention of layers with a window and of those without, where the scores are masked or capped, both ways.
+
+    Args:
+        like: dtype and device of queries, keys and values.
+    """
     model, tp, length = cfg.model, cfg.parallelism.tensor_model_parallel_size, cfg.data.seq_length
+    # Under context parallelism each rank has lengths of its own.
+    if flex.why_not(cfg) or cfg.parallelism.context_parallel_size > 1 or choose_backend(model, "cuda") != "torch":
+        return
     batch, cap = cfg.trainer.micro_batch_size, model.attn_logit_softcapping
     documents = None
     if cfg.data.reset_attention_mask:
@@ -187,11 +193,20 @@ def _run_flex(cfg: RunConfig, like: dict) -> None:
     for window in {None if window is None or window >= length else window for window in windows}:
         if window is None and documents is None and cap is None:
             continue
-        heads = [model.num_attention_heads // tp, *[max(model.num_query_groups // tp, 1)] * 2]
-        tensors = [torch.zeros(length, batch, n, model.head_dim, **like).requires_grad_() for n in heads]
-        q, k, v = (x.permute(1, 2, 0, 3) for x in tensors)
-        scale = softmax_scale(model) or model.head_dim**-0.5
-        flex.attend((q, k, v), documents, window, (scale, cap)).permute(2, 0, 1, 3).flatten(2).sum().backward()
+        groups = max(model.num_query_groups // tp, 1)
+        queries, width = model.num_attention_heads // tp, model.head_dim
+        q, k = (torch.zeros(length, batch, n, width, **like).requires_grad_() for n in (queries, groups))
+        # Values lie where the joint projection left them, unless our kernel splits it.
+        joint = 1 if _splits_qkv(cfg) else queries // groups + 2
+        v = torch.zeros(length, batch, groups, joint * width, **like).requires_grad_()[..., -width:]
+        scale = softmax_scale(model) or 1.0 / math.sqrt(width)  # to the last bit: it is a constant of the kernel
+        heads_first = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        flex.attend(tuple(heads_first), documents, window, (scale, cap)).permute(2, 0, 1, 3).flatten(2).sum().backward()
+
+
+def _splits_qkv(cfg: RunConfig) -> bool:
+    fused = cfg.performance.fused_kernels and cfg.performance.fused_rope and cfg.model.position_embedding_type == "rope"
+    return fused and qkv_in_one(cfg.model, cfg.parallelism)
 
 
 def _run_loss(logits: torch.Tensor, alone: bool) -> None:

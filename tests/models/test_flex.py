@@ -12,6 +12,7 @@ import torch
 from nemo_llm.models import flex
 from nemo_llm.models.attention import CoreAttention
 from tests.models.kernel_checks import dense
+from tests.ranks import RankPool
 
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 60 + [2] * 135, [0] * 130 + [1] * 1 + [2] * 69])
 
@@ -115,6 +116,60 @@ def test_flex_is_for_masks_of_training(
     assert attention._takes_flex(query, length, mask, plain) == taken
     query.is_cuda = False
     assert not attention._takes_flex(query, length, mask, plain)
+
+
+def _asked_for(options: list[str]) -> tuple[list[tuple], list[tuple]]:
+    """What a training step asks of `flex.attend`, and what is compiled ahead for it, as a GPU would do both."""
+    from nemo_llm.config.load import compose
+    from nemo_llm.models.warm_kernels import run_flex
+    from nemo_llm.parallel.runtime import start_runtime
+    from nemo_llm.training.setup import build_training_run
+    from nemo_llm.training.step import train_step
+
+    calls: set[tuple] = set()
+
+    def attend(tensors, documents, window, rule):
+        numbers = None if documents is None else (tuple(documents.shape), str(documents.dtype))
+        shapes = tuple((tuple(x.shape), x.stride(), str(x.dtype), x.requires_grad) for x in tensors)
+        calls.add((shapes, numbers, window, rule))
+        return dense(tensors, documents, window, rule).to(tensors[0].dtype)
+
+    cfg = compose(
+        [*options, "trainer.accelerator=cpu", "exp_manager.enabled=false", "data.seq_length=64", "precision=bf16",
+         "trainer.global_batch_size=2", "trainer.micro_batch_size=2", "performance.fused_kernels=false",
+         "performance.fused_rope=false", "performance.fused_linear_cross_entropy=false"]
+    )  # fmt: skip
+    run = build_training_run(cfg, start_runtime(cfg))
+    saved = flex.attend, CoreAttention._takes_flex
+    flex.attend = attend
+    CoreAttention._takes_flex = lambda self, q, *others: saved[1](self, SimpleNamespace(is_cuda=True), *others)
+    try:
+        train_step(run)
+        asked = sorted(calls, key=str)
+        calls.clear()
+        run_flex(cfg, {"dtype": torch.bfloat16, "device": run.runtime.device})
+        return asked, sorted(calls, key=str)
+    finally:
+        flex.attend, CoreAttention._takes_flex = saved
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        (["+model=gpt_tiny"], 0),
+        (["+model=gpt_tiny", "data.reset_attention_mask=true"], 1),
+        (["+model=gpt_tiny", "model.window_size=20"], 1),
+        (["+model=gpt_tiny", "model.window_size=20", "model.window_attn_skip_freq=2"], 1),
+        (["+model=gpt_tiny", "model.window_size=20", "model.window_attn_skip_freq=2",
+          "data.reset_attention_mask=true"], 2),
+        (["+model=gemma2_2b", "model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=64",
+          "model.kv_channels=16", "model.window_size=20", "model.vocab_size=null"], 2),
+    ],
+)  # fmt: skip
+def test_what_a_step_asks_for_is_compiled_ahead(ranks: RankPool, options: list[str], kinds: int) -> None:
+    asked, ahead = ranks.run(_asked_for, 1, options)[0]
+    assert len(asked) == kinds
+    assert asked == ahead
 
 
 def test_a_window_that_is_never_left_is_none() -> None:

@@ -82,8 +82,7 @@ ROWS = {
     "gpt_1b peer": Row([*MEGATRON, "--model", "gpt_1b", "--seq", "2048", "--micro-batch", "8", "--micro-batches", "2"]),
     "gpt_1b bf16": Row([*OURS, *GPT, "model.transformer_impl=torch"], peer="gpt_1b peer"),
     "gpt_1b bf16, micro-batch 16": Row(
-        [*OURS, "+model=gpt_1b", "model.transformer_impl=torch", "trainer.global_batch_size=16",
-         "trainer.micro_batch_size=16"], peer="gpt_1b peer",
+        [*OURS, *GPT, "model.transformer_impl=torch", "trainer.micro_batch_size=16"], peer="gpt_1b peer"
     ),
     "1b documents by matrix": Row([*OURS, *DOCUMENTS, *BY_MATRIX]),
     "1b documents": Row([*OURS, *DOCUMENTS], peer="1b documents by matrix"),

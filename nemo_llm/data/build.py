@@ -55,8 +55,8 @@ def build_train_and_validation(
     """Open every source, check its token ids against the tokenizer, and return training and validation sources.
 
     With ``virtual_tokens`` every conversation, and every sample of running text, begins with that many negative ids.
-    ``classes`` are those of the model's head, for labelled texts. ``vocab_size`` is the model's, where that is not the
-    tokenizer's.
+    ``classes`` are those of the model's head, for labelled texts. ``vocab_size`` is the model's, where that is less
+    than the tokenizer's.
 
     The same on every rank; ranks that start together on an empty cache build it once. Raises ConfigError and
     InputError, naming the source.
@@ -87,7 +87,7 @@ class _Builder:
         vocab_size: int | None,
     ) -> None:
         self._config = config
-        self._vocab_size = tokenizer.vocab_size if vocab_size is None else min(vocab_size, tokenizer.vocab_size)
+        self._vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
         self._classes = tuple(classes)
         self._virtual_tokens = virtual_tokens
         self._tokenizer = tokenizer

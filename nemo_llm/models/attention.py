@@ -125,7 +125,7 @@ class CoreAttention(MegatronModule):
         """[sq, b, n, d] x [sk, b, g, d] -> [sq, b, n, d]; the queries are the last ``sq`` of the ``sk`` positions."""
         sq, sk = query.shape[0], key.shape[0]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        window = None if self.window is None or self.window >= sk else self.window  # one that is never left is none
+        window = used_window(self.window, sk)
         plain = mask is None and window is None
         if self._takes_flex(q, sk, mask, plain):
             rule = (self.softmax_scale, self.logit_softcapping)
@@ -234,11 +234,19 @@ _KERNELS = [
 ]
 
 
+def prefers_cudnn(device: torch.device) -> bool:
+    """Whether cuDNN's kernels are tried first on this device."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def _kernel_order(device: torch.device) -> Any:
     """Which of PyTorch's kernels are tried first, in the order of their speed on this device."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
-        return nullcontext()
-    return sdpa_kernel(_KERNELS, set_priority=True)
+    return sdpa_kernel(_KERNELS, set_priority=True) if prefers_cudnn(device) else nullcontext()
+
+
+def used_window(window: int | None, length: int) -> int | None:
+    """A window that samples of this length leave: one that they never leave is none."""
+    return None if window is None or window >= length else window
 
 
 def _layer_has_window(config: TransformerConfig, layer_number: int) -> bool:

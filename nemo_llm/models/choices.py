@@ -8,11 +8,10 @@ from megatron.core.tensor_parallel import layers
 
 from nemo_llm.config import RunConfig
 from nemo_llm.models import flex
+from nemo_llm.models.attention import prefers_cudnn, used_window
 from nemo_llm.models.build import fused_chunk_tokens
 from nemo_llm.models.specs import choose_backend
 from nemo_llm.models.warm_kernels import why_no_choice
-
-_HOPPER = (9, 0)
 
 
 def describe_choices(cfg: RunConfig, device: torch.device) -> list[str]:
@@ -26,7 +25,7 @@ def describe_choices(cfg: RunConfig, device: torch.device) -> list[str]:
     if device.type != "cuda":
         return lines
     if backend == "torch" and own is None:
-        lines += [_attention(cfg, torch.cuda.get_device_capability(device) >= _HOPPER), _matrices(cfg, device)]
+        lines += [_attention(cfg, device), _matrices(cfg, device)]
     return [*lines, _loss(cfg), _gradients(cfg)]
 
 
@@ -47,12 +46,11 @@ def _layers(cfg: RunConfig, backend: str, device: torch.device) -> str:
     return f"layers: {name}, {cfg.precision.params_dtype}{fp8} ({why})"
 
 
-def _attention(cfg: RunConfig, hopper: bool) -> str:
+def _attention(cfg: RunConfig, device: torch.device) -> str:
     model = cfg.model
-    plain = "cuDNN's kernels before FlashAttention's" if hopper else "PyTorch's choice of kernels"
-    windowed = model.window_size is not None and model.window_size < cfg.data.seq_length
+    plain = "cuDNN's kernels before FlashAttention's" if prefers_cudnn(device) else "PyTorch's choice of kernels"
     kinds = {
-        "windows": windowed,
+        "windows": used_window(model.window_size, cfg.data.seq_length) is not None,
         "document masks": cfg.data.reset_attention_mask,
         "capped scores": model.attn_logit_softcapping is not None,
     }

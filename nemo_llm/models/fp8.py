@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from nemo_llm.models.gradients import returned_gradient, take_stale
+from nemo_llm.models.gradients import gradient_buffer, returned_gradient
 from nemo_llm.models.linear import WholeLinear
+from nemo_llm.models.products import take_stale
 
 _SMALLEST_MAXIMUM = 1e-12  # of a tensor of zeros: its scale must stay finite
 
@@ -62,8 +63,7 @@ def multiply(
         product = ((a.float() @ b.float().t()) * (a_factor * b_factor)).to(dtype)
         return product if out is None else out.copy_(product)
     # Private in PyTorch 2.10 to 2.13, which has no public FP8 product; tests/models/test_fp8.py holds its signature.
-    settings = {"scale_a": a_factor, "scale_b": b_factor, "out_dtype": dtype, "use_fast_accum": fast}
-    return torch._scaled_mm(a, b.t(), **settings, **({} if out is None else {"out": out}))
+    return torch._scaled_mm(a, b.t(), scale_a=a_factor, scale_b=b_factor, out_dtype=dtype, use_fast_accum=fast, out=out)
 
 
 class Fp8Product(torch.autograd.Function):
@@ -87,14 +87,12 @@ class Fp8Product(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return x_grad, None, None
         factors = ((gradient.columns, gradient.factor), (inputs, inputs_factor))
-        buffer = getattr(weight, "main_grad", None)
-        if buffer is not None and take_stale(buffer):
-            weight_grad = multiply(*factors, torch.float32, out=buffer)
+        buffer = gradient_buffer(weight)
+        if take_stale(buffer):
+            multiply(*factors, torch.float32, out=buffer)
         else:
-            weight_grad = multiply(*factors, torch.float32)
-            if buffer is not None:
-                buffer.add_(weight_grad)
-        return x_grad, returned_gradient(weight, weight_grad), None
+            buffer.add_(multiply(*factors, torch.float32))
+        return x_grad, returned_gradient(weight, buffer), None
 
 
 class Fp8Linear(WholeLinear):

@@ -9,21 +9,10 @@ from nemo_llm.models.products import add_weight_gradient
 
 
 def gradient_buffer(weight: torch.Tensor) -> torch.Tensor:
-    """Megatron's fp32 buffer of this weight's gradient, else a buffer of our own, zeros.
-
-    What adds to it asks `take_stale` first.
-    """
+    """Megatron's fp32 buffer of this weight's gradient, else a buffer of our own, zeros."""
     if hasattr(weight, "main_grad"):
         return weight.main_grad
     return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-
-
-def take_stale(buffer: torch.Tensor) -> bool:
-    """Whether this buffer holds the gradient of an earlier step, to be overwritten; from now on it does not."""
-    stale = getattr(buffer, "stale", False)
-    if stale:
-        buffer.stale = False
-    return stale
 
 
 def returned_gradient(weight: torch.Tensor, gradient: torch.Tensor | None, tied: bool = False) -> torch.Tensor | None:

@@ -101,6 +101,11 @@ class LanguageModel(GPTModel):
             self._announce_empty_gradient()
 
     @property
+    def fuses_loss(self) -> bool:
+        """Whether this chunk ends the model, and with the output projection and the loss in one."""
+        return self.post_process and self.score is None and self.fused_chunk_tokens is not None
+
+    @property
     def output_weight(self) -> torch.Tensor:
         """The output projection's ``[v/tp, h]``, of a chunk that ends the model: its own or the embedding's."""
         tied = self.share_embeddings_and_output_weights

@@ -1,11 +1,12 @@
 """Megatron's linear layers where one tensor-parallel rank holds the whole weight: nothing but our products."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from nemo_llm.models.gradients import gradient_buffer, returned_gradient, take_stale
+from nemo_llm.models.gradients import gradient_buffer, returned_gradient
 from nemo_llm.models.products import add_weight_gradient, input_gradient, project
 
 
@@ -46,7 +47,7 @@ class LinearProduct(torch.autograd.Function):
         if x is None:
             return x_grad, None
         buffer = gradient_buffer(weight)
-        add_weight_gradient(buffer, output_grad, x, overwrite=take_stale(buffer))
+        add_weight_gradient(buffer, output_grad, x)
         return x_grad, returned_gradient(weight, buffer)
 
 
@@ -56,3 +57,11 @@ class WholeColumnLinear(WholeLinear, ColumnParallelLinear):
 
 class WholeRowLinear(WholeLinear, RowParallelLinear):
     """Megatron's row-parallel linear layer on one rank."""
+
+
+def weights_with_product(model: torch.nn.Module, *products: Callable[..., Any]) -> Iterator[torch.nn.Parameter]:
+    """Weights of the linear layers of our own whose ``product`` is one of these; layers in four bits have none."""
+    for module in model.modules():
+        ours = isinstance(module, WholeLinear) and type(module).product in products
+        if ours and getattr(module, "weight", None) is not None:
+            yield module.weight

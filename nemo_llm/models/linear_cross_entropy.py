@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_llm.models.gradients import gradient_buffer, returned_gradient, take_stale
+from nemo_llm.models.gradients import gradient_buffer, returned_gradient
 from nemo_llm.models.products import add_weight_gradient, input_gradient, project
 
 
@@ -78,7 +78,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             losses[part], hits[part] = _to_losses_and_gradient(logits, labels[part], loss_mask[part], rule)
             input_gradient(logits, weight, out=hidden_grad[part])
             if weight_grad is not None:
-                add_weight_gradient(weight_grad, logits, hidden[part], overwrite=take_stale(weight_grad))
+                add_weight_gradient(weight_grad, logits, hidden[part])
         ctx.save_for_backward(hidden_grad)
         ctx.weight = weight
         ctx.weight_grad = weight_grad

@@ -41,16 +41,20 @@ def input_gradient(output_grad: torch.Tensor, weight: torch.Tensor, out: torch.T
     return torch.mm(output_grad, weight, out=out) if product is None else _run(product, output_grad, weight, out)
 
 
-def add_weight_gradient(
-    buffer: torch.Tensor, output_grad: torch.Tensor, inputs: torch.Tensor, overwrite: bool = False
-) -> None:
-    """``buffer += output_grad^T @ inputs``: ``[o, i]`` fp32, ``[T, o]`` and ``[T, i]`` in any dtype.
+def take_stale(buffer: torch.Tensor) -> bool:
+    """Whether this buffer holds the gradient of an earlier step, to be overwritten; from now on it does not."""
+    stale = getattr(buffer, "stale", False)
+    if stale:
+        buffer.stale = False
+    return stale
+
+
+def add_weight_gradient(buffer: torch.Tensor, output_grad: torch.Tensor, inputs: torch.Tensor) -> None:
+    """``buffer += output_grad^T @ inputs``: ``[o, i]`` fp32, ``[T, o]`` and ``[T, i]`` in any dtype; = if it is stale.
 
     On CUDA the matrix product reads bf16 and adds in fp32, in one kernel.
-
-    Args:
-        overwrite: ``buffer`` holds nothing of use: = instead of +=.
     """
+    overwrite = take_stale(buffer)
     if inputs.shape[0] == 0:  # an expert that no token chose
         if overwrite:
             buffer.zero_()

@@ -43,16 +43,14 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
     Raises:
         ConfigError: an override that Megatron does not know, or a combination that Megatron refuses.
     """
-    fuse_rope = cfg.performance.fused_rope and device.type == "cuda" and cfg.model.position_embedding_type == "rope"
-    fuse_rope = fuse_rope and cfg.model.mla is None
+    fuse_rope = device.type == "cuda" and fuses_rope(cfg)
     if cfg.performance.gradient_accumulation_fusion:
         offer_gradient_accumulation()
     if fuse_rope:
         offer_fused_rope()
-    fuse_kernels = cfg.performance.fused_kernels and device.type == "cuda"
-    if fuse_kernels:
+    if device.type == "cuda" and cfg.performance.fused_kernels:
         offer_fused_swiglu()
-    fuse_qkv = fuse_kernels and fuse_rope and qkv_in_one(cfg.model, cfg.parallelism)
+    fuse_qkv = device.type == "cuda" and splits_qkv(cfg)
     if fuse_qkv:
         offer_fused_qkv()
     fields = {
@@ -95,6 +93,16 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
                 )
             ]
         ) from error
+
+
+def fuses_rope(cfg: RunConfig) -> bool:
+    """Whether on CUDA the rotation is a kernel of its own, or of the split."""
+    return cfg.performance.fused_rope and cfg.model.position_embedding_type == "rope" and cfg.model.mla is None
+
+
+def splits_qkv(cfg: RunConfig) -> bool:
+    """Whether on CUDA one kernel splits the joint projection and rotates."""
+    return fuses_rope(cfg) and cfg.performance.fused_kernels and qkv_in_one(cfg.model, cfg.parallelism)
 
 
 def qkv_in_one(model: ModelConfig, layout: ParallelismConfig) -> bool:

@@ -19,15 +19,16 @@ from nemo_llm.config import RunConfig
 from nemo_llm.config.arithmetic import padded_vocab_size
 from nemo_llm.log import get_logger
 from nemo_llm.models import flex
+from nemo_llm.models.attention import used_window
 from nemo_llm.models.build import fused_chunk_tokens
 from nemo_llm.models.cublaslt import Shape
 from nemo_llm.models.language_model import LanguageModel
-from nemo_llm.models.linear import WholeLinear
+from nemo_llm.models.linear import WholeLinear, weights_with_product
 from nemo_llm.models.linear_cross_entropy import compile_for_loss
 from nemo_llm.models.products import choose_kernels, shapes_of_linear
 from nemo_llm.models.rope import rotate_fused
 from nemo_llm.models.specs import choose_backend
-from nemo_llm.models.transformer_config import DTYPES, qkv_in_one, softmax_scale
+from nemo_llm.models.transformer_config import DTYPES, fuses_rope, softmax_scale, splits_qkv
 from nemo_llm.parallel.runtime import ParallelRuntime
 
 _log = get_logger(__name__)
@@ -82,12 +83,10 @@ def why_no_choice(cfg: RunConfig, device: torch.device) -> str | None:
 def _product_shapes(cfg: RunConfig, chunk: LanguageModel) -> Iterator[Shape]:
     """Of the linear layers whose number of tokens is known, and of the fused loss."""
     tokens = cfg.data.seq_length // cfg.parallelism.context_parallel_size * cfg.trainer.micro_batch_size
-    for module in chunk.modules():
-        # Layers in FP8 have a product of their own, those in four bits no weight.
-        plain = isinstance(module, WholeLinear) and type(module).product is WholeLinear.product
-        if plain and getattr(module, "weight", None) is not None:
-            yield from shapes_of_linear(tokens, module.weight)
-    if chunk.post_process and chunk.score is None and chunk.fused_chunk_tokens is not None:
+    for weight in weights_with_product(chunk, WholeLinear.product):  # layers in FP8 have a product of their own
+        yield from shapes_of_linear(tokens, weight)
+    if chunk.fuses_loss:
+        assert chunk.fused_chunk_tokens is not None
         for rows in _chunks_of_tokens(tokens, chunk.fused_chunk_tokens):
             yield from shapes_of_linear(rows, chunk.output_weight)
 
@@ -115,7 +114,7 @@ def run_kernels(cfg: RunConfig, device: torch.device, vocab_size: int) -> None:
             _run_fp8(cfg, tokens, like)
         if model.activation_func == "silu" and model.gated_linear_unit:
             _run_swiglu(cfg, tokens, like)
-    if model.position_embedding_type == "rope" and cfg.performance.fused_rope:
+    if fuses_rope(cfg):
         _run_rope(cfg, length, like)
     run_flex(cfg, like)
     if fused_chunk_tokens(cfg) is not None:
@@ -163,7 +162,7 @@ def _run_rope(cfg: RunConfig, length: int, like: dict) -> None:
 
     model, tp = cfg.model, cfg.parallelism.tensor_model_parallel_size
     batch, turned = cfg.trainer.micro_batch_size, int(model.head_dim * model.rotary_percent)
-    if _splits_qkv(cfg):
+    if splits_qkv(cfg):
         queries, groups = model.num_attention_heads // model.num_query_groups, model.num_query_groups // tp
         mixed = torch.zeros(length, batch, groups, (queries + 2) * model.head_dim, **like).requires_grad_()
         angles = torch.zeros(length, turned, dtype=torch.float32, device=like["device"])
@@ -190,23 +189,18 @@ def run_flex(cfg: RunConfig, like: dict) -> None:
     if cfg.data.reset_attention_mask:
         documents = torch.zeros(batch, length, dtype=torch.int32, device=like["device"])
     windows = {model.window_size} if model.window_attn_skip_freq is None else {model.window_size, None}
-    for window in {None if window is None or window >= length else window for window in windows}:
+    for window in {used_window(window, length) for window in windows}:
         if window is None and documents is None and cap is None:
             continue
         groups = max(model.num_query_groups // tp, 1)
         queries, width = model.num_attention_heads // tp, model.head_dim
         q, k = (torch.zeros(length, batch, n, width, **like).requires_grad_() for n in (queries, groups))
         # Values lie where the joint projection left them, unless our kernel splits it.
-        joint = 1 if _splits_qkv(cfg) else queries // groups + 2
+        joint = 1 if splits_qkv(cfg) else queries // groups + 2
         v = torch.zeros(length, batch, groups, joint * width, **like).requires_grad_()[..., -width:]
         scale = softmax_scale(model) or 1.0 / math.sqrt(width)  # to the last bit: it is a constant of the kernel
         heads_first = (x.permute(1, 2, 0, 3) for x in (q, k, v))
         flex.attend(tuple(heads_first), documents, window, (scale, cap)).permute(2, 0, 1, 3).flatten(2).sum().backward()
-
-
-def _splits_qkv(cfg: RunConfig) -> bool:
-    fused = cfg.performance.fused_kernels and cfg.performance.fused_rope and cfg.model.position_embedding_type == "rope"
-    return fused and qkv_in_one(cfg.model, cfg.parallelism)
 
 
 def _run_loss(logits: torch.Tensor, alone: bool) -> None:

@@ -18,8 +18,16 @@ from nemo_llm.parallel.runtime import ParallelRuntime
 class DeviceBatches:
     """Micro-batches of one source for this rank, on its device and cut for context parallelism."""
 
-    def __init__(self, source: SampleSource, cfg: RunConfig, runtime: ParallelRuntime, prefetch: int) -> None:
-        self.source, self.runtime, self.vocab_size = source, runtime, cfg.model.vocab_size
+    def __init__(
+        self,
+        source: SampleSource,
+        cfg: RunConfig,
+        runtime: ParallelRuntime,
+        prefetch: int,
+        vocab_size: int | None = None,
+    ) -> None:
+        """``vocab_size`` is the model's, where that is less than the tokenizer's: then ids may be beyond it."""
+        self.source, self.runtime, self.vocab_size = source, runtime, vocab_size
         self.loader = MicroBatchLoader(
             source,
             dp_rank=runtime.dp_rank,
@@ -43,7 +51,7 @@ class DeviceBatches:
         return [self._to_device(self._checked(batch, first_sample, num_samples)) for batch in batches]
 
     def _checked(self, batch: MicroBatch, first_sample: int, num_samples: int) -> MicroBatch:
-        if self.vocab_size is None:  # then it is the tokenizer's, and every source was compared with that
+        if self.vocab_size is None:
             return batch
         tokens, labels = batch["tokens"], batch["labels"]
         largest = tokens.max() if labels.dtype == np.float32 else max(tokens.max(), labels.max())  # scores are no ids
@@ -95,12 +103,14 @@ def build_loaders(
     """
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     virtual_tokens = 0 if cfg.peft is None else cfg.peft.virtual_tokens
+    known = cfg.model.vocab_size
+    short = known if known is not None and known < tokenizer.vocab_size else None
     sets = build_train_and_validation(
-        cfg.data, tokenizer, cfg.trainer.seed, virtual_tokens, cfg.model.head or (), cfg.model.vocab_size
+        cfg.data, tokenizer, cfg.trainer.seed, virtual_tokens, cfg.model.head or (), short
     )
-    train = DeviceBatches(sets.train, cfg, runtime, cfg.data.prefetch)
+    train = DeviceBatches(sets.train, cfg, runtime, cfg.data.prefetch, short)
     validation = {
-        name: DeviceBatches(PaddedSource(source), cfg, runtime, prefetch=0)
+        name: DeviceBatches(PaddedSource(source), cfg, runtime, 0, short)
         for name, source in sets.validation.items()
         if len(source) > 0
     }

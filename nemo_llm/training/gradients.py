@@ -2,7 +2,7 @@
 
 The gradient of a linear layer's weight is a sum of our matrix products, straight in Megatron's fp32 buffer. Zeros are
 not written there only for the first product to add to them: that one overwrites what is left of the step before
-(``stale``, models/gradients.py). Everything else is zeroed.
+(`products.take_stale`). Everything else is zeroed.
 """
 
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import unwrap_model
 
 from nemo_llm.models.fp8 import Fp8Linear
-from nemo_llm.models.gradients import take_stale
 from nemo_llm.models.language_model import LanguageModel
-from nemo_llm.models.linear import WholeLinear
+from nemo_llm.models.linear import WholeLinear, weights_with_product
+from nemo_llm.models.products import take_stale
 
 
 def mark_overwritten(chunk: DistributedDataParallel) -> None:
@@ -51,11 +51,7 @@ def zero_untouched(chunk: DistributedDataParallel) -> None:
 
 
 def _written_by_products(model: LanguageModel) -> Iterator[torch.nn.Parameter]:
-    for module in model.modules():
-        own = isinstance(module, WholeLinear) and type(module).product in (WholeLinear.product, Fp8Linear.product)
-        if own and module.weight is not None:
-            yield module.weight
+    yield from weights_with_product(model, WholeLinear.product, Fp8Linear.product)
     # One that is the embedding too gets gradients from both.
-    tied = model.share_embeddings_and_output_weights
-    if model.post_process and model.score is None and model.fused_chunk_tokens is not None and not tied:
+    if model.fuses_loss and not model.share_embeddings_and_output_weights:
         yield model.output_weight

@@ -44,9 +44,7 @@ def test_a_conversation_is_refused_when_it_is_read(data_config, demo_tokenizer: 
 
     def batches(vocab_size: int | None) -> DeviceBatches:
         trainer = SimpleNamespace(micro_batch_size=1)
-        return DeviceBatches(
-            source, SimpleNamespace(model=SimpleNamespace(vocab_size=vocab_size), trainer=trainer), runtime, 0
-        )
+        return DeviceBatches(source, SimpleNamespace(trainer=trainer), runtime, 0, vocab_size)
 
     with pytest.raises(InputError, match=r"samples 2 to 3 hold token id \d+, but the model knows 300; set model"):
         batches(300).micro_batches(2, 2)

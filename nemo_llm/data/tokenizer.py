@@ -4,6 +4,7 @@ Each is loaded from local files named in ``data.tokenizer``; ``fingerprint`` is 
 setting that changes ids, so that data and checkpoints made with different tokenizers never mix unnoticed.
 """
 
+import abc
 import dataclasses
 import hashlib
 import json
@@ -79,7 +80,7 @@ class Tokenizer(Protocol):
         ...
 
 
-class _FileTokenizer:
+class _FileTokenizer(abc.ABC):
     """What all kinds share: their files, fingerprint and saving. Subclasses set ids and sizes."""
 
     vocab_size: int
@@ -98,8 +99,9 @@ class _FileTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
+    @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        raise NotImplementedError
+        """As `Tokenizer.decode`."""
 
     def token_id(self, token: str) -> int | None:
         return self._ids.get(token)

@@ -1,5 +1,7 @@
 """The base of adapters on linear layers, and the two simple ones: IA3 and the bottleneck."""
 
+import abc
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from nemo_llm.peft.adapter import Adapter, Placement
 from nemo_llm.peft.linear import LinearPlace, Part
 
 
-class LinearAdapter(Adapter):
+class LinearAdapter(Adapter, abc.ABC):
     """Changes what one linear layer computes: `before` its inputs, `after` its outputs."""
 
     def __init__(self, place: LinearPlace) -> None:
@@ -41,19 +43,19 @@ class LinearAdapter(Adapter):
             allreduce=getattr(place.linear.weight, "allreduce", True),
         )
 
+    @abc.abstractmethod
     def initial_std(self, placement: Placement) -> float | None:
         """Standard deviation of a parameter's initial values; None leaves what it was made with."""
-        raise NotImplementedError
 
     def before(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs of the frozen layer, and what `after` needs of them: the inputs themselves unless said otherwise."""
         return x, x
 
+    @abc.abstractmethod
     def after(
         self, kept: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Outputs and the bias that Megatron adds later, from those of the frozen layer and what `before` kept."""
-        raise NotImplementedError
 
     def merge(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Weight and bias of a plain layer that does the same, fp32 and of this rank; None where there is none."""

@@ -14,6 +14,7 @@ from megatron.core.transformer.module import Float16Module
 from nemo_llm.config import RunConfig
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.activation_offload import offload_activations
+from nemo_llm.models.experts import keep_tokens_here
 from nemo_llm.models.initialize import InitRule, initialize_weights
 from nemo_llm.models.language_model import LanguageModel
 from nemo_llm.models.specs import build_block_spec, choose_backend
@@ -68,6 +69,7 @@ def _build_chunk(cfg, runtime, config, backend, vp_stage, vocab_size) -> Languag
         pg_collection=runtime.groups,
     )
     _mark_split_parameters(chunk)
+    keep_tokens_here(chunk, cfg, runtime.groups)
     if cfg.performance.compile_layers and runtime.device.type == "cuda":
         for layer in chunk.decoder.layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)

@@ -10,7 +10,9 @@ from nemo_llm.config import RunConfig
 from nemo_llm.models import flex
 from nemo_llm.models.attention import prefers_cudnn, used_window
 from nemo_llm.models.build import fused_chunk_tokens
+from nemo_llm.models.experts import why_not_grouped
 from nemo_llm.models.specs import choose_backend
+from nemo_llm.models.transformer_config import to_transformer_config
 from nemo_llm.models.warm_kernels import why_no_choice
 
 
@@ -22,6 +24,9 @@ def describe_choices(cfg: RunConfig, device: torch.device) -> list[str]:
     """
     backend, own = choose_backend(cfg.model, device.type), cfg.model.layer_spec
     lines = [_layers(cfg, backend, device) if own is None else f"layers: model.layer_spec={own}"]
+    if cfg.model.moe is not None and backend == "torch" and own is None:
+        why = why_not_grouped(cfg, to_transformer_config(cfg, device))
+        lines.append("experts: all in one product" if why is None else f"experts: one after another ({why})")
     if device.type != "cuda":
         return lines
     if backend == "torch" and own is None:

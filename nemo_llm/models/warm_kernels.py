@@ -22,13 +22,20 @@ from nemo_llm.models import flex
 from nemo_llm.models.attention import used_window
 from nemo_llm.models.build import fused_chunk_tokens
 from nemo_llm.models.cublaslt import Shape
+from nemo_llm.models.experts import ExpertProducts, routes_of_choices, routes_of_counts, why_not_grouped
 from nemo_llm.models.language_model import LanguageModel
 from nemo_llm.models.linear import WholeLinear, weights_with_product
 from nemo_llm.models.linear_cross_entropy import compile_for_loss
 from nemo_llm.models.products import choose_kernels, shapes_of_linear
 from nemo_llm.models.rope import rotate_fused
 from nemo_llm.models.specs import choose_backend
-from nemo_llm.models.transformer_config import DTYPES, fuses_rope, softmax_scale, splits_qkv
+from nemo_llm.models.transformer_config import (
+    DTYPES,
+    fuses_rope,
+    softmax_scale,
+    splits_qkv,
+    to_transformer_config,
+)
 from nemo_llm.parallel.runtime import ParallelRuntime
 
 _log = get_logger(__name__)
@@ -114,6 +121,8 @@ def run_kernels(cfg: RunConfig, device: torch.device, vocab_size: int) -> None:
             _run_fp8(cfg, tokens, like)
         if model.activation_func == "silu" and model.gated_linear_unit:
             _run_swiglu(cfg, tokens, like)
+    if model.moe is not None and choose_backend(model, "cuda") == "torch":
+        _run_experts(cfg, tokens, like)
     if fuses_rope(cfg):
         _run_rope(cfg, length, like)
     run_flex(cfg, like)
@@ -155,6 +164,28 @@ def _run_swiglu(cfg: RunConfig, rows: int, like: dict) -> None:
     x = torch.zeros(rows, 2 * units, **like).requires_grad_()
     bias = torch.zeros(2 * units, **like).requires_grad_() if cfg.model.add_bias_linear else None
     FusedSwiGLU.apply(x, bias).sum().backward()
+
+
+def _run_experts(cfg: RunConfig, tokens: int, like: dict) -> None:
+    """The grouped products of tokens that are here and of rows that came from other ranks, with both ways to add."""
+    if why_not_grouped(cfg, to_transformer_config(cfg, torch.device("cuda"))) is not None:
+        return
+    model, layout = cfg.model, cfg.parallelism
+    assert model.moe is not None
+    expert_tp = layout.expert_tensor_parallel_size or layout.tensor_model_parallel_size
+    units = model.moe.moe_ffn_hidden_size // expert_tp
+    fc1, fc2 = torch.zeros(2 * units, model.hidden_size, **like), torch.zeros(model.hidden_size, units, **like)
+    weights = [weight.requires_grad_() for weight in (fc1, fc1.clone(), fc2, fc2.clone())]
+    x, share = torch.zeros(tokens, model.hidden_size, **like), torch.zeros(tokens, 2, device=like["device"])
+    here = routes_of_choices(torch.zeros_like(share, dtype=torch.int64) + torch.arange(2, device=x.device), 2)
+    sent = routes_of_counts(torch.tensor([tokens, 0]), x.device)
+    for routes, shares in ((here, share), (sent, share[:, 0].contiguous())):
+        for stale in (True, False):
+            for weight in weights:
+                weight.main_grad = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+                weight.main_grad.stale = stale
+            inputs = x.clone().requires_grad_()
+            ExpertProducts.apply(inputs, shares.clone().requires_grad_(), routes, *weights).sum().backward()
 
 
 def _run_rope(cfg: RunConfig, length: int, like: dict) -> None:

@@ -11,6 +11,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import unwrap_model
 
+from nemo_llm.models.experts import GroupedExperts
 from nemo_llm.models.fp8 import Fp8Linear
 from nemo_llm.models.language_model import LanguageModel
 from nemo_llm.models.linear import WholeLinear, weights_with_product
@@ -52,6 +53,9 @@ def zero_untouched(chunk: DistributedDataParallel) -> None:
 
 def _written_by_products(model: LanguageModel) -> Iterator[torch.nn.Parameter]:
     yield from weights_with_product(model, WholeLinear.product, Fp8Linear.product)
+    for module in model.modules():
+        if isinstance(module, GroupedExperts) and module.is_plain():
+            yield from module.weights()
     # One that is the embedding too gets gradients from both.
     if model.fuses_loss and not model.share_embeddings_and_output_weights:
         yield model.output_weight

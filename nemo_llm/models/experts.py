@@ -238,14 +238,16 @@ class GroupedExperts(SequentialMLP):
 
     def is_plain(self) -> bool:
         """Whether nothing is attached to the linear layers of the experts."""
-        plain = (ColumnParallelLinear, RowParallelLinear)
-        linears = (linear for expert in self.local_experts for linear in (expert.linear_fc1, expert.linear_fc2))
-        return all(type(linear) in plain for linear in linears)
+        return all(type(linear) in (ColumnParallelLinear, RowParallelLinear) for linear in self._linears())
 
     def weights(self) -> list[torch.nn.Parameter]:
         """``fc1`` of every expert, then ``fc2`` of every expert."""
-        first = [expert.linear_fc1.weight for expert in self.local_experts]
-        return first + [expert.linear_fc2.weight for expert in self.local_experts]
+        return [linear._parameters["weight"] for linear in self._linears()]
+
+    def _linears(self) -> list[torch.nn.Module]:
+        # Megatron's modules are found by their dictionaries: `__getattr__` of hundreds of modules takes a millisecond.
+        experts = [expert._modules for expert in self.local_experts]
+        return [expert["linear_fc1"] for expert in experts] + [expert["linear_fc2"] for expert in experts]
 
 
 class LocalDispatcher(MoETokenDispatcher):

@@ -14,6 +14,7 @@ from megatron.core.optimizer import (
     distrib_optimizer,
     get_megatron_optimizer,
 )
+from megatron.core.optimizer import optimizer as optimizer_module
 from megatron.core.utils import local_multi_tensor_l2_norm
 
 from nemo_llm.checkpoint.optimizer_state import optimizer_parts
@@ -54,6 +55,9 @@ def build_optimizer(
         # large tensors, by more or less as a layout cuts them; on CUDA it waits for the device once a tensor. It takes
         # no other function. tests/models/test_megatron_contract.py fails when these names are gone.
         clip_grads.l2_norm_impl = _l2_norm
+    # megatron-core 0.16.1 without apex copies updated weights into the model's one tensor a launch, which with hundreds
+    # of experts takes as long as a layer. tests/models/test_megatron_contract.py fails when the name is gone.
+    optimizer_module._multi_tensor_copy_this_to_that = _copy_all
     # `FusedAdamW` keeps its step where apex's optimizer does: these flags, of the same version, make the distributed
     # optimizer look for it there when it saves and loads.
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
@@ -65,6 +69,11 @@ def build_optimizer(
         if cfg.optim.muon is not None:
             connect_muon(cfg, part, model, runtime)
     return optimizer
+
+
+def _copy_all(this: list[torch.Tensor], that: list[torch.Tensor], _overflow: Any = None) -> None:
+    if this:
+        torch._foreach_copy_(that, this)  # few launches; underscored like all of PyTorch's lists of tensors
 
 
 def _l2_norm(_chunk: int, _overflow: Any, tensors: list[list[torch.Tensor]], *_: Any) -> tuple[torch.Tensor, None]:

@@ -15,7 +15,7 @@ def _names_are_there() -> None:
     import megatron.core.optimizer as megatron_optimizer
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
     from megatron.core.tensor_parallel import ColumnParallelLinear, layers
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer import attention, mlp
@@ -32,6 +32,7 @@ def _names_are_there() -> None:
     assert list(inspect.signature(mlp.bias_swiglu_impl).parameters)[:2] == ["input", "bias"]
     assert hasattr(moe_utils, "te_general_gemm")
     assert hasattr(clip_grads, "l2_norm_impl")
+    assert list(inspect.signature(optimizer._multi_tensor_copy_this_to_that).parameters)[:2] == ["this", "that"]
     for name in ("Adam", "USING_PYTORCH_OPTIMIZER"):
         assert hasattr(megatron_optimizer, name)
     for name in ("Adam", "HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"):

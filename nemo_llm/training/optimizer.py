@@ -71,7 +71,7 @@ def build_optimizer(
     return optimizer
 
 
-def _copy_all(this: list[torch.Tensor], that: list[torch.Tensor], _overflow: Any = None) -> None:
+def _copy_all(this: list[torch.Tensor], that: list[torch.Tensor], overflow_buf: Any = None) -> None:  # noqa: ARG001
     if this:
         torch._foreach_copy_(that, this)  # few launches; underscored like all of PyTorch's lists of tensors
 

@@ -26,7 +26,7 @@ _GRADIENT_TILE = {"OUTPUTS": 128, "INPUTS": 128, "ROWS": 64, "num_warps": 4, "nu
 def _table(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """``[E]`` int64 on the device: how many elements each tensor begins behind the first one."""
     first = tensors[0]
-    return _offsets(tuple(tensor.data_ptr() for tensor in tensors), first.element_size(), first.device)
+    return _offsets(tuple(map(torch.Tensor.data_ptr, tensors)), first.element_size(), first.device)
 
 
 @lru_cache(maxsize=4096)  # a model's weights and gradient buffers stay where they are

@@ -104,26 +104,35 @@ class ExpertProducts(torch.autograd.Function):
     """All experts on their rows: ``fc2(silu(gate) * up * share)`` with ``gate, up = fc1(x)`` (arXiv:2002.05202)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, share: torch.Tensor, routes: Routes, *weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        share: torch.Tensor,
+        routes: Routes,
+        weights: Sequence[torch.Tensor],
+        *announced: torch.Tensor,
+    ) -> torch.Tensor:
         """Tokens ``[T, h]`` and shares ``[T, k]`` -> ``[T, h]``; or rows ``[R, h]`` and ``[R]`` -> ``[R, h]``.
 
         Args:
             weights: ``fc1`` ``[2f, h]`` of every expert, then ``fc2`` ``[h, f]`` of every expert.
+            announced: the same, or nothing where autograd need not hear of their gradients: they go into ``main_grad``,
+                and to tell autograd of hundreds of weights takes the host as long as the GPU takes for a layer.
         """
         fc1, fc2 = _halves(weights)
         by, here = _kernels(x), routes.tokens is not None
         before = by.grouped_product(x, fc1, routes, transposed=True, gather=here)
         hidden = by.weighted_swiglu(before, share, routes)
         rows = by.grouped_product(hidden, fc2, routes, transposed=True, gather=False)
-        ctx.save_for_backward(x, share, before, *weights)
-        ctx.routes = routes
+        ctx.save_for_backward(x, share, before)
+        ctx.routes, ctx.weights, ctx.announced = routes, weights, bool(announced)
         return by.sum_of_rows(rows, routes) if here else rows
 
     @staticmethod
     def backward(ctx: Any, output_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of ``x``, ``share`` and the weights; the latter go into ``main_grad`` where there is one."""
-        x, share, before, *weights = ctx.saved_tensors
-        (fc1, fc2), routes = _halves(weights), ctx.routes
+        x, share, before = ctx.saved_tensors
+        (fc1, fc2), routes = _halves(ctx.weights), ctx.routes
         by, here = _kernels(x), routes.tokens is not None
         output_grad = output_grad.contiguous()
         hidden_grad = by.grouped_product(output_grad, fc2, routes, transposed=False, gather=here)
@@ -131,30 +140,34 @@ class ExpertProducts(torch.autograd.Function):
         rows_grad = by.grouped_product(before_grad, fc1, routes, transposed=False, gather=False)
         x_grad = by.sum_of_rows(rows_grad, routes) if here else rows_grad
         del hidden_grad, rows_grad
-        gradients: list[torch.Tensor | None] = [None] * len(weights)
-        if ctx.needs_input_grad[3]:  # else all are frozen
+        gradients: list[torch.Tensor | None] = []
+        if fc1[0].requires_grad:  # else all are frozen
             # A copy of each row is faster than reading the rows of the tokens in every tile of the product.
             rows = routes.tokens if here else None
-            gradients = [
-                *_weight_gradients(by, fc1, before_grad, x if rows is None else x[rows], routes),
-                *_weight_gradients(by, fc2, output_grad if rows is None else output_grad[rows], hidden, routes),
-            ]
-        return x_grad, share_grad.to(share.dtype), None, *gradients
+            buffers1 = _add_weight_gradients(by, fc1, before_grad, x if rows is None else x[rows], routes)
+            after = output_grad if rows is None else output_grad[rows]
+            buffers2 = _add_weight_gradients(by, fc2, after, hidden, routes)
+            if ctx.announced:
+                pairs = zip(ctx.weights, buffers1 + buffers2, strict=True)
+                gradients = [returned_gradient(weight, buffer) for weight, buffer in pairs]
+        elif ctx.announced:
+            gradients = [None] * len(ctx.weights)
+        return x_grad, share_grad.to(share.dtype), None, None, *gradients
 
 
 def _halves(weights: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     return weights[: len(weights) // 2], weights[len(weights) // 2 :]
 
 
-def _weight_gradients(
+def _add_weight_gradients(
     by: Any, weights: Sequence[torch.Tensor], output_grad: torch.Tensor, x: torch.Tensor, routes: Routes
-) -> list[torch.Tensor | None]:
+) -> list[torch.Tensor]:
     buffers = [gradient_buffer(weight) for weight in weights]
     stale = [take_stale(buffer) for buffer in buffers]
     if any(stale) and not all(stale):
         torch._foreach_zero_([buffer for buffer, old in zip(buffers, stale, strict=True) if old])
     by.add_grouped_weight_gradient(buffers, output_grad, x, routes, overwrite=all(stale))
-    return [returned_gradient(weight, buffer) for weight, buffer in zip(weights, buffers, strict=True)]
+    return buffers
 
 
 def _kernels(x: torch.Tensor) -> Any:
@@ -222,6 +235,9 @@ def _by_row(weight: torch.Tensor, routes: Routes) -> torch.Tensor:
 class GroupedExperts(SequentialMLP):
     """Megatron's experts, computed by `ExpertProducts` as long as nothing is attached to their linear layers."""
 
+    announces_gradients = True
+    """False where nobody waits for a single weight's gradient: all are in ``main_grad`` and summed at the end."""
+
     def forward(
         self, hidden: torch.Tensor, routes: Routes | torch.Tensor, share: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
@@ -229,7 +245,9 @@ class GroupedExperts(SequentialMLP):
         if self.is_plain():
             if not isinstance(routes, Routes):
                 routes = routes_of_counts(routes.cpu(), hidden.device)
-            return ExpertProducts.apply(hidden, share, routes, *self.weights()), None
+            weights = self.weights()
+            announced = weights if self.announces_gradients else ()
+            return ExpertProducts.apply(hidden, share, routes, weights, *announced), None
         if not isinstance(routes, Routes):
             return super().forward(hidden, routes, share)
         assert routes.tokens is not None

@@ -185,7 +185,7 @@ def _run_experts(cfg: RunConfig, tokens: int, like: dict) -> None:
                 weight.main_grad = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
                 weight.main_grad.stale = stale
             inputs = x.clone().requires_grad_()
-            ExpertProducts.apply(inputs, shares.clone().requires_grad_(), routes, *weights).sum().backward()
+            ExpertProducts.apply(inputs, shares.clone().requires_grad_(), routes, weights).sum().backward()
 
 
 def _run_rope(cfg: RunConfig, length: int, like: dict) -> None:

@@ -19,7 +19,13 @@ from nemo_llm.models.products import take_stale
 
 
 def mark_overwritten(chunk: DistributedDataParallel) -> None:
-    """Mark the weights of this chunk whose gradients nothing writes but our products."""
+    """Mark the weights of this chunk whose gradients nothing writes but our products.
+
+    Experts tell nobody that a weight's gradient is there where gradients are summed over ranks at the end alone.
+    """
+    for module in unwrap_model(chunk).modules():
+        if isinstance(module, GroupedExperts):
+            module.announces_gradients = chunk.ddp_config.overlap_grad_reduce
     for weight in _written_by_products(unwrap_model(chunk)):
         if hasattr(weight, "main_grad"):  # not frozen
             weight.overwrites_gradient = True

@@ -1,7 +1,7 @@
 """Megatron's optimizer (plain or distributed) from our section, with our AdamW or Muon inside."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
@@ -15,6 +15,8 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
 )
 from megatron.core.optimizer import optimizer as optimizer_module
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.utils import local_multi_tensor_l2_norm
 
 from nemo_llm.checkpoint.optimizer_state import optimizer_parts
@@ -64,11 +66,31 @@ def build_optimizer(
     with _our_class_in_megatron(FusedAdamW if cfg.optim.muon is None else Muon):
         optimizer = get_megatron_optimizer(config, model, use_gloo_process_groups=False)
     for part in optimizer_parts(optimizer):
+        part.get_main_grads_for_grad_norm = _counted_gradients(part)
         if cfg.performance.offload_optimizer_moments:
             part.optimizer.offload_moments()
         if cfg.optim.muon is not None:
             connect_muon(cfg, part, model, runtime)
     return optimizer
+
+
+def _counted_gradients(part: MegatronOptimizer) -> Callable[[], list[torch.Tensor]]:
+    """Megatron's ``get_main_grads_for_grad_norm`` for this part, which asks once which parameters count on this rank.
+
+    Megatron-Core 0.16.1 asks every parameter in every step, while the GPU waits: 15 ms for 1,500 weights of experts.
+    """
+    counted: list[torch.nn.Parameter] = []
+
+    def gradients() -> list[torch.Tensor]:
+        if not counted:
+            counted.extend(p for p in part.get_parameters() if _counts(p, getattr(part, "tp_group", None)))
+        return [p.grad for p in counted if p.grad is not None]
+
+    return gradients
+
+
+def _counts(parameter: torch.nn.Parameter, tp_group: Any) -> bool:
+    return param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, tp_group)
 
 
 def _copy_all(this: list[torch.Tensor], that: list[torch.Tensor], overflow_buf: Any = None) -> None:  # noqa: ARG001

@@ -1,5 +1,6 @@
 """The names of megatron-core that this project replaces or calls though they are private: a change there fails here."""
 
+import importlib
 import inspect
 import subprocess
 import sys
@@ -38,6 +39,9 @@ def _names_are_there() -> None:
         assert hasattr(megatron_optimizer, name)
     for name in ("Adam", "HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"):
         assert hasattr(distrib_optimizer, name)
+    finalize = inspect.getsource(importlib.import_module("megatron.core.distributed.finalize_model_grads"))
+    resets = finalize.partition("def reset_model_temporary_tensors")[2].partition("\n\n\n")[0]
+    assert (resets.count(" if "), "expert_bias" in resets, "global_aux_loss" in resets) == (2, True, True)
     parameters = inspect.signature(GPTModel._postprocess).parameters
     assert list(parameters)[1] == "hidden_states"
     assert {"labels", "loss_mask"} <= set(parameters)

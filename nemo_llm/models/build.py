@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from nemo_llm.config import RunConfig
 from nemo_llm.errors import ConfigError, Problem
@@ -68,6 +69,7 @@ def _build_chunk(cfg, runtime, config, backend, vp_stage, vocab_size) -> Languag
         pg_collection=runtime.groups,
     )
     _mark_split_parameters(chunk)
+    _mark_experts(chunk, runtime)
     if cfg.performance.compile_layers and runtime.device.type == "cuda":
         for layer in chunk.decoder.layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
@@ -93,3 +95,17 @@ def _mark_split_parameters(chunk: LanguageModel) -> None:
             if weight is not None and not hasattr(weight, "tensor_model_parallel"):
                 split_dim = 1 if isinstance(module, RowParallelLinear) else 0
                 set_tensor_model_parallel_attributes(weight, True, split_dim, 1)
+
+
+def _mark_experts(chunk: LanguageModel, runtime: ParallelRuntime) -> None:
+    """Mark the parameters of experts wherever their copies lie on other ranks than those of dense weights.
+
+    By the mark (``allreduce``) Megatron sums gradients over the ranks that hold the same expert, and keeps its
+    optimizer state there. megatron-core 0.16.1 sets it where EP is above 1. But with EP1 an expert tensor parallel size
+    other than TP also makes other groups: the copies of an expert would then train apart.
+    """
+    if runtime.experts_have_own_groups:
+        for module in chunk.modules():
+            if isinstance(module, MoELayer):
+                for parameter in module.experts.parameters():
+                    parameter.allreduce = False

@@ -78,6 +78,10 @@ MOE = [
     _layout("TP2 SP", 2, tp=2, sp=True),
     _layout("TP2 SP EP2", 4, tp=2, sp=True, ep=2),
     _layout("TP2 SP EP2 ETP1", 4, tp=2, sp=True, ep=2, etp=1),
+    _layout("TP2 SP ETP1", 2, tp=2, sp=True, etp=1),
+    _layout("TP2 SP ETP1 distributed optimizer", 2, tp=2, sp=True, etp=1, zero1=True),
+    _layout("ETP2", 2, etp=2),
+    _layout("TP2 SP DP2 ETP4 distributed optimizer", 4, tp=2, sp=True, etp=4, zero1=True),
     _layout("PP2 EP2", 4, pp=2, ep=2),
     _layout("CP2 EP2", 4, cp=2, ep=2),
 ]

@@ -313,6 +313,7 @@ def _check_four_bits(cfg: RunConfig) -> Iterator[Problem]:
     sizes = {
         "tensor_model_parallel_size": layout.tensor_model_parallel_size,
         "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size or 1,
     }
     for key, size in sizes.items():
         if size > 1:

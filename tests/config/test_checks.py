@@ -100,6 +100,8 @@ CASES: list[tuple[str, int, str, list[str], str | None]] = [
      "parallelism.expert_model_parallel_size=1"),
     ("model=gpt_tiny parallelism=tp2 parallelism.expert_tensor_parallel_size=1", 2,
      "parallelism.expert_tensor_parallel_size", ["1", "no mixture"], "parallelism.expert_tensor_parallel_size=null"),
+    ("model=moe_tiny peft=lora peft.base_weights=nf4 parallelism.expert_tensor_parallel_size=2", 2,
+     "parallelism.expert_tensor_parallel_size", ["2", "whole layers"], "peft.base_weights=null"),
     ("model=moe_tiny parallelism=ep2 model.moe.num_moe_experts=3", 2,
      "model.moe.num_moe_experts", ["3", "= 2", "1 or 3"], "model.moe.num_moe_experts=6"),
     ("model=moe_tiny parallelism=tp2 model.moe.moe_ffn_hidden_size=255", 2,

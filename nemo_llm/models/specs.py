@@ -43,6 +43,7 @@ from nemo_llm.models.latent_attention import LatentAttention
 from nemo_llm.models.linear import WholeColumnLinear, WholeRowLinear
 from nemo_llm.models.norm import Norm
 from nemo_llm.models.norm_variants import ParallelResidualLayer, WholeWidthNorm, with_post_norm
+from nemo_llm.models.router import use_own_router
 
 if not hasattr(moe_utils, "te_general_gemm"):
     # megatron-core 0.16.1 imports this name from Transformer Engine alone, then reads it in the router on every
@@ -145,6 +146,14 @@ def build_block_spec(
     Args:
         groups: Megatron's process groups.
     """
+    block = _block_spec(cfg, config, backend, vp_stage, groups)
+    use_own_router(block)
+    return block
+
+
+def _block_spec(
+    cfg: RunConfig, config: TransformerConfig, backend: str, vp_stage: int | None, groups: Any
+) -> TransformerBlockSubmodules:
     model = cfg.model
     pp_rank = groups.pp.rank()
     if model.layer_spec is not None:

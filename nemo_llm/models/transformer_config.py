@@ -55,7 +55,7 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
         offer_fused_qkv()
     fields = {
         **_model_fields(cfg.model),
-        **_moe_fields(cfg.model, cfg.parallelism),
+        **_moe_fields(cfg.model),
         **_mla_fields(cfg.model),
         **_parallel_fields(cfg.parallelism, device),
         **_precision_fields(cfg.precision, choose_backend(cfg.model, device.type)),
@@ -152,7 +152,7 @@ def softmax_scale(model: ModelConfig) -> float | None:
     return (model.softmax_scale or model.head_dim**-0.5) * factor**2
 
 
-def _moe_fields(model: ModelConfig, layout: ParallelismConfig) -> dict[str, Any]:
+def _moe_fields(model: ModelConfig) -> dict[str, Any]:
     moe = model.moe
     if moe is None:
         return {}
@@ -161,13 +161,6 @@ def _moe_fields(model: ModelConfig, layout: ParallelismConfig) -> dict[str, Any]
         fields["moe_layer_freq"] = [int(moe.has_layer(number)) for number in range(model.num_layers)]
     elif moe.moe_layer_freq == 1:
         del fields["moe_layer_freq"]
-    # megatron-core 0.16.1 scales the auxiliary losses by the tokens of one rank and then divides the gradients by the
-    # tokens of the whole batch: where TP and CP split a sequence over n ranks they weigh n times too little. The
-    # parity tests of MoE layouts fail once Megatron counts all tokens.
-    split = layout.tensor_model_parallel_size * layout.context_parallel_size
-    fields["moe_aux_loss_coeff"] = moe.moe_aux_loss_coeff * split
-    if moe.moe_z_loss_coeff is not None:
-        fields["moe_z_loss_coeff"] = moe.moe_z_loss_coeff * split
     return fields
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 MicroBatch = dict[str, torch.Tensor]
-"""``tokens``, ``labels``, ``loss_mask``, ``position_ids``: ``[b, s/cp]``; ``document_ids``: ``[b, s]``, absent when
-documents may see each other."""
+"""``tokens``, ``labels``, ``loss_mask``, ``position_ids``: ``[b, s/cp]``; ``padding``, bool ``[b, s/cp]``, absent when
+every position is filled; ``document_ids``: ``[b, s]``, absent when documents may see each other."""
 
 LossSum = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
@@ -22,6 +22,7 @@ def forward_step(
         attention_mask=batch.get("document_ids"),
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        padding_mask=batch.get("padding"),
     )
     return output, lambda losses: sum_losses(losses, batch["loss_mask"])
 

@@ -35,8 +35,8 @@ CHANGEABLE_KEYS = (
     "trainer.spike_sigmas",
     "trainer.spike_window",
     # Where and how the same computation is done: checkpoints hold no layout, the data order knows samples and not
-    # micro-batches. Sums are taken in another order, so results agree within rounding and not bit by bit; with MoE the
-    # auxiliary loss, which is one per micro-batch, changes its composition.
+    # micro-batches. Sums are taken in another order, so results agree within rounding and not bit by bit. (A router's
+    # loss is a mean over a micro-batch: where there is one, `_fixed_by_router` takes its size out of this list.)
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
@@ -102,11 +102,12 @@ def compare_configs(
         also_allowed: patterns of dotted keys that the user allows beside `CHANGEABLE_KEYS`.
     """
     patterns = (*CHANGEABLE_KEYS, *also_allowed)
+    fixed = _fixed_by_router(new)
     allowed: list[Change] = []
     forbidden: list[Change] = []
     for change in _differences(saved, new):
         if change.key not in _NOT_COMPARED:
-            matches = any(fnmatchcase(change.key, pattern) for pattern in patterns)
+            matches = any(fnmatchcase(change.key, pattern) for pattern in patterns) and change.key not in fixed
             (allowed if matches else forbidden).append(change)
     return allowed, forbidden
 
@@ -121,11 +122,13 @@ def check_agreement(
     """
     allowed, forbidden = compare_configs(saved, new, also_allowed)
     if forbidden:
+        fixed = _fixed_by_router(new)
         raise ConfigError(
             Problem(
                 change.key,
                 change.after,
-                f"{source} was made with {change.before!r}, and a resume may not change this key",
+                f"{source} was made with {change.before!r}, and a resume may not change this key"
+                + fixed.get(change.key, ""),
                 f"set {change.key} back to {change.before!r} to go on, or start anew in another run.dir"
                 if change.before is not NO_VALUE
                 else "remove the key to go on, or start anew in another run.dir",
@@ -133,6 +136,20 @@ def check_agreement(
             for change in forbidden
         )
     return allowed
+
+
+def _fixed_by_router(config: Mapping[str, Any]) -> dict[str, str]:
+    """Keys that this configuration's router fixes although they are changeable elsewhere, each with the reason."""
+    moe = config.get("model", {}).get("moe") or {}
+    balance = moe.get("moe_router_load_balancing_type")
+    weighed = balance in ("aux_loss", "seq_aux_loss") and moe.get("moe_aux_loss_coeff")
+    if not (weighed or balance == "sinkhorn" or moe.get("moe_z_loss_coeff")):
+        return {}
+    reason = (
+        ": the router is balanced over the tokens of a micro-batch, so another size would train something else "
+        "(parallelism.recompute_granularity, context and tensor parallelism save memory without that)"
+    )
+    return {"trainer.micro_batch_size": reason}
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> Iterator[Change]:

@@ -19,7 +19,7 @@ def _names_are_there() -> None:
     from megatron.core.tensor_parallel import ColumnParallelLinear, layers
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer import attention, mlp
-    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe import moe_layer, moe_utils, router
     from megatron.core.transformer.transformer_layer import TransformerLayer
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
@@ -41,6 +41,11 @@ def _names_are_there() -> None:
     assert {"labels", "loss_mask"} <= set(parameters)
     parameters = list(inspect.signature(GPTModel._preprocess).parameters)
     assert parameters[1:3] == ["input_ids", "position_ids"]
+    assert "padding_mask,\n        ) = preproc_output[:6]" in inspect.getsource(GPTModel.forward)
+    for call in ("self.apply_z_loss(", "self.is_aux_loss_enabled()"):
+        assert call in inspect.getsource(router.TopKRouter.routing)
+    assert "self.router)(hidden_states, padding_mask)" in inspect.getsource(moe_layer.MoELayer.route)
+    assert "padding_mask.transpose(0, 1).bool()" in inspect.getsource(moe_layer.MoELayer.forward)
     assert "weight" in inspect.signature(ColumnParallelLinear.forward).parameters
     assert "hidden_states" in inspect.signature(TransformerLayer._forward_attention).parameters
     assert list(inspect.signature(_StorageInfo).parameters)[:3] == ["relative_path", "offset", "length"]

@@ -71,8 +71,9 @@ def inference_config(place: ModelPlace, folder: Path, world_size: int) -> RunCon
         # One kernel for any length; the rotation alone would be compiled for every length of prompts.
         cfg = dataclasses.replace(cfg, performance=dataclasses.replace(cfg.performance, fused_rope=True))
     problems = [problem for problem in find_problems(cfg, world_size) if problem.key.startswith(("parallel", "model"))]
-    # Experts under TP need sequence parallelism in training alone.
-    problems = [problem for problem in problems if problem.key != "parallelism.sequence_parallel"]
+    # Sequence parallelism for experts under TP, and ways of balancing experts, matter in training alone.
+    trained = ("parallelism.sequence_parallel", "model.moe.moe_router_load_balancing_type")
+    problems = [problem for problem in problems if problem.key not in trained]
     if layout.context_parallel_size > 1:
         rule = "generation and evaluation do not split a sequence"
         problems.append(

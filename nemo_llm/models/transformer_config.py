@@ -13,6 +13,7 @@ from nemo_llm.config import ModelConfig, ParallelismConfig, PrecisionConfig, Run
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.activation import offer_fused_swiglu
 from nemo_llm.models.gradients import offer_gradient_accumulation
+from nemo_llm.models.norm_recomputation import offer_norm_recomputation
 from nemo_llm.models.rope import offer_fused_qkv, offer_fused_rope
 from nemo_llm.models.rope_scaling import attention_factor
 from nemo_llm.models.specs import choose_backend
@@ -46,6 +47,8 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
     fuse_rope = device.type == "cuda" and fuses_rope(cfg)
     if cfg.performance.gradient_accumulation_fusion:
         offer_gradient_accumulation()
+    if cfg.parallelism.recompute_granularity == "selective":
+        offer_norm_recomputation()
     if fuse_rope:
         offer_fused_rope()
     if device.type == "cuda" and cfg.performance.fused_kernels:

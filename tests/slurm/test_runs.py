@@ -19,8 +19,9 @@ def make_run(folder: Path, step: int):
     opened = open_run_dir(compose(["+model=gpt_tiny", f"run.dir={folder}", "trainer.max_steps=50"]))
     metrics = MetricsFile(folder)
     row = StepRow(
-        step=step, loss=2.5, grad_norm=1.0, learning_rate=1e-3, consumed_samples=1, consumed_tokens=64, learned_tokens=64,
-        step_time_seconds=2.0, tokens_per_second=32.0, learned_tokens_per_second=32.0, tflops_per_device=0.1, skipped=False,
+        step=step, loss=2.5, grad_norm=1.0, learning_rate=1e-3, consumed_samples=1, consumed_tokens=64,
+        learned_tokens=64, step_time_seconds=2.0, tokens_per_second=32.0, learned_tokens_per_second=32.0,
+        tflops_per_device=0.1, skipped=False,
     )  # fmt: skip
     metrics.append(row)
     metrics.close()

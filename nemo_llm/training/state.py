@@ -31,7 +31,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer update. The loss is the mean over learned tokens of the global batch; the norm is before clipping."""
+    """One optimizer update. The loss is the mean over learned tokens of all ranks; the norm is before clipping."""
 
     loss: float
     grad_norm: float

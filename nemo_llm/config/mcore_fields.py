@@ -1,8 +1,8 @@
-"""What `model.mcore_overrides` may set: a table of every field of Megatron-Core 0.16.1's configuration of a transformer.
+"""What `model.mcore_overrides` may set: every field of Megatron-Core 0.16.1's configuration of a transformer.
 
-*Numbers* change the arithmetic, *speed or memory* leaves it. The rest is refused: a key of ours sets it, or nothing here
-reads it. tests/models/test_mcore_fields.py holds the table beside TransformerConfig and MLATransformerConfig and tries
-every field.
+*Numbers* change the arithmetic, *speed or memory* leaves it. The rest is refused: a key of ours sets it, or nothing
+here reads it. tests/models/test_mcore_fields.py holds the table beside TransformerConfig and MLATransformerConfig and
+tries every field.
 """
 
 from collections.abc import Callable

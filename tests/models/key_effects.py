@@ -62,7 +62,7 @@ def changed(model: str, change: dict[str, Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """Loss and norm of each step, names, shapes and sums of the parameters at the start, and Megatron's configuration."""
+    """Loss and norm of each step, parameters at the start (names, shapes, sums), and Megatron's configuration."""
 
     figures: list[tuple[float, float]]
     parameters: list[tuple[str, tuple[int, ...], float]]
@@ -89,9 +89,8 @@ def effects(cases: list[tuple[str, dict[str, Any]]], steps: int) -> list[Effect]
         run = build_training_run(cfg, runtime)
         (chunk,) = run.model
         parameters = [(name, tuple(p.shape), float(p.detach().double().sum())) for name, p in chunk.named_parameters()]
-        config = {
-            name: value for name, value in vars(get_model_config(chunk)).items() if isinstance(value, str | float)
-        }
+        config = dict(vars(get_model_config(chunk)))
+        config = {name: value for name, value in config.items() if isinstance(value, bool | int | float | str)}
         results = [train_step(run) for _ in range(steps)]
         found.append(Effect([(result.loss, result.grad_norm) for result in results], parameters, config))
     return found

@@ -66,7 +66,7 @@ def test_fields_change_the_numbers_or_speed_and_memory_alone(ranks: RankPool) ->
         assert not find_problems(changed(*runs[-1]), 1), name
     found = ranks.run(effects, 1, runs, 4)[0]
     for (name, (_, _, value)), before, after in zip(CASES.items(), found[::2], found[1::2], strict=True):
-        assert after.config.get(name, value) == value, name
+        assert name == "no_rope_freq" or after.config[name] == value, name  # Megatron makes that a list
         if FIELDS[name].numbers:
             assert after.numbers != before.numbers, name
         else:
@@ -80,15 +80,12 @@ def _refused(model: str, name: str, value: Any) -> str:
     return " ".join(str(one) for one in find_problems(cfg, 1) if one.key == f"model.mcore_overrides.{name}")
 
 
-@pytest.mark.parametrize("name", [*OWN_KEYS, *UNREAD])
-def test_others_are_refused_with_what_to_use(name: str) -> None:
-    cfg = dataclasses.replace(BASE_CFG, model=dataclasses.replace(BASE_CFG.model, mcore_overrides={name: True}))
-    (problem,) = find_problems(cfg, 1)
-    assert problem.key == f"model.mcore_overrides.{name}"
-    assert OWN_KEYS.get(name, "remove it") in problem.fix
-
-
-BASE_CFG = changed("dense", {})
+def test_others_are_refused_with_what_to_use() -> None:
+    names = [*OWN_KEYS, *UNREAD]
+    problems = find_problems(changed("dense", {"mcore_overrides": dict.fromkeys(names, True)}), 1)
+    assert [problem.key for problem in problems] == [f"model.mcore_overrides.{name}" for name in names]
+    for problem, name in zip(problems, names, strict=True):
+        assert OWN_KEYS.get(name, "remove it") in problem.fix
 
 
 def test_keys_of_ours_exist() -> None:

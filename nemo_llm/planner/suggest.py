@@ -56,8 +56,8 @@ def _recomputation(cfg: RunConfig, parallel: ParallelismConfig) -> Iterator[tupl
         text = f"set parallelism.recompute_granularity=selective with recompute_modules=[{','.join(modules)}]"
         yield text, replace(cfg, parallelism=changed)
     if parallel.recompute_granularity != "full":
-        full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        changed = replace(parallel, **full, recompute_modules=UNUSED_MODULES)
+        changed = replace(parallel, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        changed = replace(changed, recompute_modules=UNUSED_MODULES)
         text = "set parallelism.recompute_granularity=full with recompute_method=uniform recompute_num_layers=1"
         if parallel.recompute_modules != UNUSED_MODULES:
             text += f" recompute_modules=[{','.join(UNUSED_MODULES)}]"

@@ -1,4 +1,4 @@
-"""Checks of the recipe: batch, schedule, recomputation, precision, data files, loggers."""
+"""Checks of the recipe: batch, schedule, precision, data files, loggers."""
 
 from collections.abc import Iterator
 from glob import glob
@@ -12,8 +12,6 @@ from nemo_llm.config.data import blend_entries
 from nemo_llm.config.precision import Fp8Config
 from nemo_llm.config.run import RunConfig
 from nemo_llm.errors import InputError, Problem
-
-_RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
 
 
 def _data_parallel_size(cfg: RunConfig, world_size: int) -> int | None:
@@ -132,34 +130,6 @@ def check_schedule(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
             f"{sched.decay_steps - sched.warmup_steps}",
             f"set it to {max(1, sched.decay_steps // 5)}, a fifth of optim.sched.decay_steps",
         )
-
-
-def check_recompute(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
-    """Full recomputation says how and how much; selective recomputation says what."""
-    parallel = cfg.parallelism
-    key = "parallelism.recompute"
-    if parallel.recompute_granularity == "full":
-        if parallel.recompute_method is None:
-            rule = "full recomputation needs uniform or block"
-            yield Problem(f"{key}_method", None, rule, f"set {key}_method=uniform")
-        if parallel.recompute_num_layers is None:
-            rule = "full recomputation needs the number of layers"
-            yield Problem(f"{key}_num_layers", None, rule, f"set {key}_num_layers=1")
-        return
-    for name in ("method", "num_layers"):
-        value = parallel.recompute_method if name == "method" else parallel.recompute_num_layers
-        if value is not None:
-            rule = f"is read with {key}_granularity=full alone, which is {parallel.recompute_granularity}"
-            yield Problem(f"{key}_{name}", value, rule, f"set {key}_{name}=null, or {key}_granularity=full")
-    if parallel.recompute_granularity != "selective":
-        return
-    for module in parallel.recompute_modules:
-        if module not in _RECOMPUTE_MODULES:
-            allowed = ", ".join(_RECOMPUTE_MODULES)
-            yield Problem(f"{key}_modules", module, f"must be of {allowed}", f"set {key}_modules=[core_attn]")
-        elif module in ("moe", "moe_act", "shared_experts") and cfg.model.moe is None:
-            rule = f"{module} is recomputed in a mixture of experts, and the model has none"
-            yield Problem(f"{key}_modules", module, rule, f"leave {module} out")
 
 
 def check_offloading(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
@@ -384,7 +354,6 @@ RECIPE_CHECKS = (
     check_batch,
     check_batch_ramp,
     check_schedule,
-    check_recompute,
     check_precision,
     check_loggers,
     check_resume,

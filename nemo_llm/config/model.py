@@ -36,6 +36,22 @@ class RopeScaling(Section):
     attention_factor: PositiveFloat | None = None
 
 
+SCALING_FIELDS: dict[str, tuple[str, ...]] = {
+    "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "attention_factor",
+    ),
+    "dynamic": ("original_max_position_embeddings",),
+    "linear": (),
+}
+"""What each type of scaling reads besides its factor."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoeConfig(Section):
     """Mixture of experts in place of the dense MLP, in Megatron's spelling."""

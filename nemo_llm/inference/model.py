@@ -45,6 +45,8 @@ def inference_config(place: ModelPlace, folder: Path, world_size: int) -> RunCon
     dtype = place.dtype or trained_in
     mapping = to_dict(compose(["+model=gpt_tiny", f"precision={dtype}"]))
     mapping["model"] = {**mapping["model"], **saved["model"], "transformer_impl": "torch"}
+    if mapping["model"]["moe"] is not None:
+        mapping["model"]["moe"]["moe_grouped_gemm"] = False  # joined in Transformer Engine's layers alone
     layout = place.parallelism
     mapping["parallelism"] = dataclasses.asdict(
         dataclasses.replace(

@@ -143,15 +143,16 @@ class _Report:
     def step(self, result: StepResult, seconds: float, data_wait_seconds: float) -> None:
         """Take in one step; on its interval, log it."""
         run, state = self.run, self.run.state
-        self._meter.record_step(result.num_tokens, seconds, data_wait_seconds)
-        trainer = run.cfg.trainer
+        trainer, ramp, length = run.cfg.trainer, run.ramp, run.cfg.data.seq_length
+        positions = ramp.global_batch_size(state.step) * length
+        self._meter.record_step(positions, result.num_tokens, seconds, data_wait_seconds)
         first = self._experiment is None
         if self._metrics is None or not (
             first or _due(trainer.log_interval, state.step) or state.step == trainer.max_steps
         ):
             return
-        samples = run.ramp.global_batch_size(state.step)
-        speed = self._meter.report((trainer.max_steps - state.step) * samples * run.cfg.data.seq_length)
+        samples_left = ramp.consumed_samples(trainer.max_steps) - ramp.consumed_samples(state.step)
+        speed = self._meter.report(samples_left * length)
         row = StepRow(
             step=state.step,
             loss=result.loss,
@@ -159,8 +160,10 @@ class _Report:
             learning_rate=result.learning_rate,
             consumed_samples=state.consumed_samples,
             consumed_tokens=state.consumed_tokens,
+            learned_tokens=result.num_tokens,
             step_time_seconds=speed.step_time_seconds,
             tokens_per_second=speed.tokens_per_second,
+            learned_tokens_per_second=speed.learned_tokens_per_second,
             tflops_per_device=speed.tflops_per_device,
             skipped=result.skipped,
         )
@@ -230,6 +233,7 @@ def _figures(row: StepRow, speed: Throughput) -> dict[str, float | None]:
         "train/grad_norm": row.grad_norm,
         "train/learning_rate": row.learning_rate,
         "speed/tokens_per_second": row.tokens_per_second,
+        "speed/learned_tokens_per_second": row.learned_tokens_per_second,
         "speed/tflops_per_device": row.tflops_per_device,
         "speed/mfu_causal": speed.mfu_causal,
         "speed/data_wait_fraction": speed.data_wait_fraction,

@@ -62,6 +62,18 @@ def _te_gemm_is_defined_by_megatron() -> bool:
     return "te_general_gemm = None" in source
 
 
+def _norms_are_recomputed_as_if_in_fp8() -> bool:
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    asks_for_none = "fp8 is not None" in inspect.getsource(CheckpointWithoutOutput.__init__)
+    return asks_for_none and "CheckpointWithoutOutput()" in inspect.getsource(TransformerLayer._forward_attention)
+
+
+def test_megatron_still_takes_the_default_of_a_recomputed_norm_for_fp8(ranks: RankPool) -> None:
+    assert ranks.run(_norms_are_recomputed_as_if_in_fp8, 1)[0], "models/norm_recomputation.py is not needed any more"
+
+
 def test_megatron_still_leaves_a_name_undefined_without_transformer_engine(ranks: RankPool) -> None:
     # When this fails, models/specs.py need not define moe_utils.te_general_gemm any more.
     assert ranks.run(_te_gemm_is_defined_by_megatron, 1) == [False]

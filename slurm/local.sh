@@ -38,6 +38,8 @@ for number in "$processes" "$max_retries"; do
 done
 # A run that may have to go on needs a folder that it finds again.
 run_dir=${run_dir:-runs/local-$(date +%Y%m%d-%H%M%S)}
+# shellcheck disable=SC2088  # as the program reads paths
+[[ $run_dir != "~/"* ]] || run_dir=$HOME/${run_dir#"~/"}
 overrides+=("run.dir=$run_dir")
 "$python" -W ignore -m nemo_llm.train "${overrides[@]}" trainer.check_only=true trainer.devices="$processes" || exit
 

@@ -13,6 +13,7 @@ from nemo_llm.config.catalog import (
     nearest,
     nearest_key,
 )
+from nemo_llm.config.run import RunConfig
 from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 
 _MISSING = "missing"
@@ -33,12 +34,15 @@ class _Located:
     error: Mapping[str, Any]
 
 
-def problems_of_validation(errors: Sequence[Mapping[str, Any]], mapping: Mapping[str, Any]) -> list[Problem]:
+def problems_of_validation(
+    errors: Sequence[Mapping[str, Any]], mapping: Mapping[str, Any], section: type = RunConfig
+) -> list[Problem]:
     """One problem for each key that pydantic's `errors` name.
 
     Args:
         errors: ``ValidationError.errors()``.
         mapping: what was decoded, to show the values received.
+        section: the class that it was decoded into.
     """
     located = [_locate(error, mapping) for error in errors]
     problems: dict[Path, list[Problem]] = {}
@@ -46,7 +50,7 @@ def problems_of_validation(errors: Sequence[Mapping[str, Any]], mapping: Mapping
         if item.union_at is not None and not _speaks_for_union(item, located):
             continue
         own = _problems_of_section(item.error)
-        problems.setdefault(item.path, own or [_problem(item.path, item.error, mapping)])
+        problems.setdefault(item.path, own or [_problem(item.path, item.error, mapping, section)])
     return [problem for found in problems.values() for problem in found]
 
 
@@ -60,10 +64,10 @@ def _problems_of_section(error: Mapping[str, Any]) -> list[Problem]:
     return [Problem(_dotted(error["loc"]), NO_VALUE, str(raised), "")]
 
 
-def _problem(path: Path, error: Mapping[str, Any], mapping: Mapping[str, Any]) -> Problem:
-    key, value, annotation = _dotted(path), _value_at(mapping, path), annotation_at(path)
+def _problem(path: Path, error: Mapping[str, Any], mapping: Mapping[str, Any], section: type) -> Problem:
+    key, value, annotation = _dotted(path), _value_at(mapping, path), annotation_at(path, section)
     if error["type"] == _UNEXPECTED:
-        return _unknown_key(key, value, known_keys())
+        return unknown_key(key, value, known_keys(section))
     allowed = error["msg"] if annotation is None else describe_type(annotation)
     if error["type"] == _MISSING and value is NO_VALUE:
         return Problem(key, NO_VALUE, f"missing; it takes {allowed}", f"add {key}=<value>")
@@ -72,7 +76,8 @@ def _problem(path: Path, error: Mapping[str, Any], mapping: Mapping[str, Any]) -
     return Problem(key, value, f"must be {allowed}", _fix_for_value(key, value, annotation))
 
 
-def _unknown_key(key: str, value: object, keys: Mapping[str, KeyInfo]) -> Problem:
+def unknown_key(key: str, value: object, keys: Mapping[str, KeyInfo]) -> Problem:
+    """The problem of a key that is none of `keys`, with the one that was probably meant."""
     section = key.rpartition(".")[0]
     plain = section.partition("[")[0]
     siblings = [name.rpartition(".")[2] for name in keys if name.rpartition(".")[0] == plain]

@@ -4,7 +4,7 @@
 #
 #   bash slurm/local.sh [--processes=N] [--max-retries=N] OVERRIDES
 #
-# example:  bash slurm/local.sh --processes=8 +model=llama3_8b parallelism=tp8 precision=bf16 run.dir=runs/a
+# example:  bash slurm/local.sh --processes=8 +model=llama3_8b parallelism=tp2 precision=bf16 run.dir=runs/a
 #
 # options:
 #   --processes=N      ranks [the GPUs that nvidia-smi shows, else 1]

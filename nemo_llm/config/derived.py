@@ -120,10 +120,11 @@ def newest_step(folder: Path) -> Path:
     if (folder / "COMPLETE").exists():
         return folder
     within = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    steps = sorted(path.parent for path in within.glob("step_*/COMPLETE"))
+    complete = [path.parent for path in within.glob("step_*/COMPLETE")]
+    steps = [path for path in complete if path.name.removeprefix("step_").isdecimal()]
     if not steps:
         raise InputError(f"{folder}: no complete checkpoint there (a folder with a file COMPLETE in it)")
-    return steps[-1]
+    return max(steps, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def _value(arguments: Sequence[str], key: str, prefix: str) -> str | None:

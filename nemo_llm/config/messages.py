@@ -1,5 +1,6 @@
 """Turns what pydantic and Hydra say into problems in the project's own words: key, value, what is allowed, the fix."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ from nemo_llm.config.catalog import (
     KeyInfo,
     annotation_at,
     choices_of,
+    conf_dir,
     describe_type,
     known_keys,
     nearest,
@@ -19,6 +21,7 @@ from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 _MISSING = "missing"
 _TO_BE_GIVEN = "???"  # OmegaConf's mark of a value that the user must give
 _UNEXPECTED = "unexpected_keyword_argument"
+_SAME_CHOICE = {"gpu": "cuda"}  # by letters it is nearer to cpu
 
 
 Path = tuple[str | int, ...]
@@ -92,9 +95,13 @@ def _fix_for_value(key: str, value: object, annotation: Any) -> str:
     if annotation is None:
         return f"correct {key}"
     allowed, choices = describe_type(annotation), choices_of(annotation)
+    if isinstance(value, str) and dataclasses.is_dataclass(annotation):
+        groups = [group for group in (key.replace(".", "/"), key.rpartition(".")[2]) if _is_file_of(group, value)]
+        if groups:
+            return f"a file of conf/ is chosen by its group: {groups[0]}={value}"
     if choices and isinstance(value, str):
-        meant = nearest(value, choices)
-        return f"did you mean {key}={meant}?" if meant else f"write {key}={choices[0]}"
+        meant = _SAME_CHOICE.get(value) or nearest(value, choices)
+        return f"did you mean {key}={meant}?" if meant in choices else f"write {key}={choices[0]}"
     if "number" in allowed and isinstance(value, str) and (number := _as_number(value)) is not None:
         return f"write it without quotes: {key}={number}"
     if "whole number" in allowed and isinstance(value, float) and value.is_integer() and value > 0:
@@ -102,6 +109,10 @@ def _fix_for_value(key: str, value: object, annotation: Any) -> str:
     if "text" in allowed and isinstance(value, int | float):
         return f"write it in quotes: {key}='\"{value}\"'"
     return f"write {key}=<{allowed}>"
+
+
+def _is_file_of(group: str, name: str) -> bool:
+    return (conf_dir() / group / f"{name}.yaml").is_file()
 
 
 def _as_number(text: str) -> int | float | None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -72,7 +72,7 @@ class Texts:
                 and _is_list_of_texts(members)
                 and not all(isinstance(one, str) for one in found)
             ):
-                return self.hide(yaml.load(value, yaml.BaseLoader))  # [42] is the text "42"
+                return self.hide(_as_texts(value, found))
             if not takes_text or _is_one_of(found, kinds):
                 return value
         nested = _nested(value)
@@ -120,10 +120,8 @@ def _unquoted(value: str) -> str | None:
     """What stands in the quotes of a value that is one quoted string of Hydra's, else None."""
     if len(value) < 2 or value[0] != value[-1] or value[0] not in "'\"":
         return None
-    override = parse(f"key={value}")
-    if override is None or not isinstance(override._value, QuotedString):
-        return None
-    return str(override.value())
+    override = parse(f"key={value}")  # which reads nothing else that begins with a quotation mark, but for sweeps
+    return None if override is None or override.is_sweep_override() else str(override.value())
 
 
 def _is_one_of(value: Any, kinds: Sequence[Any] | set[Any]) -> bool:
@@ -139,6 +137,15 @@ def _is_one_of(value: Any, kinds: Sequence[Any] | set[Any]) -> bool:
 def _is_list_of_texts(members: Sequence[Any]) -> bool:
     lists = [get_args(one)[0] for one in members if get_origin(one) in (list, tuple)]
     return bool(lists) and all(get_args(one)[:1] == (str,) or one is str for one in lists)
+
+
+def _as_texts(value: str, found: list[Any]) -> list[Any]:
+    """The items of a list as they were written: ``[007]`` is the text 007. What YAML reads otherwise stays `found`."""
+    try:
+        items = yaml.load(value, yaml.BaseLoader)
+    except yaml.YAMLError:
+        return found
+    return items if isinstance(items, list) and len(items) == len(found) else found
 
 
 def _nested(value: str) -> Any:

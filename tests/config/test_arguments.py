@@ -148,6 +148,7 @@ def texts_parse(written: str) -> Any:
         ('"${sampling.seed} ${batch_size}"', "1234 16"),
         ("[a,b]", ["a", "b"]),
         ("[a, 42]", ["a", "42"]),
+        ("[007, 1e3]", ["007", "1e3"]),
         ("[\"What's up?\", 'b, c']", ["What's up?", "b, c"]),
         ("[/x/step=1, ~/b]", ["/x/step=1", "~/b"]),
         ("[INST] hi", "[INST] hi"),

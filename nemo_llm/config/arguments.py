@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_llm.config.catalog import annotation_at, union_members
 
+_WORDS = ("null", "true", "false", "nan", "inf")  # that are no texts to Hydra
 _MARK = re.compile(r"NEMO_LLM_TEXT_(\d+)_")
 
 
@@ -107,7 +108,8 @@ def as_hydra(value: Any, quote: Callable[[str], str] | None = None) -> str:
 
 
 def _key(key: Any, quote: Callable[[str], str]) -> str:
-    return quote(key) if isinstance(key, str) and not key.isidentifier() else str(key)
+    plain = not isinstance(key, str) or (key.isidentifier() and key.lower() not in _WORDS)
+    return str(key) if plain else quote(key)
 
 
 def _quoted(text: str) -> str:

@@ -40,12 +40,16 @@ def main(cfg: RunConfig) -> ExitCode:
 
 
 def check_only(cfg: RunConfig) -> ExitCode:
-    """Print the plan of the run and whether it fits; starts nothing."""
+    """Print what the run would read, its plan and whether it fits; starts nothing."""
+    from nemo_llm.data.check import describe_data
     from nemo_llm.data.tokenizer import load_tokenizer
     from nemo_llm.planner.check_only import report
+    from nemo_llm.training.batch_ramp import build_batch_ramp
 
-    vocab_size = load_tokenizer(cfg.data.tokenizer).vocab_size
-    print(report(cfg, intended_world_size(cfg), vocab_size))
+    tokenizer = load_tokenizer(cfg.data.tokenizer)
+    ramp = build_batch_ramp(cfg.trainer.global_batch_size, cfg.trainer.rampup_batch_size)
+    print(describe_data(cfg, tokenizer, ramp.consumed_samples(cfg.trainer.max_steps)), end="\n\n")
+    print(report(cfg, intended_world_size(cfg), tokenizer.vocab_size))
     return ExitCode.DONE
 
 

@@ -11,6 +11,7 @@ from nemo_llm.config.catalog import nearest
 from nemo_llm.config.data import blend_entries
 from nemo_llm.config.precision import Fp8Config
 from nemo_llm.config.run import RunConfig
+from nemo_llm.config.services import ExpManagerConfig
 from nemo_llm.errors import InputError, Problem
 
 
@@ -211,23 +212,30 @@ def check_optimizer(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
 def check_loggers(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
     """Loggers that are asked for are installed, and have what they need."""
     manager = cfg.exp_manager
-    asked = {
-        "create_wandb_logger": (manager.create_wandb_logger, "wandb"),
-        "create_mlflow_logger": (manager.create_mlflow_logger, "mlflow"),
-    }
-    for name, (wanted, package) in asked.items():
+    asked = {"wandb": manager.create_wandb_logger, "mlflow": manager.create_mlflow_logger}
+    for package, wanted in asked.items():
         if wanted and find_spec(package) is None:
-            key = f"exp_manager.{name}"
-            yield Problem(
-                key,
-                True,
-                f"needs the package {package}, which is not installed",
-                f"install the extra {package}, or set {key}=false",
-            )
+            key = f"exp_manager.create_{package}_logger"
+            rule = f"needs the package {package}, which is not installed"
+            yield Problem(key, True, rule, f"install the extra {package}, or set {key}=false")
+    yield from logger_problems(manager)
+
+
+def logger_problems(manager: ExpManagerConfig) -> Iterator[Problem]:
+    """Loggers that the `exp_manager` section asks for and cannot have."""
+    asked = {"wandb": manager.create_wandb_logger, "mlflow": manager.create_mlflow_logger}
+    for kind, wanted in asked.items():
+        key = f"exp_manager.create_{kind}_logger"
         if wanted and not manager.enabled:
-            yield Problem(
-                f"exp_manager.{name}", True, "needs exp_manager.enabled, which is false", "set exp_manager.enabled=true"
-            )
+            fix = f"set exp_manager.enabled=true, or {key}=false"
+            yield Problem(key, True, "needs NeMo's exp_manager, and exp_manager.enabled is false", fix)
+    if manager.create_wandb_logger and "project" not in manager.wandb_logger_kwargs:
+        yield Problem(
+            "exp_manager.wandb_logger_kwargs",
+            dict(manager.wandb_logger_kwargs),
+            "must name the Weights & Biases project",
+            "add exp_manager.wandb_logger_kwargs.project=<name>",
+        )
 
 
 def check_resume(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
@@ -331,7 +339,12 @@ def _missing_indexed(key: str, prefix: str) -> Iterator[Problem]:
     elif missing:
         files = " and ".join(prefix + suffix for suffix in missing)
         yield Problem(
-            key, prefix, f"there is no {files}", "correct the path, or write the files with tools/prepare_data.py"
+            key,
+            prefix,
+            f"there is no {files}",
+            f"name raw text as {{name: mine, text: {prefix}}}"
+            if Path(prefix).expanduser().exists() or glob(str(Path(prefix).expanduser()))
+            else "correct the path, or write the files with tools/index_dataset.py",
         )
 
 

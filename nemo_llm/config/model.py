@@ -9,6 +9,7 @@ from nemo_llm.config.section import (
     Fraction,
     NonEmptyStr,
     NonNegativeFloat,
+    PathStr,
     PositiveFloat,
     PositiveInt,
     Scalar,
@@ -135,8 +136,8 @@ class ModelConfig(Section):
     transformer_impl: Literal["auto", "torch", "transformer_engine"]
     layer_spec: str | None
     layer_spec_settings: dict[str, Scalar]
-    hf_path: str | None
-    checkpoint_path: str | None
+    hf_path: PathStr | None
+    checkpoint_path: PathStr | None
     family: str | None
     mla: MlaConfig | None = None
     head: tuple[NonEmptyStr, ...] | None = None

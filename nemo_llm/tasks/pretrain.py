@@ -36,7 +36,7 @@ def sum_losses(losses: torch.Tensor, loss_mask: torch.Tensor) -> LossSum:
 
     Returns:
         The sum (differentiable), the number of tokens (int32), and ``[loss, tokens, hits]`` in float64 for the log.
-        Nothing is divided here: Megatron divides the gradients once, by the token count of the global batch.
+        Nothing is divided here: the optimizer's factor divides once, by the token count of the global batch.
     """
     mask = loss_mask.float()
     per_token = losses if losses.dim() == 2 else losses[0]

@@ -5,6 +5,7 @@ of the data (a pure function of data, seed and batch sizes), and what is optimis
 every change is listed for the user. A key that is not named here is refused: a new key must be thought about first.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -162,7 +163,16 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: st
             yield Change(prefix + name, old, new)
 
 
+def _at_home(value: object) -> object:
+    """`value` with the home folder for ``~`` in paths: earlier versions saved them as they were written."""
+    if isinstance(value, str) and value.startswith("~/"):
+        return os.path.expanduser(value)
+    if isinstance(value, Mapping):
+        return {key: _at_home(part) for key, part in value.items()}
+    return [_at_home(part) for part in value] if isinstance(value, list) else value
+
+
 def _same(before: object, after: object) -> bool:
     """Equal; a key absent on one side equals null and an empty mapping, as for keys that a later version added."""
     absent: tuple[object, ...] = (NO_VALUE, None, {})
-    return before == after or (before in absent and after in absent)
+    return _at_home(before) == _at_home(after) or (before in absent and after in absent)

@@ -112,6 +112,7 @@ class _Report:
         self.last_validation: dict[str, ValidationResult] = {}
         self._metrics: MetricsFile | None = None
         self._experiment: ExperimentLogger | None = None
+        self._has_logged = False
         model = run.cfg.model
         vocab_size = padded_vocab_size(model.vocab_size or run.tokenizer.vocab_size, model.make_vocab_size_divisible_by)
         self._meter = ThroughputMeter(
@@ -123,6 +124,9 @@ class _Report:
 
     def __enter__(self) -> "_Report":
         if self.run.runtime.is_first_rank:
+            if self.run.state.step < self.run.cfg.trainer.max_steps:
+                # Before the first step: a logger that cannot start shows now, and not after it.
+                self._experiment = self._start_experiment()
             self._metrics = MetricsFile(self.run.run_dir)
             self._metrics.drop_rows_beyond(self.run.state.step)
         return self
@@ -146,9 +150,8 @@ class _Report:
         trainer, ramp, length = run.cfg.trainer, run.ramp, run.cfg.data.seq_length
         positions = ramp.global_batch_size(state.step) * length
         self._meter.record_step(positions, result.num_tokens, seconds, data_wait_seconds)
-        first = self._experiment is None
         if self._metrics is None or not (
-            first or _due(trainer.log_interval, state.step) or state.step == trainer.max_steps
+            not self._has_logged or _due(trainer.log_interval, state.step) or state.step == trainer.max_steps
         ):
             return
         samples_left = ramp.consumed_samples(trainer.max_steps) - ramp.consumed_samples(state.step)
@@ -169,9 +172,9 @@ class _Report:
         )
         self._metrics.append(row)
         self._show(row, speed)
-        # NeMo takes seconds to import: after the first step, so that a run that cannot start fails fast.
-        self._experiment = self._experiment or self._start_experiment()
-        self._experiment.log_metrics(row.step, _figures(row, speed))
+        self._has_logged = True
+        if self._experiment is not None:
+            self._experiment.log_metrics(row.step, _figures(row, speed))
 
     def stragglers(self) -> None:
         """On its interval, a line on the slowest ranks; a collective."""
@@ -220,7 +223,7 @@ class _Report:
         run = self.run
         experiment = start_experiment(
             run.cfg.exp_manager,
-            ExperimentRun(run.run_dir, run.cfg.run.name, 0, run.cfg.trainer.max_steps, run.state.step - 1),
+            ExperimentRun(run.run_dir, run.cfg.run.name, 0, run.cfg.trainer.max_steps, run.state.step),
         )
         experiment.log_config(to_plain(run.cfg))
         return experiment

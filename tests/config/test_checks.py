@@ -225,6 +225,8 @@ CASES: list[tuple[str, int, str, list[str], str | None]] = [
      "model.layer_spec_settings", ["'width': 3", "model.layer_spec"], "model.layer_spec_settings={}"),
     ("model=gpt_tiny exp_manager.create_wandb_logger=true exp_manager.enabled=false", 1,
      "exp_manager.create_wandb_logger", ["True", "exp_manager.enabled"], "exp_manager.create_wandb_logger=false"),
+    ("model=gpt_tiny exp_manager.create_wandb_logger=true exp_manager.wandb_logger_kwargs={entity:me}", 1,
+     "exp_manager.wandb_logger_kwargs", ["'entity': 'me'", "project"], "exp_manager.wandb_logger_kwargs.project=p"),
     ("model=gpt_tiny checkpoint.resume=/no/such/run", 1, "checkpoint.resume", ["/no/such/run"],
      "checkpoint.resume=never"),
     ("model=gpt_tiny data.blend=[1.0,/no/such/data]", 1,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from nemo_llm.config import ModelConfig, ParallelismConfig, PrecisionConfig, RunConfig
+from nemo_llm.config.code_paths import fuses_rope, splits_qkv
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.activation import offer_fused_swiglu
 from nemo_llm.models.gradients import offer_gradient_accumulation
@@ -93,22 +94,6 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
                 )
             ]
         ) from error
-
-
-def fuses_rope(cfg: RunConfig) -> bool:
-    """Whether on CUDA the rotation is a kernel of its own, or of the split."""
-    return cfg.performance.fused_rope and cfg.model.position_embedding_type == "rope" and cfg.model.mla is None
-
-
-def splits_qkv(cfg: RunConfig) -> bool:
-    """Whether on CUDA one kernel splits the joint projection and rotates."""
-    return fuses_rope(cfg) and cfg.performance.fused_kernels and qkv_in_one(cfg.model, cfg.parallelism)
-
-
-def qkv_in_one(model: ModelConfig, layout: ParallelismConfig) -> bool:
-    """Whether nothing stands between the joint projection and the rotation, and each rank holds whole groups."""
-    groups = model.num_query_groups or model.num_attention_heads
-    return not model.qk_layernorm and layout.tensor_model_parallel_size <= groups
 
 
 def _model_fields(model: ModelConfig) -> dict[str, Any]:

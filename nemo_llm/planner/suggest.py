@@ -49,7 +49,8 @@ def _single_changes(cfg: RunConfig) -> Iterator[tuple[str, RunConfig]]:
 
 def _recomputation(cfg: RunConfig, parallel: ParallelismConfig) -> Iterator[tuple[str, RunConfig]]:
     if parallel.recompute_granularity is None:
-        modules = ["layernorm"] if cfg.model.moe is not None else ["mlp", "layernorm"]
+        # Not the norms, which gain little and cannot be recomputed on every GPU.
+        modules = ["moe"] if cfg.model.moe is not None else ["mlp"]
         changed = replace(parallel, recompute_granularity="selective", recompute_modules=modules)
         text = f"set parallelism.recompute_granularity=selective with recompute_modules=[{','.join(modules)}]"
         yield text, replace(cfg, parallelism=changed)

@@ -222,7 +222,7 @@ def measure(name: str, row: Row, timeout: float) -> dict:
     """The row's RESULT of `benchmarks.step_speed` in a process of its own, or what went wrong."""
     command = [
         sys.executable, "-W", "ignore", "-m", "benchmarks.step_speed", *COMMON, *row.overrides,
-        "--steps", "2", "--warm", "2", "--name", name,
+        "trainer.accelerator=cuda", "--steps", "2", "--warm", "2", "--name", name,
     ]  # fmt: skip
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)

@@ -17,8 +17,8 @@ from nemo_llm.planner.adapters import Linear, keeps_inputs, kept_bytes, linears
 from nemo_llm.planner.parameters import count_layer, is_moe_layer
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Tokens at the experts of the busiest rank over the mean, while the router is not balanced yet: from the one row that
-# was measured with expert parallelism (docs/benchmarks-gpu.md).
+# Tokens at the experts of the busiest rank over the mean, while the router is not balanced yet: set by the one row that
+# was measured with expert parallelism (docs/planner.md), not counted by itself.
 BUSIEST_RANK = 1.5
 
 

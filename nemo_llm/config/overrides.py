@@ -104,6 +104,10 @@ def _choice_problem(override: Override, names: Sequence[str], chosen: dict[str, 
     if str(value) not in names:
         meant = nearest(str(value), names)
         fix = f"did you mean {group}={meant}?" if meant else f"choose {allowed}"
+        if group == "cluster":  # a name that is near is another card, with other memory and another peak
+            fix = (
+                "for a GPU that is not among them set cluster.gpu_name, cluster.gpu_memory_gib and cluster.peak_tflops"
+            )
         return Problem(group, value, f"no such choice; it must be {allowed}", fix)
     if group in chosen:
         return Problem(group, value, f"chosen twice, {chosen[group]} before", "keep one of them")

@@ -50,3 +50,6 @@ class TrainerConfig(Section):
     max_bad_steps: PositiveInt
     spike_sigmas: PositiveFloat | None
     spike_window: PositiveInt
+    check_memory: bool | None = None
+    """Whether a run that needs more memory than its GPUs have is refused before anything is built; None, of runs that
+    were saved before there was this key: yes."""

@@ -15,6 +15,7 @@ from nemo_llm.checkpoint.manifest import verify
 from nemo_llm.checkpoint.weights import load_weights
 from nemo_llm.config import RunConfig
 from nemo_llm.config.checks import find_problems
+from nemo_llm.config.code_paths import qkv_in_one
 from nemo_llm.config.inference import ModelPlace
 from nemo_llm.config.load import compose, decode, to_dict
 from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer_from_folder
@@ -22,7 +23,6 @@ from nemo_llm.errors import ConfigError, InputError, Problem
 from nemo_llm.inference.graphs import DecodeGraphs
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.models.kv_cache import KVCache, cacheable_attentions, connect_cache
-from nemo_llm.models.transformer_config import qkv_in_one
 from nemo_llm.parallel.runtime import ParallelRuntime
 
 # On a GPU decoding looks at multiples of this many slots, so that few shapes (and CUDA graphs) occur.

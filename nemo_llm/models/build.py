@@ -13,6 +13,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from nemo_llm.config import RunConfig
+from nemo_llm.config.code_paths import fused_chunk_tokens
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.activation_offload import offload_activations
 from nemo_llm.models.initialize import InitRule, initialize_weights
@@ -76,12 +77,6 @@ def _build_chunk(cfg, runtime, config, backend, vp_stage, vocab_size) -> Languag
     if cfg.performance.offload_activation_layers:
         offload_activations(chunk.decoder.layers, cfg.performance.offload_activation_layers)
     return chunk.to(runtime.device)
-
-
-def fused_chunk_tokens(cfg: RunConfig) -> int | None:
-    """Chunk of the fused projection and loss, or None: fp16's loss scale is not known when it takes gradients."""
-    fused = cfg.performance.fused_linear_cross_entropy and cfg.precision.params_dtype != "fp16"
-    return cfg.performance.cross_entropy_chunk_tokens if fused else None
 
 
 def _mark_split_parameters(chunk: LanguageModel) -> None:

@@ -7,9 +7,8 @@ import torch
 from megatron.core.tensor_parallel import layers
 
 from nemo_llm.config import RunConfig
-from nemo_llm.models import flex
-from nemo_llm.models.attention import prefers_cudnn, used_window
-from nemo_llm.models.build import fused_chunk_tokens
+from nemo_llm.config.code_paths import fused_chunk_tokens, used_window, why_no_flex
+from nemo_llm.models.attention import prefers_cudnn
 from nemo_llm.models.specs import choose_backend
 from nemo_llm.models.warm_kernels import why_no_choice
 
@@ -57,7 +56,7 @@ def _attention(cfg: RunConfig, device: torch.device) -> str:
     special = " and ".join(kind for kind, wanted in kinds.items() if wanted)
     if not special:
         return f"attention: {plain}"
-    why = flex.why_not(cfg)
+    why = why_no_flex(cfg)
     how = "FlexAttention" if why is None else f"a matrix of all scores ({why})"
     return f"attention: {plain}; {special} by {how}"
 

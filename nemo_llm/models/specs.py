@@ -34,8 +34,8 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from nemo_llm.config import ModelConfig, RunConfig
+from nemo_llm.config.code_paths import keys_of_own_layers, why_no_flex
 from nemo_llm.errors import ConfigError, Problem
-from nemo_llm.models import flex
 from nemo_llm.models.attention import CoreAttention, LocalRotaryAttention
 from nemo_llm.models.fp8 import LINEARS
 from nemo_llm.models.fused_layer import FusedLayer
@@ -57,7 +57,7 @@ class TorchBackend(LocalSpecProvider):
     def __init__(self, cfg: RunConfig, linears: tuple[type, type]) -> None:
         self.model, self.performance = cfg.model, cfg.performance
         self.column, self.row = linears
-        self.flex_length = cfg.data.seq_length if flex.why_not(cfg) is None else None
+        self.flex_length = cfg.data.seq_length if why_no_flex(cfg) is None else None
 
     def column_parallel_linear(self) -> type:
         return self.column
@@ -103,7 +103,7 @@ def choose_backend(model: ModelConfig, device_type: str) -> str:
         ConfigError: Transformer Engine asked for where it cannot run.
     """
     installed = importlib.util.find_spec("transformer_engine") is not None
-    own = _keys_of_own_layers(model)
+    own = keys_of_own_layers(model)
     if own and model.transformer_impl == "transformer_engine":
         problem = Problem(
             "model.transformer_impl", "transformer_engine", f"{', '.join(own)} is built by torch alone", "use auto"
@@ -123,19 +123,6 @@ def choose_backend(model: ModelConfig, device_type: str) -> str:
     if model.transformer_impl == "auto":
         return "transformer_engine" if installed and device_type == "cuda" else "torch"
     return model.transformer_impl
-
-
-def _keys_of_own_layers(model: ModelConfig) -> list[str]:
-    """Keys that ask for parts which Transformer Engine's spec lacks."""
-    asked = {
-        "norm_placement": model.norm_placement != "pre",
-        "qk_layernorm_scope": model.qk_layernorm and model.qk_layernorm_scope != "head",
-        "parallel_residual": model.parallel_residual,
-        "rotary_local_base": model.rotary_local_base is not None,
-        "attn_logit_softcapping": model.attn_logit_softcapping is not None,
-        "mla": model.mla is not None,
-    }
-    return [f"model.{key}" for key, wanted in asked.items() if wanted]
 
 
 def build_block_spec(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from nemo_llm.config import ModelConfig, ParallelismConfig, PrecisionConfig, RunConfig
+from nemo_llm.config.code_paths import fuses_rope, splits_qkv
 from nemo_llm.config.mcore_fields import UNFUSED_ACTIVATION
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.activation import offer_fused_swiglu
@@ -91,23 +92,6 @@ def _fuses_activation(model: ModelConfig) -> bool:
     """
     plain = not set(UNFUSED_ACTIVATION) & set(model.mcore_overrides)
     return plain and model.activation_func == "silu" and model.gated_linear_unit
-
-
-def fuses_rope(cfg: RunConfig) -> bool:
-    """Whether on CUDA the rotation is a kernel of its own, or of the split."""
-    return cfg.performance.fused_rope and cfg.model.position_embedding_type == "rope" and cfg.model.mla is None
-
-
-def splits_qkv(cfg: RunConfig) -> bool:
-    """Whether on CUDA one kernel splits the joint projection and rotates."""
-    return fuses_rope(cfg) and cfg.performance.fused_kernels and qkv_in_one(cfg.model, cfg.parallelism)
-
-
-def qkv_in_one(model: ModelConfig, layout: ParallelismConfig) -> bool:
-    """Whether nothing stands between the joint projection and a rotation in each layer, and ranks hold whole groups."""
-    groups = model.num_query_groups or model.num_attention_heads
-    rotates = not model.mcore_overrides.get("no_rope_freq")
-    return rotates and not model.qk_layernorm and layout.tensor_model_parallel_size <= groups
 
 
 def _model_fields(model: ModelConfig) -> dict[str, Any]:

@@ -50,8 +50,8 @@ def _single_changes(cfg: RunConfig) -> Iterator[tuple[str, RunConfig]]:
 
 def _recomputation(cfg: RunConfig, parallel: ParallelismConfig) -> Iterator[tuple[str, RunConfig]]:
     if parallel.recompute_granularity is None:
-        norms = [] if cfg.model.norm_placement == "post" else ["layernorm"]
-        modules = ["mlp"] * (cfg.model.moe is None and not cfg.model.parallel_residual) + norms
+        alone = ["layernorm"] if cfg.model.parallel_residual else ["mlp"]
+        modules = ["moe"] if cfg.model.moe is not None else alone
         changed = replace(parallel, recompute_granularity="selective", recompute_modules=modules)
         text = f"set parallelism.recompute_granularity=selective with recompute_modules=[{','.join(modules)}]"
         yield text, replace(cfg, parallelism=changed)

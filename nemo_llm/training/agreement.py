@@ -26,6 +26,7 @@ CHANGEABLE_KEYS = (
     "trainer.log_interval",
     "trainer.warmup_log_steps",
     "trainer.check_only",
+    "trainer.check_memory",
     "trainer.first_step_timeout_minutes",
     "trainer.step_timeout_minutes",
     "trainer.stop_deadline_minutes",

@@ -21,6 +21,7 @@ def problems_of(*arguments: str) -> dict[str, str]:
         ("tensor_model_parallel_size=2", "tensor_model_parallel_size", ["parallelism.tensor_model_parallel_size"]),
         ("traner.max_steps=5", "traner", ["no such key", "did you mean trainer"]),
         ("modle=gpt_tiny", "modle", ["did you mean model"]),
+        ("cluster=b200", "cluster", ["b200", "no such choice", "set cluster.gpu_name, cluster.gpu_memory_gib"]),
         ("optim.sched.warmup=3", "optim.sched.warmup", ["did you mean optim.sched.warmup_steps"]),
         ("+model.hidden_sizes=3", "model.hidden_sizes", ["3", "did you mean model.hidden_size"]),
         ("trainer.max_steps=10.0", "trainer.max_steps", ["10.0", "whole number", "trainer.max_steps=10"]),

@@ -1,7 +1,7 @@
 """Is this GPU machine fit, and does the GPU compute what the CPU does? Under 8 minutes on one GPU.
 
 ``python -m benchmarks.gpu_smoke [--report FILE] [--only NAME ...]``. Each check prints one line; one that failed makes
-the exit code 1.
+the exit code 1. With ``--recompute`` every setting of recomputation is tried instead (benchmarks/recompute.py).
 """
 
 import argparse
@@ -237,7 +237,12 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--report", type=Path)
     parser.add_argument("--only", nargs="*")
+    parser.add_argument("--recompute", action="store_true")
     arguments = parser.parse_args()
+    if arguments.recompute:
+        from benchmarks import recompute  # imports Megatron, which the other checks do in processes of their own
+
+        return recompute.main()
     rows = []
     for name, check in CHECKS.items():
         if arguments.only and name not in arguments.only:

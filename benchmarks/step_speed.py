@@ -49,7 +49,6 @@ def main() -> None:
     cfg = compose(overrides)
     check(cfg, intended_world_size(cfg))
     runtime = start_runtime(cfg)
-    from nemo_llm.training.loop import peak_memory_gib
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import train_step
 
@@ -67,7 +66,7 @@ def main() -> None:
     if runtime.is_first_rank:
         print(
             "RESULT",
-            json.dumps(figures(arguments.name, run, times, losses, built, peak_memory_gib(runtime.device))),
+            json.dumps({**figures(arguments.name, run, times, losses, built), **memory(runtime.device)}),
             flush=True,
         )
         if arguments.losses is not None:
@@ -78,10 +77,23 @@ def main() -> None:
     stop_runtime()
 
 
-def figures(name: str, run, times: list[float], losses: list[float], built: float, peak_gib: float) -> dict:
+def memory(device: torch.device) -> dict[str, float]:
+    """GiB at the peak: what PyTorch allocated and what it reserved; and what the driver sees in use on the GPU now."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+        "driver_gib": round((total - free) / 2**30, 2),
+    }
+
+
+def figures(name: str, run, times: list[float], losses: list[float], built: float) -> dict:
     """Speed by the median step, in both conventions of model FLOPs."""
     from nemo_llm.config.arithmetic import padded_vocab_size
     from nemo_llm.planner.flops import flops_per_token
+    from nemo_llm.training.loop import peak_memory_gib
     from nemo_llm.training.throughput import find_peak
 
     cfg = run.cfg
@@ -98,7 +110,7 @@ def figures(name: str, run, times: list[float], losses: list[float], built: floa
         "tokens_per_second_per_device": round(tokens / step),
         "tflops_causal": round(flops.causal * tokens / step / 1e12, 1),
         "mfu_full": None if peak is None else round(flops.full * tokens / step / 1e12 / peak.tflops, 3),
-        "peak_gib": round(peak_gib, 1),
+        "peak_gib": round(peak_memory_gib(run.runtime.device), 1),
         "loss_first_last": [round(losses[0], 4), round(losses[-1], 4)],
         "build_seconds": round(built, 1),
     }

@@ -1,6 +1,10 @@
-"""nemo_llm: train language models with every Megatron-Core parallelism, from a laptop CPU to a Slurm cluster.
+"""nemo_llm: train language models on Megatron-Core, from a laptop CPU to a Slurm cluster.
 
 Importing the package is cheap: neither torch nor Megatron-Core is imported until a run is set up.
 """
 
+from nemo_llm.environment import require_platform
+
 __version__ = "0.1.0"
+
+require_platform()

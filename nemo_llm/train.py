@@ -5,11 +5,15 @@ Everything heavy is imported inside the functions, so that ``--help`` and config
 
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
 from nemo_llm.config import RunConfig
 from nemo_llm.config.entry import intended_world_size, run_entry_point
 from nemo_llm.errors import ExitCode
-from nemo_llm.log import configure_logging
+from nemo_llm.log import configure_logging, get_logger
+
+if TYPE_CHECKING:
+    from nemo_llm.parallel.runtime import ParallelRuntime
 
 
 def main(cfg: RunConfig) -> ExitCode:
@@ -29,6 +33,7 @@ def main(cfg: RunConfig) -> ExitCode:
     from nemo_llm.training.setup import build_training_run
 
     try:
+        check_memory(cfg, runtime)
         run = build_training_run(cfg, runtime)
         with open_run(run):
             resume(run)
@@ -40,13 +45,38 @@ def main(cfg: RunConfig) -> ExitCode:
 
 
 def check_only(cfg: RunConfig) -> ExitCode:
-    """Print the plan of the run and whether it fits; starts nothing."""
+    """Print what the run would read, its plan and whether it fits; starts nothing."""
+    from nemo_llm.data.check import describe_data
     from nemo_llm.data.tokenizer import load_tokenizer
     from nemo_llm.planner.check_only import report
+    from nemo_llm.training.batch_ramp import build_batch_ramp
 
-    vocab_size = load_tokenizer(cfg.data.tokenizer).vocab_size
-    print(report(cfg, intended_world_size(cfg), vocab_size))
+    tokenizer = load_tokenizer(cfg.data.tokenizer)
+    ramp = build_batch_ramp(cfg.trainer.global_batch_size, cfg.trainer.rampup_batch_size)
+    print(describe_data(cfg, tokenizer, ramp.consumed_samples(cfg.trainer.max_steps)), end="\n\n")
+    print(report(cfg, intended_world_size(cfg), tokenizer.vocab_size))
     return ExitCode.DONE
+
+
+def check_memory(cfg: RunConfig, runtime: "ParallelRuntime") -> None:
+    """Refuse a run that its GPU cannot hold, before anything is built; on a CPU nothing is compared.
+
+    Raises:
+        ConfigError: the run needs more memory than this rank's GPU has.
+    """
+    if runtime.device.type != "cuda":
+        return
+    import torch
+
+    from nemo_llm.data.tokenizer import load_tokenizer
+    from nemo_llm.planner.check_only import check_card
+    from nemo_llm.planner.memory import GIB
+
+    card = torch.cuda.get_device_properties(runtime.device)
+    vocab_size = cfg.model.vocab_size or load_tokenizer(cfg.data.tokenizer).vocab_size
+    warning = check_card(cfg, runtime.world_size, vocab_size, (card.name, card.total_memory / GIB))
+    if warning is not None:
+        get_logger(__name__).warning("memory: %s", warning)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,8 @@ override() { # key: the last value that the command line gives it
   for argument in "${OVERRIDES[@]}"; do
     [[ ${argument#"${argument%%[!+]*}"} == "$1="* ]] && found=${argument#*=}
   done
+  # shellcheck disable=SC2088  # as the program reads paths
+  [[ $found != "~/"* ]] || found=$HOME/${found#"~/"}
   printf '%s' "$found"
 }
 

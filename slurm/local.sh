@@ -4,7 +4,7 @@
 #
 #   bash slurm/local.sh [--processes=N] [--max-retries=N] OVERRIDES
 #
-# example:  bash slurm/local.sh --processes=8 +model=llama3_8b parallelism=tp8 precision=bf16 run.dir=runs/a
+# example:  bash slurm/local.sh --processes=8 +model=llama3_8b parallelism=tp2 precision=bf16 run.dir=runs/a
 #
 # options:
 #   --processes=N      ranks [the GPUs that nvidia-smi shows, else 1]
@@ -38,6 +38,8 @@ for number in "$processes" "$max_retries"; do
 done
 # A run that may have to go on needs a folder that it finds again.
 run_dir=${run_dir:-runs/local-$(date +%Y%m%d-%H%M%S)}
+# shellcheck disable=SC2088  # as the program reads paths
+[[ $run_dir != "~/"* ]] || run_dir=$HOME/${run_dir#"~/"}
 overrides+=("run.dir=$run_dir")
 "$python" -W ignore -m nemo_llm.train "${overrides[@]}" trainer.check_only=true trainer.devices="$processes" || exit
 

@@ -12,7 +12,7 @@
 #   bash slurm/pretrain.sh [sbatch options] [options] OVERRIDES     checks all of it here, then submits itself
 #   sbatch [sbatch options] slurm/pretrain.sh [options] OVERRIDES   the same check is the job's first action
 #
-# example:  bash slurm/pretrain.sh --nodes=8 --time=24:00:00 +model=llama3_8b parallelism=tp8 precision=bf16
+# example:  bash slurm/pretrain.sh --nodes=8 --time=24:00:00 +model=llama3_8b parallelism=tp2 precision=bf16
 #HELP
 set -uo pipefail
 # sbatch runs a copy of this file from its spool folder: the rest lies where the job was submitted, or where it came from.

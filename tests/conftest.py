@@ -1,5 +1,6 @@
 """Which tests run: those that need a machine or a time of their own are left out, with the reason, unless asked for."""
 
+import os
 import re
 from collections.abc import Iterator
 
@@ -17,6 +18,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name in ON_REQUEST:
             if item.get_closest_marker(name) and name not in asked:
                 item.add_marker(pytest.mark.skip(reason=f"marked {name}; run it with: python -m pytest -m {name}"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say by which seed layouts were drawn (tests/parity/test_legal.py), if they were."""
+    if seed := os.environ.get("LAYOUT_SEED"):
+        terminalreporter.write_line(f"layouts drawn with LAYOUT_SEED={seed}")
 
 
 @pytest.fixture(autouse=True)

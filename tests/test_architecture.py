@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nemo_llm"
 
 LAYERS = {
-    0: {"config", "families", "errors", "log", "assets"},
+    0: {"config", "families", "environment", "errors", "log", "assets"},
     1: {"parallel"},
     2: {"models", "data", "planner", "checkpoint"},
     3: {"tasks", "peft", "convert", "inference", "evaluation"},
@@ -24,6 +24,7 @@ TORCH_FREE = (
     "planner",
     "parallel/layout.py",
     "parallel/stages.py",
+    "environment.py",
     "errors.py",
     "log.py",
     "assets",

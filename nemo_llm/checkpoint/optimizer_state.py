@@ -67,6 +67,11 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
     return [part for part in parts if not part.is_stub_optimizer]
 
 
+def updates_experts(part: Any) -> bool:
+    """Whether this part updates weights of experts, over ranks of their own, and not dense ones."""
+    return any(group["is_expert_parallel"] for group in part.optimizer.param_groups)
+
+
 def owned_ranges(part: Any) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
     """(parameter, where this rank's range of it begins, the tensor of that range that ``part.optimizer`` updates).
 

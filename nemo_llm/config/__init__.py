@@ -3,6 +3,12 @@
 `nemo_llm.config.load` composes and decodes; the dataclasses are importable from here.
 """
 
+# ruff: noqa: E402 (what is missing is said before the imports that need it)
+
+from nemo_llm.environment import require_packages
+
+require_packages(("annotated_types", "hydra", "omegaconf", "pydantic", "yaml"))
+
 from nemo_llm.config.data import DataConfig
 from nemo_llm.config.model import ModelConfig, MoeConfig, RopeScaling
 from nemo_llm.config.optim import OptimConfig, SchedConfig

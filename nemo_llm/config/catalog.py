@@ -60,7 +60,7 @@ class KeyInfo:
 
 def choices_of(annotation: Any) -> tuple[str, ...]:
     """Names that a key of fixed choices takes; empty for any other key."""
-    literals = [member for member in _union_members(annotation) if get_origin(member) is Literal]
+    literals = [member for member in union_members(annotation) if get_origin(member) is Literal]
     return tuple(str(name) for literal in literals for name in get_args(literal))
 
 
@@ -74,7 +74,7 @@ def annotation_at(path: Sequence[str | int], section: type = RunConfig) -> Any:
 
 def _descend(annotation: Any, part: str | int) -> list[Any]:
     found = []
-    for member in _union_members(annotation):
+    for member in union_members(annotation):
         origin, args = get_origin(member), get_args(member)
         if dataclasses.is_dataclass(member) and isinstance(part, str):
             hints = get_type_hints(member, include_extras=True)
@@ -94,7 +94,7 @@ def known_keys(section: type = RunConfig, prefix: str = "") -> dict[str, KeyInfo
         key = f"{prefix}{field.name}"
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         keys[key] = KeyInfo(hints[field.name], has_default)
-        for member in _union_members(hints[field.name]):
+        for member in union_members(hints[field.name]):
             item = get_args(member)[0] if get_origin(member) in (list, tuple) else member
             if isinstance(item, type) and dataclasses.is_dataclass(item):
                 keys |= known_keys(item, f"{key}.")
@@ -126,7 +126,7 @@ def nearest_key(key: str, candidates: Iterable[str]) -> str | None:
 
 def describe_type(annotation: Any) -> str:
     """An annotation in the words that error messages and ``--help`` use."""
-    members = _union_members(annotation)
+    members = union_members(annotation)
     words = [_describe_member(member) for member in members if member is not type(None)]
     text = " or ".join(dict.fromkeys(words))
     if type(None) not in members:
@@ -134,11 +134,12 @@ def describe_type(annotation: Any) -> str:
     return f"{text}, or null" if text else "null"
 
 
-def _union_members(annotation: Any) -> tuple[Any, ...]:
+def union_members(annotation: Any) -> tuple[Any, ...]:
+    """What a value may be, each by itself: the members of a union, those of unions in it included."""
     if get_origin(annotation) in (Union, types.UnionType):
-        return tuple(member for part in get_args(annotation) for member in _union_members(part))
+        return tuple(member for part in get_args(annotation) for member in union_members(part))
     if get_origin(annotation) is Annotated and get_origin(get_args(annotation)[0]) in (Union, types.UnionType):
-        return _union_members(get_args(annotation)[0])
+        return union_members(get_args(annotation)[0])
     return (annotation,)
 
 

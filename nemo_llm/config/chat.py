@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from nemo_llm.config.section import NonEmptyStr, Section
+from nemo_llm.config.section import NonEmptyStr, PathStr, Section
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatConfig(Section):
     """Read by blend sources of the form ``{name: ..., chat: FILE}``."""
 
-    template: NonEmptyStr
+    template: PathStr
     """``tokenizer`` (the Jinja template beside the tokenizer's file), a named one, or the path of a Jinja file."""
     train_on: Literal["answers", "last_answer", "all"]
     """Tokens with loss. A message's own ``train`` field wins over ``answers`` and ``last_answer``."""

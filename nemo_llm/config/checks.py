@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Iterable
 
+from nemo_llm.config.checks_effect import EFFECT_CHECKS
 from nemo_llm.config.checks_layout import LAYOUT_CHECKS
 from nemo_llm.config.checks_model import MODEL_CHECKS
 from nemo_llm.config.checks_recipe import RECIPE_CHECKS
+from nemo_llm.config.checks_recompute import RECOMPUTE_CHECKS
 from nemo_llm.config.run import RunConfig
 from nemo_llm.errors import ConfigError, Problem
 
 Check = Callable[[RunConfig, int], Iterable[Problem]]
 
-CHECKS: tuple[Check, ...] = (*LAYOUT_CHECKS, *MODEL_CHECKS, *RECIPE_CHECKS)
+CHECKS: tuple[Check, ...] = (*LAYOUT_CHECKS, *MODEL_CHECKS, *RECIPE_CHECKS, *RECOMPUTE_CHECKS, *EFFECT_CHECKS)
 
 
 def find_problems(cfg: RunConfig, world_size: int) -> list[Problem]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+from nemo_llm.config.model import MoeConfig
 from nemo_llm.config.run import RunConfig
 from nemo_llm.errors import Problem
 
@@ -49,6 +50,7 @@ def check_mixture(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
     if model.add_bias_linear:
         rule = "a mixture of experts has no biases in its linear layers"
         yield Problem("model.add_bias_linear", True, rule, "set model.add_bias_linear=false")
+    yield from _check_balancing(cfg, moe)
     needs_pre = moe.moe_router_topk == 1 and moe.moe_router_score_function == "softmax"
     if needs_pre and not moe.moe_router_pre_softmax and moe.moe_router_load_balancing_type != "sinkhorn":
         yield Problem(
@@ -57,6 +59,23 @@ def check_mixture(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
             "with moe_router_topk = 1 the softmax over the one chosen expert is always 1, so the router cannot learn",
             "set model.moe.moe_router_pre_softmax=true",
         )
+
+
+def _check_balancing(cfg: RunConfig, moe: MoeConfig) -> Iterator[Problem]:
+    """Ways of balancing experts whose result would depend on how ranks share the tokens."""
+    key, kind = "model.moe.moe_router_load_balancing_type", moe.moe_router_load_balancing_type
+    if kind == "global_aux_loss":
+        rule = "balances over the data-parallel ranks there are and over micro-batches so far: no layout equals another"
+        yield Problem(key, kind, rule, f"set {key}=aux_loss (a micro-batch) or seq_aux_loss (a sequence)")
+    if kind == "sinkhorn" and moe.moe_aux_loss_coeff > 0.0:
+        rule = f"needs no loss beside {key}=sinkhorn, and Megatron takes none"
+        yield Problem(
+            "model.moe.moe_aux_loss_coeff", moe.moe_aux_loss_coeff, rule, "set model.moe.moe_aux_loss_coeff=0.0"
+        )
+    for name in ("tensor_model_parallel_size", "context_parallel_size"):
+        if kind == "sinkhorn" and (size := getattr(cfg.parallelism, name)) > 1:
+            rule = f"sinkhorn balances the tokens of one rank, and parallelism.{name} = {size} splits a sequence"
+            yield Problem(key, kind, rule, f"set parallelism.{name}=1, or {key}=aux_loss")
 
 
 def check_layer_spec(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""Checks of the recipe: batch, schedule, recomputation, precision, data files, loggers."""
+"""Checks of the recipe: batch, schedule, precision, data files, loggers."""
 
 from collections.abc import Iterator
 from glob import glob
@@ -11,9 +11,8 @@ from nemo_llm.config.catalog import nearest
 from nemo_llm.config.data import blend_entries
 from nemo_llm.config.precision import Fp8Config
 from nemo_llm.config.run import RunConfig
+from nemo_llm.config.services import ExpManagerConfig
 from nemo_llm.errors import InputError, Problem
-
-_RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
 
 
 def _data_parallel_size(cfg: RunConfig, world_size: int) -> int | None:
@@ -134,34 +133,6 @@ def check_schedule(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
         )
 
 
-def check_recompute(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
-    """Full recomputation says how and how much; selective recomputation says what."""
-    parallel = cfg.parallelism
-    key = "parallelism.recompute"
-    if parallel.recompute_granularity == "full":
-        if parallel.recompute_method is None:
-            rule = "full recomputation needs uniform or block"
-            yield Problem(f"{key}_method", None, rule, f"set {key}_method=uniform")
-        if parallel.recompute_num_layers is None:
-            rule = "full recomputation needs the number of layers"
-            yield Problem(f"{key}_num_layers", None, rule, f"set {key}_num_layers=1")
-        return
-    for name in ("method", "num_layers"):
-        value = parallel.recompute_method if name == "method" else parallel.recompute_num_layers
-        if value is not None:
-            rule = f"is read with {key}_granularity=full alone, which is {parallel.recompute_granularity}"
-            yield Problem(f"{key}_{name}", value, rule, f"set {key}_{name}=null, or {key}_granularity=full")
-    if parallel.recompute_granularity != "selective":
-        return
-    for module in parallel.recompute_modules:
-        if module not in _RECOMPUTE_MODULES:
-            allowed = ", ".join(_RECOMPUTE_MODULES)
-            yield Problem(f"{key}_modules", module, f"must be of {allowed}", f"set {key}_modules=[core_attn]")
-        elif module in ("moe", "moe_act", "shared_experts") and cfg.model.moe is None:
-            rule = f"{module} is recomputed in a mixture of experts, and the model has none"
-            yield Problem(f"{key}_modules", module, rule, f"leave {module} out")
-
-
 def check_offloading(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
     """Activations are offloaded as autograd saves them: not those of whole recomputed or compiled layers."""
     count = cfg.performance.offload_activation_layers
@@ -241,23 +212,30 @@ def check_optimizer(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
 def check_loggers(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
     """Loggers that are asked for are installed, and have what they need."""
     manager = cfg.exp_manager
-    asked = {
-        "create_wandb_logger": (manager.create_wandb_logger, "wandb"),
-        "create_mlflow_logger": (manager.create_mlflow_logger, "mlflow"),
-    }
-    for name, (wanted, package) in asked.items():
+    asked = {"wandb": manager.create_wandb_logger, "mlflow": manager.create_mlflow_logger}
+    for package, wanted in asked.items():
         if wanted and find_spec(package) is None:
-            key = f"exp_manager.{name}"
-            yield Problem(
-                key,
-                True,
-                f"needs the package {package}, which is not installed",
-                f"install the extra {package}, or set {key}=false",
-            )
+            key = f"exp_manager.create_{package}_logger"
+            rule = f"needs the package {package}, which is not installed"
+            yield Problem(key, True, rule, f"install the extra {package}, or set {key}=false")
+    yield from logger_problems(manager)
+
+
+def logger_problems(manager: ExpManagerConfig) -> Iterator[Problem]:
+    """Loggers that the `exp_manager` section asks for and cannot have."""
+    asked = {"wandb": manager.create_wandb_logger, "mlflow": manager.create_mlflow_logger}
+    for kind, wanted in asked.items():
+        key = f"exp_manager.create_{kind}_logger"
         if wanted and not manager.enabled:
-            yield Problem(
-                f"exp_manager.{name}", True, "needs exp_manager.enabled, which is false", "set exp_manager.enabled=true"
-            )
+            fix = f"set exp_manager.enabled=true, or {key}=false"
+            yield Problem(key, True, "needs NeMo's exp_manager, and exp_manager.enabled is false", fix)
+    if manager.create_wandb_logger and "project" not in manager.wandb_logger_kwargs:
+        yield Problem(
+            "exp_manager.wandb_logger_kwargs",
+            dict(manager.wandb_logger_kwargs),
+            "must name the Weights & Biases project",
+            "add exp_manager.wandb_logger_kwargs.project=<name>",
+        )
 
 
 def check_resume(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
@@ -313,6 +291,7 @@ def _check_four_bits(cfg: RunConfig) -> Iterator[Problem]:
     sizes = {
         "tensor_model_parallel_size": layout.tensor_model_parallel_size,
         "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size or 1,
     }
     for key, size in sizes.items():
         if size > 1:
@@ -360,7 +339,12 @@ def _missing_indexed(key: str, prefix: str) -> Iterator[Problem]:
     elif missing:
         files = " and ".join(prefix + suffix for suffix in missing)
         yield Problem(
-            key, prefix, f"there is no {files}", "correct the path, or write the files with tools/prepare_data.py"
+            key,
+            prefix,
+            f"there is no {files}",
+            f"name raw text as {{name: mine, text: {prefix}}}"
+            if Path(prefix).expanduser().exists() or glob(str(Path(prefix).expanduser()))
+            else "correct the path, or write the files with tools/index_dataset.py",
         )
 
 
@@ -383,7 +367,6 @@ RECIPE_CHECKS = (
     check_batch,
     check_batch_ramp,
     check_schedule,
-    check_recompute,
     check_precision,
     check_loggers,
     check_resume,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from nemo_llm.config.section import NonEmptyStr, PositiveFloat, PositiveInt, Section
+from nemo_llm.config.section import PathStr, PositiveFloat, PositiveInt, Section
 
 Format = Literal["hf", "nemo_llm", "megatron", "peft"]
 
@@ -14,8 +14,8 @@ class ConvertConfig(Section):
 
     source_format: Format
     target_format: Format
-    input: NonEmptyStr
-    output: NonEmptyStr
+    input: PathStr
+    output: PathStr
     overwrite: bool
     allow_pickle: bool
     dtype: Literal["fp32", "bf16", "fp16"] | None
@@ -26,16 +26,16 @@ class ConvertConfig(Section):
     layer_by_layer: bool
     max_shard_mib: PositiveInt
     family: str | None
-    tokenizer: str | None
-    base: str | None
+    tokenizer: PathStr | None
+    base: PathStr | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportConfig(Section):
     """One file of another project's configuration."""
 
-    input: NonEmptyStr
-    output: NonEmptyStr
+    input: PathStr
+    output: PathStr
     name: str | None
     format: Literal["auto", "nemo", "megatron"]
     overwrite: bool

@@ -13,6 +13,7 @@ from nemo_llm.config.section import (
     NonEmptyStr,
     NonNegativeFloat,
     NonNegativeInt,
+    PathStr,
     PositiveFloat,
     PositiveInt,
     Scalar,
@@ -31,7 +32,7 @@ class TokenizerConfig(Section):
     type: TokenizerType
     """``huggingface`` (tokenizer.json), ``gpt2_bpe`` (encoder.json and vocab.bpe), ``sentencepiece`` (.model),
     ``tiktoken`` (ranks), ``byte`` (UTF-8 bytes, no files) or ``nemo`` (a class of NeMo's own)."""
-    path: str | None
+    path: PathStr | None
     """File or folder, or ``asset:NAME`` for one shipped with the package; null for ``byte``."""
     eod_token: str | None
     """The token put after each document; null looks for a known name (``<|endoftext|>``, ``</s>``, ...)."""
@@ -81,13 +82,13 @@ class BlendSource(Section):
     """The source's name in logs; it seeds the order, so that moved files keep theirs."""
     weight: NonNegativeFloat | None = None
     """Share of this source, relative to the other weights (``data.blend_by`` says of what); null for all: by size."""
-    prefix: str | None = None
+    prefix: PathStr | None = None
     """Path of an indexed dataset without ``.bin``/``.idx``."""
-    text: str | None = None
+    text: PathStr | None = None
     """Raw text instead: a file, a glob, or ``asset:NAME``; tokenised once into the cache."""
-    chat: str | None = None
+    chat: PathStr | None = None
     """Conversations instead: JSON lines or Parquet, a file or a glob; ``data.chat`` says how they are read."""
-    labelled: str | None = None
+    labelled: PathStr | None = None
     """Texts with labels instead, for ``task=classification`` and ``score``: JSON lines or Parquet, a file or a glob."""
     mock: MockConfig | None = None
     """Random documents instead of a file."""
@@ -103,7 +104,7 @@ class BlendSource(Section):
             raise ValueError(f"blend source {self.name!r}: weight must be finite")
 
 
-Blend = tuple[BlendSource, ...] | tuple[float | str, ...]
+Blend = tuple[BlendSource, ...] | tuple[float | PathStr, ...]
 """A list of entries, or Megatron's flat list ``[weight, prefix, weight, prefix]`` or ``[prefix, prefix]``."""
 
 
@@ -157,8 +158,9 @@ class DataConfig(Section):
     """Named validation sets, each a blend of its own; evaluated in a fixed order."""
     split: str | None
     """Megatron's split, such as ``99,1``: the documents of each source, in file order, cut into contiguous training
-    and validation parts; the latter become the validation set ``split``. Labelled texts are split by a hash of their
-    content instead. null: all is for training."""
+    and validation parts; the latter become the validation set ``split``. Text of so few documents that a part would
+    hold less than a sample is cut by tokens. Labelled texts are split by a hash of their content instead. null: all is
+    for training."""
     seq_length: PositiveInt
     """Tokens a sample."""
     blend_by: Literal["samples", "tokens", "temperature"]
@@ -189,7 +191,7 @@ class DataConfig(Section):
     """Leave out the loss where the input is the end-of-document token."""
     text_key: str
     """The field of JSON lines that holds the text."""
-    cache_dir: str | None
+    cache_dir: PathStr | None
     """Folder of tokenised text and of checks already made; null: ``$NEMO_LLM_CACHE``, else ``~/.cache/nemo_llm``."""
     prefetch: NonNegativeInt
     """Micro-batches prepared ahead in the background; 0 turns the background thread off."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from nemo_llm.config.arguments import Texts, parse
 from nemo_llm.errors import NO_VALUE, InputError, Problem
 from nemo_llm.families.registry import model_section, read_hf_config
 
@@ -18,18 +18,22 @@ _SOURCES = {"from_hf": "model.hf_path", "from_checkpoint": "model.checkpoint_pat
 _SAVED_TOKENIZER = "nemo_llm_tokenizer.json"
 
 
-def derived_overrides(arguments: Sequence[str]) -> tuple[list[str], list[Problem]]:
+def derived_overrides(arguments: Sequence[str], texts: Texts) -> tuple[list[str], list[Problem]]:
     """`arguments`, as `overrides.normalise` returns them, with what the folders in them say put in.
+
+    Args:
+        texts: holds the texts that stand as marks in `arguments`.
 
     Returns:
         the arguments, and the problems of folders that cannot be read.
     """
     model = _value(arguments, "model", "+")
     tokenizer = _value(arguments, "tokenizer", "") or model
+    paths = {key: texts.restore(_value(arguments, key, "++")) for key in _SOURCES.values()}
     problems = [
-        Problem(key, _value(arguments, key, "++"), f"is read by +model={name} alone", f"choose +model={name}")
+        Problem(key, paths[key], f"is read by +model={name} alone", f"choose +model={name}")
         for name, key in _SOURCES.items()
-        if model not in _SOURCES and tokenizer not in _SOURCES and _value(arguments, key, "++") is not None
+        if model not in _SOURCES and tokenizer not in _SOURCES and paths[key] is not None
     ]
     first = [argument for argument in arguments if argument.startswith("+model=")]
     rest = [argument for argument in arguments if not argument.startswith("+model=")]
@@ -37,7 +41,7 @@ def derived_overrides(arguments: Sequence[str]) -> tuple[list[str], list[Problem
     for name, readers in _READERS.items():
         wanted = [reader for part, reader in readers.items() if {"model": model, "tokenizer": tokenizer}[part] == name]
         key = _SOURCES[name]
-        path = _value(arguments, key, "++")
+        path = paths[key]
         if wanted and path is None:
             problems.append(Problem(key, NO_VALUE, f"+model={name} needs a folder", f"add {key}=DIR"))
             found.setdefault(key, "?")
@@ -47,7 +51,7 @@ def derived_overrides(arguments: Sequence[str]) -> tuple[list[str], list[Problem
                     found.update(reader(Path(str(path)).expanduser()))
             except InputError as error:
                 problems.append(Problem(key, path, str(error), "name another folder"))
-    return [*first, *(f"++{key}={as_hydra(value)}" for key, value in found.items()), *rest], problems
+    return [*first, *(f"++{key}={texts.hide(value)}" for key, value in found.items()), *rest], problems
 
 
 def _hf_model(folder: Path) -> dict[str, Any]:
@@ -116,10 +120,11 @@ def newest_step(folder: Path) -> Path:
     if (folder / "COMPLETE").exists():
         return folder
     within = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    steps = sorted(path.parent for path in within.glob("step_*/COMPLETE"))
+    complete = [path.parent for path in within.glob("step_*/COMPLETE")]
+    steps = [path for path in complete if path.name.removeprefix("step_").isdecimal()]
     if not steps:
         raise InputError(f"{folder}: no complete checkpoint there (a folder with a file COMPLETE in it)")
-    return steps[-1]
+    return max(steps, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def _value(arguments: Sequence[str], key: str, prefix: str) -> str | None:
@@ -128,21 +133,6 @@ def _value(arguments: Sequence[str], key: str, prefix: str) -> str | None:
     matching = [argument for argument in arguments if argument.startswith(start)]
     if not matching:
         return None
-    value = OverridesParser.create().parse_override(matching[-1]).value()
+    override = parse(matching[-1])
+    value = None if override is None else override.value()
     return None if value is None else str(value)
-
-
-def as_hydra(value: Any) -> str:
-    """A value in the grammar of Hydra's command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{as_hydra(part)}" for key, part in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(as_hydra(part) for part in value) + "]"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${")
-        return f"'{escaped}'"
-    return repr(value)

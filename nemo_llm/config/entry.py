@@ -120,7 +120,7 @@ def _read_flags(arguments: Sequence[str]) -> tuple[list[str], Path | None, bool]
     for argument in rest:
         name, _, value = argument.partition("=")
         if name == _FOLDER_FLAG:
-            folder = Path(value or next(rest, ""))
+            folder = Path(value or next(rest, "")).expanduser()
         elif argument.startswith("-") and argument != _PRINT_FLAG:
             fix = f"write key=value; the options are {_FOLDER_FLAG}, {_PRINT_FLAG} and --help"
             raise ConfigError([Problem(argument, NO_VALUE, "no such option", fix)])

@@ -4,19 +4,19 @@ from dataclasses import dataclass
 
 from nemo_llm.config.data import parse_split
 from nemo_llm.config.inference import ModelPlace
-from nemo_llm.config.section import NonEmptyStr, NonNegativeInt, PositiveInt, Section
+from nemo_llm.config.section import NonEmptyStr, NonNegativeInt, PathStr, PositiveInt, Section
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassificationConfig(Section):
     """A file of texts and labels, classified by a head, or by the likelihood of the labels' words."""
 
-    file: NonEmptyStr
+    file: PathStr
     text_key: NonEmptyStr
     label_key: NonEmptyStr
     label_words: dict[str, NonEmptyStr] | None
     num_fewshot: NonNegativeInt
-    shots_file: NonEmptyStr | None
+    shots_file: PathStr | None
     split: NonEmptyStr | None = None
 
     def __post_init__(self) -> None:
@@ -28,20 +28,20 @@ class ClassificationConfig(Section):
 class EvaluateConfig(ModelPlace):
     """What to measure and of which checkpoints."""
 
-    checkpoint: NonEmptyStr | list[NonEmptyStr]
+    checkpoint: PathStr | list[PathStr]
     every_checkpoint: bool
-    texts: NonEmptyStr | list[NonEmptyStr] | None
+    texts: PathStr | list[PathStr] | None
     text_key: NonEmptyStr
     window: PositiveInt | None
     context: PositiveInt
-    tasks: dict[str, NonEmptyStr | list[NonEmptyStr]]
-    task_shots: dict[str, NonEmptyStr]
+    tasks: dict[str, PathStr | list[PathStr]]
+    task_shots: dict[str, PathStr]
     num_fewshot: NonNegativeInt | None
     classification: ClassificationConfig | None
-    prompt_templates: list[NonEmptyStr]
+    prompt_templates: list[PathStr]
     limit: PositiveInt | None
     prefix_token: NonEmptyStr | None
     batch_size: PositiveInt
     seed: NonNegativeInt
-    output: NonEmptyStr | None
-    report: NonEmptyStr | None
+    output: PathStr | None
+    report: PathStr | None

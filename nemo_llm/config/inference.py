@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from nemo_llm.config.parallelism import ParallelismConfig
-from nemo_llm.config.section import NonEmptyStr, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from nemo_llm.config.section import (
+    NonEmptyStr,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathStr,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 from nemo_llm.errors import ConfigError, Problem
 
 Share = Annotated[float, Interval(gt=0, le=1)]
@@ -42,12 +50,12 @@ class ModelPlace(Section):
 class GenerateConfig(ModelPlace):
     """``python -m nemo_llm.generate``."""
 
-    checkpoint: NonEmptyStr
+    checkpoint: PathStr
     text: str | list[str] | None
-    text_file: NonEmptyStr | None
-    output: NonEmptyStr | None
+    text_file: PathStr | None
+    output: PathStr | None
     chat: bool
-    chat_template: NonEmptyStr | None
+    chat_template: PathStr | None
     stream: bool
     batch_size: PositiveInt
     sampling: SamplingConfig
@@ -64,7 +72,7 @@ class GenerateConfig(ModelPlace):
 class ChatConfig(ModelPlace):
     """``python -m nemo_llm.chat``."""
 
-    checkpoint: NonEmptyStr
+    checkpoint: PathStr
     system: str | None
-    chat_template: NonEmptyStr | None
+    chat_template: PathStr | None
     sampling: SamplingConfig

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
+from nemo_llm.config.arguments import Texts
 from nemo_llm.config.catalog import conf_dir, group_choices
 from nemo_llm.config.data import DataConfig
 from nemo_llm.config.derived import derived_overrides
@@ -34,16 +35,17 @@ def compose(overrides: Sequence[str], extra_folder: Path | None = None) -> RunCo
     shipped = conf_dir()
     folders = [shipped] if extra_folder is None else [shipped, extra_folder.resolve()]
     groups = group_choices(folders)
-    arguments, problems = normalise(overrides, shipped, groups)
-    arguments, unread = derived_overrides(arguments)
+    texts = Texts()
+    arguments, problems = normalise(overrides, shipped, groups, texts)
+    arguments, unread = derived_overrides(arguments, texts)
     if unread:  # the keys that the folder would have given are missing now: no use in reporting each of them
         raise ConfigError([*problems, *unread])
     if extra_folder is not None:
         arguments.append(f"hydra.searchpath=['file://{extra_folder.resolve()}']")
     try:
-        mapping = _compose_mapping(shipped, arguments)
+        mapping = texts.restore(_compose_mapping(shipped, arguments))
     except (HydraException, OmegaConfBaseException) as error:
-        text = " ".join(str(error).split())
+        text = texts.restore(" ".join(str(error).split()))
         problem = Problem("", NO_VALUE, text, "correct the argument or the file that it names")
         raise ConfigError([*problems, problem]) from error
     has_model = "model" in mapping

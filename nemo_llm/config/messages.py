@@ -1,5 +1,6 @@
 """Turns what pydantic and Hydra say into problems in the project's own words: key, value, what is allowed, the fix."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,16 +9,19 @@ from nemo_llm.config.catalog import (
     KeyInfo,
     annotation_at,
     choices_of,
+    conf_dir,
     describe_type,
     known_keys,
     nearest,
     nearest_key,
 )
+from nemo_llm.config.run import RunConfig
 from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 
 _MISSING = "missing"
 _TO_BE_GIVEN = "???"  # OmegaConf's mark of a value that the user must give
 _UNEXPECTED = "unexpected_keyword_argument"
+_SAME_CHOICE = {"gpu": "cuda"}  # by letters it is nearer to cpu
 
 
 Path = tuple[str | int, ...]
@@ -33,12 +37,15 @@ class _Located:
     error: Mapping[str, Any]
 
 
-def problems_of_validation(errors: Sequence[Mapping[str, Any]], mapping: Mapping[str, Any]) -> list[Problem]:
+def problems_of_validation(
+    errors: Sequence[Mapping[str, Any]], mapping: Mapping[str, Any], section: type = RunConfig
+) -> list[Problem]:
     """One problem for each key that pydantic's `errors` name.
 
     Args:
         errors: ``ValidationError.errors()``.
         mapping: what was decoded, to show the values received.
+        section: the class that it was decoded into.
     """
     located = [_locate(error, mapping) for error in errors]
     problems: dict[Path, list[Problem]] = {}
@@ -46,7 +53,7 @@ def problems_of_validation(errors: Sequence[Mapping[str, Any]], mapping: Mapping
         if item.union_at is not None and not _speaks_for_union(item, located):
             continue
         own = _problems_of_section(item.error)
-        problems.setdefault(item.path, own or [_problem(item.path, item.error, mapping)])
+        problems.setdefault(item.path, own or [_problem(item.path, item.error, mapping, section)])
     return [problem for found in problems.values() for problem in found]
 
 
@@ -60,10 +67,10 @@ def _problems_of_section(error: Mapping[str, Any]) -> list[Problem]:
     return [Problem(_dotted(error["loc"]), NO_VALUE, str(raised), "")]
 
 
-def _problem(path: Path, error: Mapping[str, Any], mapping: Mapping[str, Any]) -> Problem:
-    key, value, annotation = _dotted(path), _value_at(mapping, path), annotation_at(path)
+def _problem(path: Path, error: Mapping[str, Any], mapping: Mapping[str, Any], section: type) -> Problem:
+    key, value, annotation = _dotted(path), _value_at(mapping, path), annotation_at(path, section)
     if error["type"] == _UNEXPECTED:
-        return _unknown_key(key, value, known_keys())
+        return unknown_key(key, value, known_keys(section))
     allowed = error["msg"] if annotation is None else describe_type(annotation)
     if error["type"] == _MISSING and value is NO_VALUE:
         return Problem(key, NO_VALUE, f"missing; it takes {allowed}", f"add {key}=<value>")
@@ -72,7 +79,8 @@ def _problem(path: Path, error: Mapping[str, Any], mapping: Mapping[str, Any]) -
     return Problem(key, value, f"must be {allowed}", _fix_for_value(key, value, annotation))
 
 
-def _unknown_key(key: str, value: object, keys: Mapping[str, KeyInfo]) -> Problem:
+def unknown_key(key: str, value: object, keys: Mapping[str, KeyInfo]) -> Problem:
+    """The problem of a key that is none of `keys`, with the one that was probably meant."""
     section = key.rpartition(".")[0]
     plain = section.partition("[")[0]
     siblings = [name.rpartition(".")[2] for name in keys if name.rpartition(".")[0] == plain]
@@ -87,9 +95,13 @@ def _fix_for_value(key: str, value: object, annotation: Any) -> str:
     if annotation is None:
         return f"correct {key}"
     allowed, choices = describe_type(annotation), choices_of(annotation)
+    if isinstance(value, str) and dataclasses.is_dataclass(annotation):
+        groups = [group for group in (key.replace(".", "/"), key.rpartition(".")[2]) if _is_file_of(group, value)]
+        if groups:
+            return f"a file of conf/ is chosen by its group: {groups[0]}={value}"
     if choices and isinstance(value, str):
-        meant = nearest(value, choices)
-        return f"did you mean {key}={meant}?" if meant else f"write {key}={choices[0]}"
+        meant = _SAME_CHOICE.get(value) or nearest(value, choices)
+        return f"did you mean {key}={meant}?" if meant in choices else f"write {key}={choices[0]}"
     if "number" in allowed and isinstance(value, str) and (number := _as_number(value)) is not None:
         return f"write it without quotes: {key}={number}"
     if "whole number" in allowed and isinstance(value, float) and value.is_integer() and value > 0:
@@ -97,6 +109,10 @@ def _fix_for_value(key: str, value: object, annotation: Any) -> str:
     if "text" in allowed and isinstance(value, int | float):
         return f"write it in quotes: {key}='\"{value}\"'"
     return f"write {key}=<{allowed}>"
+
+
+def _is_file_of(group: str, name: str) -> bool:
+    return (conf_dir() / group / f"{name}.yaml").is_file()
 
 
 def _as_number(text: str) -> int | float | None:

@@ -9,6 +9,7 @@ from nemo_llm.config.section import (
     Fraction,
     NonEmptyStr,
     NonNegativeFloat,
+    PathStr,
     PositiveFloat,
     PositiveInt,
     Scalar,
@@ -34,6 +35,22 @@ class RopeScaling(Section):
     mscale: PositiveFloat | None = None
     mscale_all_dim: NonNegativeFloat | None = None
     attention_factor: PositiveFloat | None = None
+
+
+SCALING_FIELDS: dict[str, tuple[str, ...]] = {
+    "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "attention_factor",
+    ),
+    "dynamic": ("original_max_position_embeddings",),
+    "linear": (),
+}
+"""What each type of scaling reads besides its factor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,8 +136,8 @@ class ModelConfig(Section):
     transformer_impl: Literal["auto", "torch", "transformer_engine"]
     layer_spec: str | None
     layer_spec_settings: dict[str, Scalar]
-    hf_path: str | None
-    checkpoint_path: str | None
+    hf_path: PathStr | None
+    checkpoint_path: PathStr | None
     family: str | None
     mla: MlaConfig | None = None
     head: tuple[NonEmptyStr, ...] | None = None

@@ -9,16 +9,16 @@ from functools import cache
 from pathlib import Path
 
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 
+from nemo_llm.config.arguments import Texts, key_of, parse
 from nemo_llm.config.catalog import known_keys, nearest, nearest_key
+from nemo_llm.config.run import RunConfig
 from nemo_llm.errors import NO_VALUE, Problem
 
 
 def normalise(
-    overrides: Sequence[str], folder: Path, groups: Mapping[str, Sequence[str]]
+    overrides: Sequence[str], folder: Path, groups: Mapping[str, Sequence[str]], texts: Texts
 ) -> tuple[list[str], list[Problem]]:
     """`overrides` in the form in which Hydra takes them, and the problems of those that it cannot take.
 
@@ -27,21 +27,23 @@ def normalise(
     Args:
         folder: the shipped configuration folder, whose ``config.yaml`` says which groups are chosen by default.
         groups: names to choose from in each group, from `catalog.group_choices`.
+        texts: takes the texts that are set; marks stand in their place.
     """
     additive = set(groups) - _default_groups(folder)
     problems: list[Problem] = []
     choices: dict[str, str] = {}
     first: list[str] = []
     rest: list[str] = []
-    for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException:
-            problems.append(_unreadable(text))
+    for given in overrides:
+        is_key = key_of(given) not in groups and "/" not in key_of(given) and not given.startswith("hydra")
+        text = texts.literal(given, RunConfig) if is_key else given
+        override = parse(text)
+        if override is None:
+            problems.append(_unreadable(given))
             continue
         name = override.key_or_group
         if override.is_sweep_override():
-            several = text.partition("=")[2]
+            several = given.partition("=")[2]
             problems.append(Problem(name, several, "one run takes one value, not several", f"write {name}=<one value>"))
         elif name.startswith("hydra") or override.is_delete() or override.package is not None:
             rest.append(text)
@@ -102,6 +104,10 @@ def _choice_problem(override: Override, names: Sequence[str], chosen: dict[str, 
     if str(value) not in names:
         meant = nearest(str(value), names)
         fix = f"did you mean {group}={meant}?" if meant else f"choose {allowed}"
+        if group == "cluster":  # a name that is near is another card, with other memory and another peak
+            fix = (
+                "for a GPU that is not among them set cluster.gpu_name, cluster.gpu_memory_gib and cluster.peak_tflops"
+            )
         return Problem(group, value, f"no such choice; it must be {allowed}", fix)
     if group in chosen:
         return Problem(group, value, f"chosen twice, {chosen[group]} before", "keep one of them")

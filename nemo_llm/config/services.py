@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nemo_llm.config.section import NonEmptyStr, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from nemo_llm.config.section import (
+    NonEmptyStr,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathStr,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,8 +33,8 @@ class CheckpointConfig(Section):
     keep_best: PositiveInt | None
     async_save: bool
     writer_threads: PositiveInt
-    resume: NonEmptyStr
-    init_from: NonEmptyStr | None
+    resume: PathStr
+    init_from: PathStr | None
     verify: Literal["full", "sampled", "sizes"]
 
 
@@ -58,10 +66,10 @@ class EvaluationConfig(Section):
     """Tasks and texts that are measured while a model trains."""
 
     interval: PositiveInt | None
-    tasks: dict[str, NonEmptyStr | list[NonEmptyStr]]
-    task_shots: dict[str, NonEmptyStr]
+    tasks: dict[str, PathStr | list[PathStr]]
+    task_shots: dict[str, PathStr]
     num_fewshot: NonNegativeInt | None
-    texts: NonEmptyStr | list[NonEmptyStr] | None
+    texts: PathStr | list[PathStr] | None
     limit: PositiveInt | None
 
 

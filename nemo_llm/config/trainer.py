@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from nemo_llm.config.section import NonEmptyStr, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from nemo_llm.config.section import NonEmptyStr, NonNegativeInt, PathStr, PositiveFloat, PositiveInt, Section
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -11,7 +11,7 @@ class RunSection(Section):
     """Name and folder of the run; a `dir` of None means a new folder ``runs/<name>-<timestamp>-<suffix>``."""
 
     name: NonEmptyStr
-    dir: str | None
+    dir: PathStr | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,3 +50,6 @@ class TrainerConfig(Section):
     max_bad_steps: PositiveInt
     spike_sigmas: PositiveFloat | None
     spike_window: PositiveInt
+    check_memory: bool | None = None
+    """Whether a run that needs more memory than its GPUs have is refused before anything is built; None, of runs that
+    were saved before there was this key: yes."""

@@ -12,7 +12,6 @@ import torch
 
 from nemo_llm.checkpoint.folder import resolve_checkpoint
 from nemo_llm.config.convert_tool import ConvertConfig
-from nemo_llm.config.derived import as_hydra
 from nemo_llm.config.load import compose, to_dict
 from nemo_llm.convert.common import (
     Outcome,
@@ -49,7 +48,7 @@ def hf_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
             unpack_gguf(source, Path(unpacked) / output.name)
             return hf_to_ours(cfg, Path(unpacked) / output.name, temporary, output)
     has_tokenizer = (source / "tokenizer.json").is_file()
-    overrides = ["+model=from_hf", f"model.hf_path={as_hydra(str(source.resolve()))}", "precision=fp32"]
+    overrides = ["+model=from_hf", f"model.hf_path={source.resolve()}", "precision=fp32"]
     run = compose([*overrides, *([] if has_tokenizer else ["tokenizer=byte"])])
     model = to_dict(run)["model"]
     mapped = Mapped.of(family_of(read_hf_config(source), str(source)), model)

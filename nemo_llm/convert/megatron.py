@@ -10,8 +10,8 @@ import torch
 
 from nemo_llm.checkpoint.folder import resolve_checkpoint
 from nemo_llm.config import RunConfig
+from nemo_llm.config.arguments import as_hydra
 from nemo_llm.config.convert_tool import ConvertConfig
-from nemo_llm.config.derived import as_hydra
 from nemo_llm.config.load import compose, to_dict
 from nemo_llm.convert.common import (
     Outcome,
@@ -92,11 +92,11 @@ def _run_config(model: dict[str, Any], name: str, tokenizer: Path | None) -> Run
     overrides = ["+model=gpt_tiny", *(f"++model.{key}={as_hydra(value)}" for key, value in keys.items())]
     if tokenizer is None:
         return compose([*overrides, "tokenizer=byte"])
-    return compose([*overrides, "tokenizer=from_hf", f"model.hf_path={as_hydra(str(tokenizer.resolve()))}"])
+    return compose([*overrides, "tokenizer=from_hf", f"model.hf_path={tokenizer.resolve()}"])
 
 
 def _vocab_size(tokenizer: Path) -> int:
-    where = f"model.hf_path={as_hydra(str(tokenizer.resolve()))}"
+    where = f"model.hf_path={tokenizer.resolve()}"
     return load_tokenizer(compose(["+model=gpt_tiny", "tokenizer=from_hf", where]).data.tokenizer).vocab_size
 
 

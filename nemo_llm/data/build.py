@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_llm.config.data import BlendSource, DataConfig, blend_entries, parse_split
+from nemo_llm.config.data import BlendSource, DataConfig, blend_entries
+from nemo_llm.config.run import RunConfig
 from nemo_llm.data.blend import Blend
 from nemo_llm.data.blended import BlendedSource, Phase
 from nemo_llm.data.cache import build_once, cache_folder, content_key
 from nemo_llm.data.chat_store import ChatStore, open_chats
 from nemo_llm.data.dataset import Source, TokenWindowDataset
 from nemo_llm.data.indexed import IndexedDataset
-from nemo_llm.data.labelled import LabelledStore, LabelRules, open_labelled
+from nemo_llm.data.labelled import LabelRules, open_labelled
 from nemo_llm.data.packing import PackedDataset, build_packs
 from nemo_llm.data.permutation import derive_key
 from nemo_llm.data.rules import SampleRules
+from nemo_llm.data.split import Part, TokenRange, cut, split_parts
 from nemo_llm.data.store import MockStore, TokenStore
 from nemo_llm.data.text_cache import open_text
 from nemo_llm.data.tokenizer import Tokenizer
@@ -44,6 +46,25 @@ class DataSets:
         return "\n".join(parts)
 
 
+def open_data(cfg: RunConfig, tokenizer: Tokenizer) -> DataSets:
+    """What the run of a configuration trains and validates on; the same on every rank.
+
+    Raises:
+        ConfigError, InputError: naming the source that cannot be used.
+    """
+    virtual_tokens = 0 if cfg.peft is None else cfg.peft.virtual_tokens
+    short = short_vocabulary(cfg, tokenizer)
+    return build_train_and_validation(
+        cfg.data, tokenizer, cfg.trainer.seed, virtual_tokens, cfg.model.head or (), short
+    )
+
+
+def short_vocabulary(cfg: RunConfig, tokenizer: Tokenizer) -> int | None:
+    """The model's vocabulary where that is less than the tokenizer's, so that ids may be beyond it; else None."""
+    known = cfg.model.vocab_size
+    return known if known is not None and known < tokenizer.vocab_size else None
+
+
 def build_train_and_validation(
     config: DataConfig,
     tokenizer: Tokenizer,
@@ -62,15 +83,14 @@ def build_train_and_validation(
     InputError, naming the source.
     """
     builder = _Builder(config, tokenizer, virtual_tokens, classes, vocab_size)
-    shares = parse_split(config.split) if config.split is not None else (1.0, 0.0)
+    training, *held_out = split_parts(config.split)
     train_entries = blend_entries(config.blend, "data.blend")
-    train = builder.blend(train_entries, (0.0, shares[0]), seed, finite=False)
-    validation = {
-        name: builder.blend(blend_entries(blend, f"data.validation.{name}"), (0.0, 1.0), _VALIDATION_SEED, finite=True)
-        for name, blend in config.validation.items()
-    }
-    if shares[1] > 0:
-        part = (shares[0], shares[0] + shares[1])
+    train = builder.blend(train_entries, training, seed, finite=False)
+    validation = {}
+    for name, blend in config.validation.items():
+        part = Part(f"data.validation.{name}", 0.0, 1.0)
+        validation[name] = builder.blend(blend_entries(blend, part.name), part, _VALIDATION_SEED, finite=True)
+    for part in held_out:
         validation["split"] = builder.blend(train_entries, part, _VALIDATION_SEED, finite=True)
     return DataSets(train=train, validation=validation)
 
@@ -97,10 +117,8 @@ class _Builder:
         shorter = dataclasses.replace(config, seq_length=config.seq_length - virtual_tokens)
         self._text_rules = SampleRules(shorter, tokenizer)
 
-    def blend(
-        self, entries: tuple[BlendSource, ...], part: tuple[float, float], seed: int, *, finite: bool
-    ) -> BlendedSource:
-        """Return the blend of a part (fractions of each source's documents) of the entries."""
+    def blend(self, entries: tuple[BlendSource, ...], part: Part, seed: int, *, finite: bool) -> BlendedSource:
+        """Return the blend of a part of the entries."""
         sources = [self._source(entry, part, seed) for entry in entries]
         weights = self._weights([entry.weight for entry in entries], sources)
         if finite:  # as many samples as can be had at these weights without repeating any
@@ -109,34 +127,25 @@ class _Builder:
             return BlendedSource(sources, [Phase(0, tuple(weights))], seed, num_samples)
         return BlendedSource(sources, [Phase(0, tuple(weights)), *self._changes(sources)], seed)
 
-    def _source(self, entry: BlendSource, part: tuple[float, float], seed: int) -> Source:
-        store = self._store(entry)
-        if isinstance(store, LabelledStore):
-            first, last = (store.first_document(share) for share in part)
-            if first == last:
-                shares = f"{part[0]:g} to {part[1]:g}"
-                raise InputError(
-                    f"source {entry.name}: the hashes of its {store.num_documents} texts leave the part from {shares} "
-                    "empty; give more texts, another data.split, or null and a set under data.validation"
-                )
-        else:
-            first, last = (round(share * store.num_documents) for share in part)
+    def _source(self, entry: BlendSource, part: Part, seed: int) -> Source:
+        runs_on = self._config.packing == "concatenate"
+        smallest = self._text_rules.seq_length + 1 if runs_on else 1
+        store, documents = cut(entry.name, self._store(entry), part, smallest)
         key = derive_key("order", seed, entry.name)
         if isinstance(store, ChatStore):
-            return self._packed(entry.name, store, (first, last), key, self._rules)
+            return self._packed(entry.name, store, documents, key, self._rules)
         rules = self._text_rules
-        if self._config.packing == "concatenate":
-            source: Source = TokenWindowDataset(entry.name, store, rules, (first, last), key)
+        if runs_on:
+            source: Source = TokenWindowDataset(entry.name, store, rules, documents, key)
         else:
-            source = self._packed(entry.name, store, (first, last), key, rules)
+            source = self._packed(entry.name, store, documents, key, rules)
         return VirtualTokenSource(source, self._virtual_tokens) if self._virtual_tokens else source
 
     def _packed(
         self, name: str, store: TokenStore, documents: tuple[int, int], key: int, rules: SampleRules
     ) -> PackedDataset:
-        identity = store.prefix if isinstance(store, MockStore | ChatStore) else _identity(store)
         alone = self._config.packing == "none"
-        packs = build_packs(store, documents, (rules.seq_length, alone), identity, self._cache)
+        packs = build_packs(store, documents, (rules.seq_length, alone), _identity(store), self._cache)
         return PackedDataset(name, store, rules, documents, key, packs)
 
     def _weights(self, given: Sequence[float | None], sources: list[Source]) -> list[float]:
@@ -236,7 +245,11 @@ def _largest_token(dataset: IndexedDataset, name: str, tokenizer: Tokenizer, cac
     return int(build_once(cache / f"scan-{key}", lambda _: {"max_token_id": dataset.validate()})["max_token_id"])
 
 
-def _identity(dataset: TokenStore) -> list[object]:
-    """Return what names the content of a dataset on disk: its place, sizes and times of change."""
-    stats = [Path(f"{dataset.prefix}{suffix}").stat() for suffix in (".idx", ".bin")]
-    return [str(Path(dataset.prefix).resolve()), [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
+def _identity(store: TokenStore) -> object:
+    """Return what names the content of a store: of a dataset on disk its place, sizes and times of change."""
+    if isinstance(store, TokenRange):
+        return [_identity(store.store), store.first, store.last]
+    if isinstance(store, MockStore | ChatStore):
+        return store.prefix
+    stats = [Path(f"{store.prefix}{suffix}").stat() for suffix in (".idx", ".bin")]
+    return [str(Path(store.prefix).resolve()), [(stat.st_size, stat.st_mtime_ns) for stat in stats]]

@@ -25,6 +25,7 @@ class MicroBatch(TypedDict):
     loss_mask: NDArray[np.float32]
     position_ids: NDArray[np.int64]
     document_ids: NDArray[np.int32] | None
+    padding: NDArray[np.bool_] | None
 
 
 def collate(samples: list[Sample]) -> MicroBatch:
@@ -32,6 +33,8 @@ def collate(samples: list[Sample]) -> MicroBatch:
     tokens = np.stack([sample.tokens for sample in samples])
     labels = [sample.labels for sample in samples if sample.labels is not None]
     documents = [sample.document_ids for sample in samples if sample.document_ids is not None]
+    full = np.zeros(len(tokens[0]) - 1, dtype=np.bool_)
+    padded = any(sample.padding is not None for sample in samples)
     return MicroBatch(
         tokens=np.ascontiguousarray(tokens[:, :-1]),
         # Virtual tokens (negative ids) are never labels that count.
@@ -39,6 +42,7 @@ def collate(samples: list[Sample]) -> MicroBatch:
         loss_mask=np.stack([sample.loss_mask for sample in samples]),
         position_ids=np.stack([sample.position_ids for sample in samples]),
         document_ids=np.stack(documents) if documents else None,
+        padding=np.stack([full if s.padding is None else s.padding for s in samples]) if padded else None,
     )
 
 

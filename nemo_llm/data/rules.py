@@ -66,7 +66,8 @@ class SampleRules:
             if resets_attention:
                 document_ids = np.repeat(np.arange(len(starts), dtype=np.int32), lengths)
         labels = None if window.targets is None else window.targets[1:]
-        return Sample(window.tokens, loss_mask, position_ids, document_ids, labels)
+        padding = self._positions >= window.length if window.length < self.seq_length else None
+        return Sample(window.tokens, loss_mask, position_ids, document_ids, labels, padding)
 
     def _loss_mask(self, window: Window) -> NDArray[np.float32]:
         mask = np.ones(self.seq_length, dtype=np.float32)

@@ -21,6 +21,8 @@ class Sample:
     """[s]: number of the document within the sample; a token attends only to its own. None: no document mask."""
     labels: NDArray[np.float32] | None = None
     """[s]: classes or scores, where the label is not the next token; they count where the loss mask says so."""
+    padding: NDArray[np.bool_] | None = None
+    """[s]: True where the sample holds nothing. None: it is full."""
 
 
 class SampleSource(Protocol):

@@ -25,7 +25,7 @@ class VirtualTokenSource:
     def sample(self, index: int, run_index: int) -> Sample:
         """Return sample ``index`` of the source, which is number ``run_index`` of the run."""
         sample, count = self._inner.sample(index, run_index), len(self._ids)
-        documents = sample.document_ids
+        documents, padding = sample.document_ids, sample.padding
         return dataclasses.replace(
             sample,
             tokens=np.concatenate((self._ids, sample.tokens)),
@@ -34,6 +34,7 @@ class VirtualTokenSource:
             document_ids=None
             if documents is None
             else np.concatenate((np.zeros(count, dtype=documents.dtype), documents)),
+            padding=None if padding is None else np.concatenate((np.zeros(count, dtype=np.bool_), padding)),
         )
 
     def documents_of(self, index: int) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ from nemo_llm.evaluation.confusion import confusion_picture
 from nemo_llm.evaluation.suite import ModelResult
 
 _COLOURS = ("#3366aa", "#cc7722", "#338855", "#aa3355", "#7755aa", "#777777")
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 340, 200, 56, 26
 Table = tuple[str, list[str], list[list[str]]]
 """Title, names of the columns, rows."""
 
@@ -80,11 +81,6 @@ def as_text(results: Sequence[ModelResult]) -> str:
     return "\n\n".join(blocks)
 
 
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-    figures = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-    return "  ".join([row[0].ljust(widths[0]), *figures])
-
-
 def write_json(results: Sequence[ModelResult], path: Path) -> None:
     """All figures, each example's predictions among them."""
     _write(path, json.dumps([as_plain(result) for result in results], indent=1, ensure_ascii=False) + "\n", "output")
@@ -130,45 +126,79 @@ def _series(results: Sequence[ModelResult]) -> dict[str, list[float]]:
 
 
 def _plot(title: str, values: Sequence[float], results: Sequence[ModelResult]) -> str:
-    """A line over steps where all results are of one run, else bars; as SVG."""
-    width, height, left, bottom = 340, 200, 56, 26
-    low, high = min(values), max(values)
-    steps = [result.step for result in results]
-    over_steps = len(values) > 1 and None not in steps and len(set(steps)) == len(steps)
-    if not over_steps:
-        low = min(low, 0.0)
-    if high == low:
-        low, high = low - 0.5, high + 0.5
-    y = [(height - bottom) - (value - low) / (high - low) * (height - bottom - 14) for value in values]
-    axis = [
-        f'<text x="{left - 4}" y="{at}" text-anchor="end" font-size="11">{value:.4g}</text>'
-        for at, value in ((height - bottom, low), (16, high))
-    ]
-    if over_steps:
-        first, last = min(s for s in steps if s is not None), max(s for s in steps if s is not None)
-        x = [left + 6 + (s - first) / max(last - first, 1) * (width - left - 16) for s in steps if s is not None]
-        points = sorted(zip(x, y, strict=True))
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-        marks = [f'<polyline points="{path}" fill="none" stroke="{_COLOURS[0]}" stroke-width="2"/>']
-        marks += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{_COLOURS[0]}"/>' for a, b in points]
-        marks.append(f'<text x="{width - 4}" y="{height - 8}" text-anchor="end" font-size="11">step {last}</text>')
-        marks.append(f'<text x="{left}" y="{height - 8}" font-size="11">step {first}</text>')
-    else:
-        slot = (width - left - 8) / len(values)
-        marks = []
-        for number, (result, at) in enumerate(zip(results, y, strict=True)):
-            x0 = left + 4 + number * slot
-            colour = _COLOURS[number % len(_COLOURS)]
-            marks.append(
-                f'<rect x="{x0:.1f}" y="{at:.1f}" width="{slot * 0.8:.1f}" height="{height - bottom - at:.1f}" '
-                f'fill="{colour}"><title>{html.escape(result.name)}: {values[number]:.5g}</title></rect>'
-            )
-            label = html.escape(result.name[: max(4, int(slot / 7))])
-            marks.append(f'<text x="{x0:.1f}" y="{height - 8}" font-size="11">{label}</text>')
+    """A line for each run of which several steps were measured, else a bar for each model; as SVG."""
+    runs = _runs(results)
+    marks = _bars(values, results) if runs is None else _lines(values, results, runs)
+    legend = ""
+    if runs is not None and len(runs) > 1:
+        names = (f'<tspan fill="{colour}">{html.escape(run.name)} </tspan>' for run, colour in _coloured(runs))
+        legend = f'<text x="{_LEFT}" y="10" font-size="11">{"".join(names)}</text>'
     return (
-        f'<figure><svg width="{width}" height="{height}" role="img">{"".join(axis + marks)}</svg>'
+        f'<figure><svg width="{_WIDTH}" height="{_HEIGHT}" role="img">{"".join(marks)}{legend}</svg>'
         f"<figcaption>{html.escape(title)}</figcaption></figure>"
     )
+
+
+def _runs(results: Sequence[ModelResult]) -> dict[Path, list[int]] | None:
+    """Places of the results of each run, by the folder of its checkpoints; None where no run has several steps.
+
+    Checkpoints of different runs are different models: no line may lead from one to the other.
+    """
+    runs: dict[Path, list[int]] = {}
+    for place, result in enumerate(results):
+        if result.step is None:
+            return None
+        folder = Path(result.checkpoint).absolute().parent
+        runs.setdefault(folder.parent if folder.name == "checkpoints" else folder, []).append(place)
+    return runs if any(len({results[place].step for place in places}) > 1 for places in runs.values()) else None
+
+
+def _coloured(runs: dict[Path, list[int]]) -> list[tuple[Path, str]]:
+    return [(run, _COLOURS[number % len(_COLOURS)]) for number, run in enumerate(runs)]
+
+
+def _heights(values: Sequence[float], low: float, high: float) -> tuple[list[float], list[str]]:
+    """Where values stand in the picture, and the two ends of the axis."""
+    bottom = _HEIGHT - _BOTTOM
+    y = [bottom - (value - low) / (high - low) * (bottom - 14) for value in values]
+    ends = [
+        f'<text x="{_LEFT - 4}" y="{at}" text-anchor="end" font-size="11">{value:.4g}</text>'
+        for at, value in ((bottom, low), (16, high))
+    ]
+    return y, ends
+
+
+def _lines(values: Sequence[float], results: Sequence[ModelResult], runs: dict[Path, list[int]]) -> list[str]:
+    low, high = min(values), max(values)
+    y, marks = _heights(values, *((low, high) if high > low else (low - 0.5, high + 0.5)))
+    steps = [result.step or 0 for result in results]
+    first, last = min(steps), max(steps)
+    x = [_LEFT + 6 + (step - first) / max(last - first, 1) * (_WIDTH - _LEFT - 16) for step in steps]
+    for run, colour in _coloured(runs):
+        points = sorted((x[place], y[place]) for place in runs[run])
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
+        marks.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        marks += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in points]
+    marks.append(f'<text x="{_WIDTH - 4}" y="{_HEIGHT - 8}" text-anchor="end" font-size="11">step {last}</text>')
+    marks.append(f'<text x="{_LEFT}" y="{_HEIGHT - 8}" font-size="11">step {first}</text>')
+    return marks
+
+
+def _bars(values: Sequence[float], results: Sequence[ModelResult]) -> list[str]:
+    low, high = min(*values, 0.0), max(*values, 0.0)
+    y, marks = _heights(values, low, high if high > low else low + 1.0)
+    zero = _heights([0.0], low, high if high > low else low + 1.0)[0][0]
+    slot = (_WIDTH - _LEFT - 8) / len(values)
+    for number, (result, at) in enumerate(zip(results, y, strict=True)):
+        x = _LEFT + 4 + number * slot
+        marks.append(
+            f'<rect x="{x:.1f}" y="{min(at, zero):.1f}" width="{slot * 0.8:.1f}" height="{abs(zero - at):.1f}" '
+            f'fill="{_COLOURS[number % len(_COLOURS)]}">'
+            f"<title>{html.escape(result.name)}: {values[number]:.5g}</title></rect>"
+        )
+        label = html.escape(result.name[: max(4, int(slot / 7))])
+        marks.append(f'<text x="{x:.1f}" y="{_HEIGHT - 8}" font-size="11">{label}</text>')
+    return marks
 
 
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

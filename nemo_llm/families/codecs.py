@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_llm.config.model import SCALING_FIELDS
 from nemo_llm.errors import InputError
 
 
@@ -118,7 +119,8 @@ def decode_rope(config: Mapping[str, Any], percent: tuple[str, float] | None) ->
         raise InputError(f"rope_scaling: {', '.join(unknown)} of type {kind!r} cannot be taken over")
     scaling: dict[str, Any] = {"type": kind}
     for name in _ROPE_FIELDS:
-        value = parameters.get(name)
+        # Files carry numbers of other types along, which transformers does not read either.
+        value = parameters.get(name) if name == "factor" or name in SCALING_FIELDS[kind] else None
         scaling[name] = value if value is None or name in _ROPE_INTEGERS else float(value)
     if kind in ("dynamic", "yarn") and scaling["original_max_position_embeddings"] is None:
         scaling["original_max_position_embeddings"] = config["max_position_embeddings"]

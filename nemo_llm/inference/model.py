@@ -15,6 +15,7 @@ from nemo_llm.checkpoint.manifest import verify
 from nemo_llm.checkpoint.weights import load_weights
 from nemo_llm.config import RunConfig
 from nemo_llm.config.checks import find_problems
+from nemo_llm.config.code_paths import qkv_in_one
 from nemo_llm.config.inference import ModelPlace
 from nemo_llm.config.load import compose, decode, to_dict
 from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer_from_folder
@@ -22,7 +23,6 @@ from nemo_llm.errors import ConfigError, InputError, Problem
 from nemo_llm.inference.graphs import DecodeGraphs
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.models.kv_cache import KVCache, cacheable_attentions, connect_cache
-from nemo_llm.models.transformer_config import qkv_in_one
 from nemo_llm.parallel.runtime import ParallelRuntime
 
 # On a GPU decoding looks at multiples of this many slots, so that few shapes (and CUDA graphs) occur.
@@ -71,8 +71,9 @@ def inference_config(place: ModelPlace, folder: Path, world_size: int) -> RunCon
         # One kernel for any length; the rotation alone would be compiled for every length of prompts.
         cfg = dataclasses.replace(cfg, performance=dataclasses.replace(cfg.performance, fused_rope=True))
     problems = [problem for problem in find_problems(cfg, world_size) if problem.key.startswith(("parallel", "model"))]
-    # Experts under TP need sequence parallelism in training alone.
-    problems = [problem for problem in problems if problem.key != "parallelism.sequence_parallel"]
+    # Sequence parallelism for experts under TP, and ways of balancing experts, matter in training alone.
+    trained = ("parallelism.sequence_parallel", "model.moe.moe_router_load_balancing_type")
+    problems = [problem for problem in problems if problem.key not in trained]
     if layout.context_parallel_size > 1:
         rule = "generation and evaluation do not split a sequence"
         problems.append(

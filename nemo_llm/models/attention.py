@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from nemo_llm.config.code_paths import used_window
 from nemo_llm.models import flex
 from nemo_llm.models.context_parallel import gather_sequence, heads_to_sequence, sequence_to_heads
 
@@ -242,11 +243,6 @@ def prefers_cudnn(device: torch.device) -> bool:
 def _kernel_order(device: torch.device) -> Any:
     """Which of PyTorch's kernels are tried first, in the order of their speed on this device."""
     return sdpa_kernel(_KERNELS, set_priority=True) if prefers_cudnn(device) else nullcontext()
-
-
-def used_window(window: int | None, length: int) -> int | None:
-    """A window that samples of this length leave: one that they never leave is none."""
-    return None if window is None or window >= length else window
 
 
 def _layer_has_window(config: TransformerConfig, layer_number: int) -> bool:

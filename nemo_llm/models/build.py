@@ -10,11 +10,13 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from nemo_llm.config import RunConfig
+from nemo_llm.config.code_paths import fused_chunk_tokens
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.activation_offload import offload_activations
-from nemo_llm.models.experts import keep_tokens_here
+from nemo_llm.models.experts import use_local_dispatcher
 from nemo_llm.models.initialize import InitRule, initialize_weights
 from nemo_llm.models.language_model import LanguageModel
 from nemo_llm.models.specs import build_block_spec, choose_backend
@@ -69,19 +71,14 @@ def _build_chunk(cfg, runtime, config, backend, vp_stage, vocab_size) -> Languag
         pg_collection=runtime.groups,
     )
     _mark_split_parameters(chunk)
-    keep_tokens_here(chunk, cfg, runtime.groups)
+    _mark_experts(chunk, runtime)
+    use_local_dispatcher(chunk, cfg, runtime.groups)
     if cfg.performance.compile_layers and runtime.device.type == "cuda":
         for layer in chunk.decoder.layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
     if cfg.performance.offload_activation_layers:
         offload_activations(chunk.decoder.layers, cfg.performance.offload_activation_layers)
     return chunk.to(runtime.device)
-
-
-def fused_chunk_tokens(cfg: RunConfig) -> int | None:
-    """Chunk of the fused projection and loss, or None: fp16's loss scale is not known when it takes gradients."""
-    fused = cfg.performance.fused_linear_cross_entropy and cfg.precision.params_dtype != "fp16"
-    return cfg.performance.cross_entropy_chunk_tokens if fused else None
 
 
 def _mark_split_parameters(chunk: LanguageModel) -> None:
@@ -95,3 +92,17 @@ def _mark_split_parameters(chunk: LanguageModel) -> None:
             if weight is not None and not hasattr(weight, "tensor_model_parallel"):
                 split_dim = 1 if isinstance(module, RowParallelLinear) else 0
                 set_tensor_model_parallel_attributes(weight, True, split_dim, 1)
+
+
+def _mark_experts(chunk: LanguageModel, runtime: ParallelRuntime) -> None:
+    """Mark the parameters of experts wherever their copies lie on other ranks than those of dense weights.
+
+    By the mark (``allreduce``) Megatron sums gradients over the ranks that hold the same expert, and keeps its
+    optimizer state there. megatron-core 0.16.1 sets it where EP is above 1. But with EP1 an expert tensor parallel size
+    other than TP also makes other groups: the copies of an expert would then train apart.
+    """
+    if runtime.experts_have_own_groups:
+        for module in chunk.modules():
+            if isinstance(module, MoELayer):
+                for parameter in module.experts.parameters():
+                    parameter.allreduce = False

@@ -7,12 +7,9 @@ import torch
 from megatron.core.tensor_parallel import layers
 
 from nemo_llm.config import RunConfig
-from nemo_llm.models import flex
-from nemo_llm.models.attention import prefers_cudnn, used_window
-from nemo_llm.models.build import fused_chunk_tokens
-from nemo_llm.models.experts import why_not_grouped
+from nemo_llm.config.code_paths import fused_chunk_tokens, used_window, why_no_flex, why_not_grouped
+from nemo_llm.models.attention import prefers_cudnn
 from nemo_llm.models.specs import choose_backend
-from nemo_llm.models.transformer_config import to_transformer_config
 from nemo_llm.models.warm_kernels import why_no_choice
 
 
@@ -25,7 +22,7 @@ def describe_choices(cfg: RunConfig, device: torch.device) -> list[str]:
     backend, own = choose_backend(cfg.model, device.type), cfg.model.layer_spec
     lines = [_layers(cfg, backend, device) if own is None else f"layers: model.layer_spec={own}"]
     if cfg.model.moe is not None and backend == "torch" and own is None:
-        why = why_not_grouped(cfg, to_transformer_config(cfg, device))
+        why = why_not_grouped(cfg)
         lines.append("experts: all in one product" if why is None else f"experts: one after another ({why})")
     if device.type != "cuda":
         return lines
@@ -62,7 +59,7 @@ def _attention(cfg: RunConfig, device: torch.device) -> str:
     special = " and ".join(kind for kind, wanted in kinds.items() if wanted)
     if not special:
         return f"attention: {plain}"
-    why = flex.why_not(cfg)
+    why = why_no_flex(cfg)
     how = "FlexAttention" if why is None else f"a matrix of all scores ({why})"
     return f"attention: {plain}; {special} by {how}"
 

@@ -25,9 +25,9 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_llm.config import RunConfig
+from nemo_llm.config.code_paths import keeps_tokens_here, why_not_grouped
 from nemo_llm.models.gradients import gradient_buffer, returned_gradient
 from nemo_llm.models.products import add_weight_gradient, take_stale
 
@@ -305,54 +305,22 @@ class LocalDispatcher(MoETokenDispatcher):
         return hidden.view(self._shape)
 
 
-def keep_tokens_here(chunk: torch.nn.Module, cfg: RunConfig, groups: Any) -> None:
+def use_local_dispatcher(chunk: torch.nn.Module, cfg: RunConfig, groups: Any) -> None:
     """Give layers with grouped experts the `LocalDispatcher` where this rank holds every expert, whole.
 
     Args:
         groups: Megatron's process groups.
     """
-    layout = cfg.parallelism
-    expert_tp = layout.expert_tensor_parallel_size or layout.tensor_model_parallel_size
-    if not layout.expert_model_parallel_size == expert_tp == 1:
+    if not keeps_tokens_here(cfg):
         return
     for layer in chunk.modules():
-        if isinstance(layer, MoELayer) and isinstance(layer.experts, GroupedExperts) and _sends_nothing_else(layer):
+        if isinstance(layer, MoELayer) and isinstance(layer.experts, GroupedExperts):
             layer.token_dispatcher = LocalDispatcher(layer.config, groups)
 
 
-def _sends_nothing_else(layer: MoELayer) -> bool:
-    """Every token has all its experts (no capacity), and no shared expert is computed by the dispatcher."""
-    return layer.config.moe_expert_capacity_factor is None and not layer.config.moe_shared_expert_overlap
-
-
-def why_not_grouped(cfg: RunConfig, config: TransformerConfig) -> str | None:
-    """Why the experts of this model are computed one after another; None where the products are grouped."""
-    model = cfg.model
-    assert model.moe is not None
-    reasons = {
-        "model.moe.moe_grouped_gemm=false": not model.moe.moe_grouped_gemm,
-        "experts without SwiGLU": model.activation_func != "silu" or not model.gated_linear_unit,
-        "a bias in the experts": model.add_bias_linear,
-        "FP8": cfg.precision.fp8 is not None,
-        "performance.gradient_accumulation_fusion=false": not cfg.performance.gradient_accumulation_fusion,
-        "a width that 8 does not divide": bool(model.hidden_size % 8 or model.moe.moe_ffn_hidden_size % 8),
-        "model.mcore_overrides": any(getattr(config, name) != plain for name, plain in _OTHER_ARITHMETIC.items()),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-# Fields of Megatron's configuration that change what an expert computes, with the value under which it is plain SwiGLU.
-_OTHER_ARITHMETIC = {
-    "moe_apply_probs_on_input": False,
-    "moe_latent_size": None,
-    "activation_func_clamp_value": None,
-    "glu_linear_offset": 0.0,
-}
-
-
-def experts_spec(plain: ModuleSpec, cfg: RunConfig, config: TransformerConfig) -> ModuleSpec:
+def experts_spec(plain: ModuleSpec, cfg: RunConfig) -> ModuleSpec:
     """Megatron's spec of a layer of experts with grouped products, where they can be had."""
-    if why_not_grouped(cfg, config) is not None:
+    if why_not_grouped(cfg) is not None:
         return plain
     experts = dataclasses.replace(plain.submodules.experts, module=GroupedExperts)
     return dataclasses.replace(plain, submodules=dataclasses.replace(plain.submodules, experts=experts))

@@ -16,26 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from nemo_llm.config import RunConfig
-
-_LEAST_HEAD_SIZE = 16  # PyTorch 2.13 refuses less
 _KEPT_MASKS = 8
 # Which blocks are seen: all layers of a forward pass ask for the same. A mask holds its documents, so that no other
 # tensor gets their id.
 _masks: OrderedDict[tuple, BlockMask] = OrderedDict()
-
-
-def why_not(cfg: RunConfig) -> str | None:
-    """Why this run makes matrices of scores for its masks on CUDA too; None where it does not."""
-    model, performance = cfg.model, cfg.performance
-    reasons = {
-        "performance.flex_attention=false": not performance.flex_attention,
-        "performance.compile_layers=true": performance.compile_layers,
-        f"model.attention_dropout={model.attention_dropout}": model.attention_dropout > 0.0,
-        "latent attention": model.mla is not None,
-        f"heads of {model.head_dim} channels": model.head_dim < _LEAST_HEAD_SIZE,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def attend(

@@ -19,6 +19,7 @@ from nemo_llm.models.embedding import Embedding
 from nemo_llm.models.head import ScoreHead, head_losses
 from nemo_llm.models.linear_cross_entropy import LinearCrossEntropy, LossInputs, LossRule
 from nemo_llm.models.rope_scaling import LocalRotaryEmbedding, ScaledRotaryEmbedding
+from nemo_llm.models.router import Router, position_facts
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -97,6 +98,7 @@ class LanguageModel(GPTModel):
             self.score = ScoreHead(config, len(model.head), self.pg_collection)
         elif self.post_process:
             self.output_layer.__class__ = OutputLayer
+        self.routes = any(isinstance(module, Router) for module in self.modules())
         if fused_chunk_tokens is not None and config.gradient_accumulation_fusion:
             self._announce_empty_gradient()
 
@@ -128,13 +130,35 @@ class LanguageModel(GPTModel):
         finally:
             self.post_process = ends_model
 
-    def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **settings: Any) -> tuple:
-        """Embedding and rotary angles; the angles of ``position_ids`` while tokens are decoded.
+    def forward(
+        self,
+        *inputs: torch.Tensor | None,
+        loss_mask: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        **settings: Any,
+    ) -> torch.Tensor:
+        """As Megatron's; routers are told by both masks, ``[b, s/cp]``, over which tokens their losses are taken."""
+        facts = position_facts(loss_mask, padding_mask) if self.routes and loss_mask is not None else None
+        return super().forward(*inputs, loss_mask=loss_mask, padding_mask=facts, **settings)
 
-        megatron-core 0.16.1 calls this private method with keywords, and its second result is the angles.
+    def _preprocess(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        padding_mask: torch.Tensor | None = None,
+        **settings: Any,
+    ) -> tuple:
+        """Embedding and rotary angles, the angles of ``position_ids`` while tokens are decoded; and facts for routers.
+
+        megatron-core 0.16.1 calls this private method with keywords, its second result is the angles, its sixth goes
+        to the layers. (It cuts the sixth for sequence parallelism on the first stage alone.)
         tests/models/test_megatron_contract.py fails when it is gone.
         """
         parts = super()._preprocess(input_ids, position_ids, **settings)
+        if padding_mask is not None:
+            tp = self.pg_collection.tp
+            facts = padding_mask.chunk(tp.size(), 1)[tp.rank()] if self.config.sequence_parallel else padding_mask
+            parts = (*parts[:5], facts, *parts[6:])
         if self.rotary_table is None or parts[1] is None:
             return parts
         return parts[0], self.rotary_table[position_ids.t()], *parts[2:]

@@ -4,7 +4,8 @@ For a vocabulary of 128k the logits of 16k tokens take 4 GB in bf16 and are read
 each chunk's logits are made, turned into their gradient in place and multiplied back at once (the idea of Liger Kernel,
 arXiv:2410.10989, with vocabulary parallelism added). The gradient of a token's loss is taken with the weight that the
 token has in the sum, 1 or 0, so the caller must sum ``losses * loss_mask``; that is why 16-bit loss scaling, whose
-factor comes later, does not use this path.
+factor comes later, does not use this path. Any other loss would train on the gradients of that sum: on CPU and in
+deterministic mode the backward pass compares the gradient that comes in with the mask, and raises where they differ.
 
 Shapes: ``T`` tokens of this rank, ``h`` hidden size, ``v/tp`` this rank's part of the padded vocabulary.
 """
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from nemo_llm.models.gradients import gradient_buffer, returned_gradient
 from nemo_llm.models.products import add_weight_gradient, input_gradient, project
@@ -72,14 +74,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rule.chunk_tokens)
             logits = project(hidden[part], weight)
             if hidden_grad is None:
-                chunk = _Chunk(logits, labels[part], rule)
-                losses[part], hits[part] = chunk.losses, chunk.hits
-                continue
-            losses[part], hits[part] = _to_losses_and_gradient(logits, labels[part], loss_mask[part], rule)
-            input_gradient(logits, weight, out=hidden_grad[part])
+                losses[part], hits[part] = _to_losses(logits, labels[part], rule)
+            else:
+                losses[part], hits[part] = _to_losses_and_gradient(logits, labels[part], loss_mask[part], rule)
+                input_gradient(logits, weight, out=hidden_grad[part])
             if weight_grad is not None:
                 add_weight_gradient(weight_grad, logits, hidden[part])
-        ctx.save_for_backward(hidden_grad)
+            del logits  # before the next chunk's are made: they are the largest tensor of many a step
+        ctx.save_for_backward(hidden_grad, loss_mask if wanted else None)
         ctx.weight = weight
         ctx.weight_grad = weight_grad
         ctx.tied = rule.tied
@@ -87,10 +89,34 @@ class LinearCrossEntropy(torch.autograd.Function):
         return losses, hits
 
     @staticmethod
-    def backward(ctx: Any, *_gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients that the forward pass took; the incoming one is ``loss_mask`` by contract."""
-        (hidden_grad,) = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: Any, losses_grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients that the forward pass took, which are right if ``losses_grad`` [T] is the loss mask.
+
+        Raises:
+            RuntimeError: it is not, where that is compared: on CPU, and in deterministic mode. Elsewhere the
+                comparison would let the host wait for the GPU in every micro-batch.
+        """
+        hidden_grad, loss_mask = ctx.saved_tensors
+        if losses_grad.device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
+            _check_contract(losses_grad, loss_mask)
         return hidden_grad, returned_gradient(ctx.weight, ctx.weight_grad, ctx.tied), None, None, None
+
+
+def _check_contract(losses_grad: torch.Tensor, loss_mask: torch.Tensor) -> None:
+    if torch.equal(losses_grad, loss_mask.to(losses_grad.dtype)):
+        return
+    raise RuntimeError(
+        "the fused output projection and loss took the gradient of sum(losses * loss_mask), and the loss that was "
+        "differentiated is another: its gradient with respect to the losses is not the loss mask. Sum the losses with "
+        "that mask and no further factor, or set performance.fused_linear_cross_entropy=false"
+    )
+
+
+def _to_losses(logits: torch.Tensor, labels: torch.Tensor, rule: LossRule) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and hits ``[t]`` of logits ``[t, v/tp]``, which are overwritten."""
+    chunk = _Chunk(logits, labels, rule)
+    return chunk.losses, chunk.hits
 
 
 def _to_losses_and_gradient(

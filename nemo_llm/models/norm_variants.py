@@ -104,7 +104,7 @@ class ParallelResidualLayer(TransformerLayer):
         """As Megatron's layer."""
         settings.pop("dynamic_inference_decode_only", None)
         attended, context = self._forward_attention(hidden_states, *inputs, **settings)
-        mlp = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        mlp = self.mlp(self.pre_mlp_layernorm(hidden_states), padding_mask=settings.get("padding_mask"))
         add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
         with self.bias_dropout_add_exec_handler():
             return add(mlp, attended, self.hidden_dropout), context

@@ -34,8 +34,8 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from nemo_llm.config import ModelConfig, RunConfig
+from nemo_llm.config.code_paths import keys_of_own_layers, why_no_flex
 from nemo_llm.errors import ConfigError, Problem
-from nemo_llm.models import flex
 from nemo_llm.models.attention import CoreAttention, LocalRotaryAttention
 from nemo_llm.models.experts import experts_spec
 from nemo_llm.models.fp8 import LINEARS
@@ -44,6 +44,7 @@ from nemo_llm.models.latent_attention import LatentAttention
 from nemo_llm.models.linear import WholeColumnLinear, WholeRowLinear
 from nemo_llm.models.norm import Norm
 from nemo_llm.models.norm_variants import ParallelResidualLayer, WholeWidthNorm, with_post_norm
+from nemo_llm.models.router import use_own_router
 
 if not hasattr(moe_utils, "te_general_gemm"):
     # megatron-core 0.16.1 imports this name from Transformer Engine alone, then reads it in the router on every
@@ -57,7 +58,7 @@ class TorchBackend(LocalSpecProvider):
     def __init__(self, cfg: RunConfig, linears: tuple[type, type]) -> None:
         self.model, self.performance = cfg.model, cfg.performance
         self.column, self.row = linears
-        self.flex_length = cfg.data.seq_length if flex.why_not(cfg) is None else None
+        self.flex_length = cfg.data.seq_length if why_no_flex(cfg) is None else None
 
     def column_parallel_linear(self) -> type:
         return self.column
@@ -103,7 +104,7 @@ def choose_backend(model: ModelConfig, device_type: str) -> str:
         ConfigError: Transformer Engine asked for where it cannot run.
     """
     installed = importlib.util.find_spec("transformer_engine") is not None
-    own = _keys_of_own_layers(model)
+    own = keys_of_own_layers(model)
     if own and model.transformer_impl == "transformer_engine":
         problem = Problem(
             "model.transformer_impl", "transformer_engine", f"{', '.join(own)} is built by torch alone", "use auto"
@@ -125,19 +126,6 @@ def choose_backend(model: ModelConfig, device_type: str) -> str:
     return model.transformer_impl
 
 
-def _keys_of_own_layers(model: ModelConfig) -> list[str]:
-    """Keys that ask for parts which Transformer Engine's spec lacks."""
-    asked = {
-        "norm_placement": model.norm_placement != "pre",
-        "qk_layernorm_scope": model.qk_layernorm and model.qk_layernorm_scope != "head",
-        "parallel_residual": model.parallel_residual,
-        "rotary_local_base": model.rotary_local_base is not None,
-        "attn_logit_softcapping": model.attn_logit_softcapping is not None,
-        "mla": model.mla is not None,
-    }
-    return [f"model.{key}" for key, wanted in asked.items() if wanted]
-
-
 def build_block_spec(
     cfg: RunConfig, config: TransformerConfig, backend: str, vp_stage: int | None, groups: Any
 ) -> TransformerBlockSubmodules:
@@ -146,6 +134,14 @@ def build_block_spec(
     Args:
         groups: Megatron's process groups.
     """
+    block = _block_spec(cfg, config, backend, vp_stage, groups)
+    use_own_router(block)
+    return block
+
+
+def _block_spec(
+    cfg: RunConfig, config: TransformerConfig, backend: str, vp_stage: int | None, groups: Any
+) -> TransformerBlockSubmodules:
     model = cfg.model
     pp_rank = groups.pp.rank()
     if model.layer_spec is not None:
@@ -194,7 +190,7 @@ def _torch_layer_spec(
             self_attention=_self_attention(parts, tp_group) if model.mla is None else _latent_attention(parts),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=pre_norm,
-            mlp=experts_spec(mlp, cfg, config) if moe_parts else mlp,
+            mlp=experts_spec(mlp, cfg) if moe_parts else mlp,
             mlp_bda=get_bias_dropout_add,
             # Checkpoint names as Transformer Engine's fused modules have them: one checkpoint serves both backends.
             sharded_state_dict_keys_map=_checkpoint_names(model.mla is not None, moe_parts is not None),

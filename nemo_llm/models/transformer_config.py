@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from nemo_llm.config import ModelConfig, ParallelismConfig, PrecisionConfig, RunConfig
+from nemo_llm.config.code_paths import fuses_rope, splits_qkv
+from nemo_llm.config.mcore_fields import UNFUSED_ACTIVATION
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.activation import offer_fused_swiglu
 from nemo_llm.models.gradients import offer_gradient_accumulation
+from nemo_llm.models.norm_recomputation import offer_norm_recomputation
 from nemo_llm.models.rope import offer_fused_qkv, offer_fused_rope
 from nemo_llm.models.rope_scaling import attention_factor
 from nemo_llm.models.specs import choose_backend
@@ -38,14 +41,16 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
     """Translate the model, parallelism and precision sections.
 
     Values are handed on as they are; nothing is derived here that a user could have set. ``model.mcore_overrides``
-    is applied last.
+    (config/mcore_fields.py says which) is applied last.
 
     Raises:
-        ConfigError: an override that Megatron does not know, or a combination that Megatron refuses.
+        ConfigError: a combination that Megatron refuses.
     """
     fuse_rope = device.type == "cuda" and fuses_rope(cfg)
     if cfg.performance.gradient_accumulation_fusion:
         offer_gradient_accumulation()
+    if cfg.parallelism.recompute_granularity == "selective":
+        offer_norm_recomputation()
     if fuse_rope:
         offer_fused_rope()
     if device.type == "cuda" and cfg.performance.fused_kernels:
@@ -55,7 +60,7 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
         offer_fused_qkv()
     fields = {
         **_model_fields(cfg.model),
-        **_moe_fields(cfg.model, cfg.parallelism),
+        **_moe_fields(cfg.model),
         **_mla_fields(cfg.model),
         **_parallel_fields(cfg.parallelism, device),
         **_precision_fields(cfg.precision, choose_backend(cfg.model, device.type)),
@@ -63,29 +68,13 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
         "gradient_accumulation_fusion": cfg.performance.gradient_accumulation_fusion,
         "apply_rope_fusion": fuse_rope,
         "fused_single_qkv_rope": fuse_qkv,
-        # mcore's fused SwiGLU keeps one tensor less for the backward pass; its other fused activations are the tanh
-        # approximation whatever was asked for, so they stay off. It is compiled, which does not pay on CPU.
-        "bias_activation_fusion": device.type == "cuda"
-        and cfg.model.activation_func == "silu"
-        and cfg.model.gated_linear_unit,
+        "bias_activation_fusion": device.type == "cuda" and _fuses_activation(cfg.model),
         "bias_dropout_fusion": device.type == "cuda",
     }
     class_ = TransformerConfig if cfg.model.mla is None else MLATransformerConfig
-    known = {field.name for field in dataclasses.fields(class_)}
-    unknown = sorted(set(cfg.model.mcore_overrides) - known)
-    if unknown:
-        raise ConfigError(
-            Problem(
-                f"model.mcore_overrides.{name}",
-                cfg.model.mcore_overrides[name],
-                "is no field of Megatron's TransformerConfig",
-                "look the name up in megatron.core.transformer.TransformerConfig",
-            )
-            for name in unknown
-        )
     try:
         return class_(**{**fields, **cfg.model.mcore_overrides})
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
             [
                 Problem(
@@ -95,20 +84,14 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
         ) from error
 
 
-def fuses_rope(cfg: RunConfig) -> bool:
-    """Whether on CUDA the rotation is a kernel of its own, or of the split."""
-    return cfg.performance.fused_rope and cfg.model.position_embedding_type == "rope" and cfg.model.mla is None
+def _fuses_activation(model: ModelConfig) -> bool:
+    """Whether the activation goes with the bias in one kernel on CUDA, which keeps one tensor less for backward.
 
-
-def splits_qkv(cfg: RunConfig) -> bool:
-    """Whether on CUDA one kernel splits the joint projection and rotates."""
-    return fuses_rope(cfg) and cfg.performance.fused_kernels and qkv_in_one(cfg.model, cfg.parallelism)
-
-
-def qkv_in_one(model: ModelConfig, layout: ParallelismConfig) -> bool:
-    """Whether nothing stands between the joint projection and the rotation, and each rank holds whole groups."""
-    groups = model.num_query_groups or model.num_attention_heads
-    return not model.qk_layernorm and layout.tensor_model_parallel_size <= groups
+    mcore's other fused activations are the tanh approximation whatever was asked for, so they stay off. The kernel is
+    compiled, which does not pay on CPU.
+    """
+    plain = not set(UNFUSED_ACTIVATION) & set(model.mcore_overrides)
+    return plain and model.activation_func == "silu" and model.gated_linear_unit
 
 
 def _model_fields(model: ModelConfig) -> dict[str, Any]:
@@ -152,7 +135,7 @@ def softmax_scale(model: ModelConfig) -> float | None:
     return (model.softmax_scale or model.head_dim**-0.5) * factor**2
 
 
-def _moe_fields(model: ModelConfig, layout: ParallelismConfig) -> dict[str, Any]:
+def _moe_fields(model: ModelConfig) -> dict[str, Any]:
     moe = model.moe
     if moe is None:
         return {}
@@ -161,13 +144,6 @@ def _moe_fields(model: ModelConfig, layout: ParallelismConfig) -> dict[str, Any]
         fields["moe_layer_freq"] = [int(moe.has_layer(number)) for number in range(model.num_layers)]
     elif moe.moe_layer_freq == 1:
         del fields["moe_layer_freq"]
-    # megatron-core 0.16.1 scales the auxiliary losses by the tokens of one rank and then divides the gradients by the
-    # tokens of the whole batch: where TP and CP split a sequence over n ranks they weigh n times too little. The
-    # parity tests of MoE layouts fail once Megatron counts all tokens.
-    split = layout.tensor_model_parallel_size * layout.context_parallel_size
-    fields["moe_aux_loss_coeff"] = moe.moe_aux_loss_coeff * split
-    if moe.moe_z_loss_coeff is not None:
-        fields["moe_z_loss_coeff"] = moe.moe_z_loss_coeff * split
     return fields
 
 

@@ -17,25 +17,25 @@ from megatron.core.utils import unwrap_model
 
 from nemo_llm.config import RunConfig
 from nemo_llm.config.arithmetic import padded_vocab_size
+from nemo_llm.config.code_paths import (
+    fused_chunk_tokens,
+    fuses_rope,
+    splits_qkv,
+    used_window,
+    why_no_flex,
+    why_not_grouped,
+)
 from nemo_llm.log import get_logger
 from nemo_llm.models import flex
-from nemo_llm.models.attention import used_window
-from nemo_llm.models.build import fused_chunk_tokens
 from nemo_llm.models.cublaslt import Shape
-from nemo_llm.models.experts import ExpertProducts, routes_of_choices, routes_of_counts, why_not_grouped
+from nemo_llm.models.experts import ExpertProducts, routes_of_choices, routes_of_counts
 from nemo_llm.models.language_model import LanguageModel
 from nemo_llm.models.linear import WholeLinear, weights_with_product
 from nemo_llm.models.linear_cross_entropy import compile_for_loss
 from nemo_llm.models.products import choose_kernels, shapes_of_linear
 from nemo_llm.models.rope import rotate_fused
 from nemo_llm.models.specs import choose_backend
-from nemo_llm.models.transformer_config import (
-    DTYPES,
-    fuses_rope,
-    softmax_scale,
-    splits_qkv,
-    to_transformer_config,
-)
+from nemo_llm.models.transformer_config import DTYPES, softmax_scale
 from nemo_llm.parallel.runtime import ParallelRuntime
 
 _log = get_logger(__name__)
@@ -168,7 +168,7 @@ def _run_swiglu(cfg: RunConfig, rows: int, like: dict) -> None:
 
 def _run_experts(cfg: RunConfig, tokens: int, like: dict) -> None:
     """The grouped products of tokens that are here and of rows that came from other ranks, with both ways to add."""
-    if why_not_grouped(cfg, to_transformer_config(cfg, torch.device("cuda"))) is not None:
+    if why_not_grouped(cfg) is not None:
         return
     model, layout = cfg.model, cfg.parallelism
     assert model.moe is not None
@@ -213,7 +213,7 @@ def run_flex(cfg: RunConfig, like: dict) -> None:
     """
     model, tp, length = cfg.model, cfg.parallelism.tensor_model_parallel_size, cfg.data.seq_length
     # Under context parallelism each rank has lengths of its own.
-    if flex.why_not(cfg) or cfg.parallelism.context_parallel_size > 1 or choose_backend(model, "cuda") != "torch":
+    if why_no_flex(cfg) or cfg.parallelism.context_parallel_size > 1 or choose_backend(model, "cuda") != "torch":
         return
     batch, cap = cfg.trainer.micro_batch_size, model.attn_logit_softcapping
     documents = None

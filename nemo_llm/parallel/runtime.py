@@ -114,6 +114,12 @@ class ParallelRuntime:
         return dist.get_world_size(self.groups.dp)
 
     @cached_property
+    def experts_have_own_groups(self) -> bool:
+        """Whether experts are split, or copied, over other ranks than dense weights are."""
+        pairs = ((self.groups.expt_tp, self.groups.tp), (self.groups.expt_dp, self.groups.dp_cp))
+        return any(dist.get_process_group_ranks(a) != dist.get_process_group_ranks(b) for a, b in pairs)
+
+    @cached_property
     def is_last_pipeline_stage(self) -> bool:
         return self.pp_rank == dist.get_world_size(self.groups.pp) - 1
 

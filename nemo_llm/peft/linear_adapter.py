@@ -31,14 +31,12 @@ class LinearAdapter(Adapter, abc.ABC):
         rank, size = place.group.rank(), place.group.size()
         groups = place.pg_collection
         replica = dist.get_rank(groups.expt_dp if place.expert else groups.dp_cp)
-        split = split_dim is not None and size > 1
         self.add(
             name,
             value,
             Placement(full_name, split_dim, (rank, size), replica),
-            # Counted on every rank in the norm of the gradients, not on the first tensor-parallel one alone: what is
-            # split, and what experts have, whose first rank of each expert counts.
-            tensor_model_parallel=split or (place.expert and rank == 0),
+            # What is split counts on every rank in the norm of the gradients, what is whole on the first one alone.
+            tensor_model_parallel=split_dim is not None and size > 1,
             sequence_parallel=place.sequence_parallel and sums_tokens,
             allreduce=getattr(place.linear.weight, "allreduce", True),
         )

@@ -1,19 +1,32 @@
-"""Bytes that a forward pass keeps for the backward pass, counted tensor by tensor.
+"""Bytes that a forward pass keeps for the backward pass, counted tensor by tensor as the code on a GPU keeps them.
 
-Counts follow our own layer (nemo_llm/models) on a GPU: attention without a stored score matrix (arXiv:2205.14135),
-norms that keep their input, unfused rotary positions; tests/planner compares them with a real layer. Letters: ``n``
-tokens of a micro-batch on one context rank, ``h`` hidden size. Sequence parallelism divides what TP leaves whole
-(arXiv:2205.05198).
+Attention stores no matrix of scores where a kernel does without (arXiv:2205.14135); norms keep their input, linear
+layers theirs. tests/planner holds the sums beside a real layer on a CPU and beside the rows that were measured on GPUs.
+Letters: ``n`` tokens of a micro-batch on one context rank, ``h`` hidden size. Sequence parallelism divides what TP
+leaves whole (arXiv:2205.05198).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
+from nemo_llm.config.code_paths import (
+    keeps_tokens_here,
+    keys_of_own_layers,
+    splits_qkv,
+    used_window,
+    why_no_flex,
+    why_not_grouped,
+)
 from nemo_llm.config.model import MlaConfig, ModelConfig, MoeConfig
-from nemo_llm.config.parallelism import ParallelismConfig
 from nemo_llm.config.run import RunConfig
-from nemo_llm.planner.parameters import is_moe_layer
+from nemo_llm.planner.adapters import Linear, keeps_inputs, kept_bytes, linears
+from nemo_llm.planner.parameters import count_layer, is_moe_layer
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Tokens at the experts of the busiest rank over the mean, while the router is not balanced yet: set by the one row that
+# was measured with expert parallelism (docs/planner.md), not counted by itself.
+BUSIEST_RANK = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +36,12 @@ class LayerActivations:
     Attributes:
         kept: what lies in memory from the layer's forward to its backward pass.
         recomputed: what is made again for the backward pass, and lies there for one layer at a time.
+        in_flight: gradients in its backward pass, at their most, less what that pass has freed by then.
     """
 
     kept: float
     recomputed: float
+    in_flight: float
 
 
 def tokens_per_rank(cfg: RunConfig) -> float:
@@ -40,125 +55,257 @@ def boundary_bytes(cfg: RunConfig) -> float:
     return tokens_per_rank(cfg) * cfg.model.hidden_size * DTYPE_BYTES[cfg.precision.params_dtype] / split
 
 
+def gathered_bytes(cfg: RunConfig) -> float:
+    """Megatron's buffer for the inputs that sequence parallelism gathers before a product: one for all layers."""
+    if not cfg.parallelism.sequence_parallel:
+        return 0.0
+    return boundary_bytes(cfg) * cfg.parallelism.tensor_model_parallel_size
+
+
+def uses_transformer_engine(cfg: RunConfig) -> bool:
+    """Whether the layers are Transformer Engine's, on a GPU with the packages that are installed here."""
+    if keys_of_own_layers(cfg.model) or cfg.model.transformer_impl == "torch":
+        return False
+    if cfg.precision.fp8 is not None and cfg.precision.fp8.fp8_recipe != "tensorwise":
+        return True  # the torch backend has no other recipe
+    return cfg.model.transformer_impl == "transformer_engine" or find_spec("transformer_engine") is not None
+
+
 def layer_activations(cfg: RunConfig, number: int, recomputed_in_full: bool) -> LayerActivations:
     """Activations of layer `number` (from 0); with full recomputation its input alone is kept."""
-    model = cfg.model
-    hidden = boundary_bytes(cfg)
-    attention, norms, mlp = _attention_bytes(cfg), 2 * hidden, _mlp_bytes(cfg)
-    if model.moe is not None and is_moe_layer(model, number):
-        mlp = _moe_bytes(cfg, model.moe)
-    masks = _dropout_mask_bytes(cfg)
-    inputs = 2 * hidden  # the residual stream before attention and before the MLP
-    everything = inputs + norms + attention + mlp + masks
+    tensors = layer_tensors(cfg, number)
+    everything = sum(tensors.values())
+    in_flight = _gradients_in_flight(cfg, number, tensors)
     if recomputed_in_full:
-        return LayerActivations(kept=hidden, recomputed=everything - hidden)
-    dropped = _selectively_recomputed(cfg, number, norms, mlp)
-    return LayerActivations(kept=everything - dropped, recomputed=dropped)
+        hidden = boundary_bytes(cfg)
+        return LayerActivations(kept=hidden, recomputed=everything - hidden, in_flight=in_flight)
+    dropped = sum(tensors[name] for name in _selectively_recomputed(cfg, number))
+    return LayerActivations(kept=everything - dropped, recomputed=dropped, in_flight=in_flight)
 
 
-def logits_bytes(cfg: RunConfig, padded_vocab_size: int) -> float:
-    """Bytes of the logits and of the loss over them at their peak, on the last pipeline stage.
+def layer_tensors(cfg: RunConfig, number: int) -> dict[str, float]:
+    """Bytes by name of all that layer `number` keeps without recomputation."""
+    model, hidden = cfg.model, boundary_bytes(cfg)
+    tokens, element, tp = _sizes(cfg)
+    found = {linear.name.partition(f"layers.{number}.")[2]: linear for linear in linears(model, number)}
+    inner, outer = _mlp_bytes(cfg, model.ffn_hidden_size / tp, tokens, found.get("mlp.linear_fc2"))
+    experts = 0.0
+    read_by_mlp = _input_share(cfg, found.get("mlp.linear_fc1"))
+    if model.moe is not None and is_moe_layer(model, number):
+        inner, outer, experts = _moe_bytes(cfg, model.moe, found)
+        shared = found.get("mlp.shared_experts.linear_fc1")
+        # A router that is trained keeps what it reads.
+        read_by_mlp = 1.0 if cfg.peft is None else 0.0 if shared is None else _input_share(cfg, shared)
+    read_by_qkv = _input_share(cfg, found.get("self_attention.linear_qkv"))
+    return {
+        "residual stream": (1 if model.parallel_residual else 2) * hidden,
+        "normed inputs": 0.0 if model.norm_placement == "post" else hidden * (read_by_qkv + read_by_mlp),
+        "inputs of norms behind": 0.0 if model.norm_placement == "pre" else 2 * hidden,
+        "attention": _attention_bytes(cfg, found.get("self_attention.linear_proj")),
+        "scores": tokens * _score_bytes(cfg, number),
+        "MLP": inner,
+        "input of the second matrix": outer,
+        "experts' inputs": experts,
+        "adapters": _adapter_bytes(cfg, found.values()),
+        "FP8 weights": _fp8_weight_bytes(cfg, number),
+        "dropout masks": 2 * hidden / element if model.hidden_dropout > 0 else 0.0,
+    }
 
-    The logits themselves, two float32 copies while the softmax is made (its input and its result), and the gradient
-    in the format of the logits.
+
+def _sizes(cfg: RunConfig) -> tuple[float, int, int]:
+    """Tokens on this rank, bytes of an element, tensor-parallel size."""
+    element = DTYPE_BYTES[cfg.precision.params_dtype]
+    return tokens_per_rank(cfg), element, cfg.parallelism.tensor_model_parallel_size
+
+
+def _input_share(cfg: RunConfig, linear: Linear | None) -> float:
+    """Bytes that a linear layer keeps of each element of its inputs, as a share of the element's size.
+
+    A frozen layer keeps none, but for its adapter; FP8 keeps one byte. None stands for what is always kept whole.
     """
-    own_format = DTYPE_BYTES[cfg.precision.params_dtype]
-    width = padded_vocab_size / cfg.parallelism.tensor_model_parallel_size
-    if cfg.model.head is not None:  # whole on every rank
-        width = len(cfg.model.head)
-    return tokens_per_rank(cfg) * width * (own_format + 4 + 4 + (own_format if own_format < 4 else 0))
+    if linear is None:
+        return 1.0
+    own = 0.0 if cfg.peft is not None else 1.0
+    if cfg.precision.fp8 is not None:
+        own = 1.0 / DTYPE_BYTES[cfg.precision.params_dtype]
+    return own + (1.0 if keeps_inputs(cfg, linear) else 0.0)
 
 
-def _attention_bytes(cfg: RunConfig) -> float:
-    """Queries, keys, values, the rotated copies of the first two, and the output, all split by TP."""
-    model = cfg.model
-    heads, groups = model.num_attention_heads, model.num_query_groups
+def _attention_bytes(cfg: RunConfig, projection: Linear | None) -> float:
+    """Queries, keys, values and output on their way through attention, and tables of angles."""
+    model, parallel = cfg.model, cfg.parallelism
+    tokens, element, tp = _sizes(cfg)
     if model.mla is not None:
         return _latent_attention_bytes(cfg, model.mla)
-    kept_heads = (heads + 2 * groups) + heads
-    if model.position_embedding_type == "rope":
-        kept_heads += heads + groups
-    if model.qk_layernorm:
-        kept_heads += heads + groups
-    element = DTYPE_BYTES[cfg.precision.params_dtype]
-    per_token = kept_heads * model.head_dim * element + heads * 4  # and one float32 log-sum-exp a head
-    split = tokens_per_rank(cfg) * per_token / cfg.parallelism.tensor_model_parallel_size
-    return split + (_rotary_bytes(cfg) if model.position_embedding_type == "rope" else 0.0)
+    q = model.num_attention_heads / tp * model.head_dim
+    kv = max(model.num_query_groups / tp, 1) * model.head_dim
+    joint = q + 2 * kv  # the projection's output, which its parts are views of where no kernel splits it
+    kept = joint * element
+    if not splits_qkv(cfg):
+        rotated = model.position_embedding_type == "rope"
+        copied = q if model.num_query_groups / tp > 1 else 0.0  # of queries, whose heads lie apart in the joint output
+        if model.qk_layernorm and model.qk_layernorm_scope == "all":
+            kept += (q + kv) * (4 + element + (element if rotated else 0))
+        elif model.qk_layernorm:
+            kept += (copied + q + kv) * element
+        else:
+            kept += (q + kv if rotated else copied) * element
+    kept += q * element  # the output, which the projection behind reads too
+    if cfg.precision.fp8 is not None:
+        kept += q * _input_share(cfg, projection) * element
+    if parallel.context_parallel_size > 1:
+        kept += q * element  # the output again, as it lies for the projection
+        if parallel.cp_comm_type == "all_gather":
+            kept += 2 * kv * (parallel.context_parallel_size - 1) * element
+    return tokens * kept + (_rotary_bytes(cfg) if model.position_embedding_type == "rope" else 0.0)
+
+
+def _score_bytes(cfg: RunConfig, number: int) -> float:
+    """Bytes a token of what attention keeps about its scores: a log-sum-exp a head, or matrices of them."""
+    model, length = cfg.model, cfg.data.seq_length
+    _, element, tp = _sizes(cfg)
+    heads, groups = model.num_attention_heads / tp, max(model.num_query_groups / tp, 1)
+    windowed = used_window(model.window_size, length) is not None and _layer_has_window(model, number)
+    masked = windowed or cfg.data.reset_attention_mask
+    if why_no_flex(cfg) is None or uses_transformer_engine(cfg) or not (masked or model.attn_logit_softcapping):
+        return heads * 4
+    if model.attn_logit_softcapping is not None:  # tanh and softmax in float32, weights; keys and values for all heads
+        return heads * length * (4 + 4 + element) + 2 * (heads - groups) * model.head_dim * element
+    rows = 1 if cfg.data.reset_attention_mask else cfg.trainer.micro_batch_size  # that share a mask
+    return heads * 4 + length * element / rows
+
+
+def _layer_has_window(model: ModelConfig, number: int) -> bool:
+    skip = model.window_attn_skip_freq
+    return skip is None or (number + 1) % skip != 0
 
 
 def _latent_attention_bytes(cfg: RunConfig, mla: MlaConfig) -> float:
-    """Latents before and behind their norm, whole on every TP rank; queries, keys (with their rotated parts and the
-    joined ones), values and output, split."""
-    element, heads = DTYPE_BYTES[cfg.precision.params_dtype], cfg.model.num_attention_heads
+    """Latents before and behind their norm, whole on every TP rank; queries and keys with their rotated part, keys and
+    values as they were projected together, and the output, split."""
+    tokens, element, tp = _sizes(cfg)
     turned, plain = mla.qk_pos_emb_head_dim, mla.qk_head_dim
     whole = 2 * (mla.kv_lora_rank + (mla.q_lora_rank or 0)) + turned
-    per_head = 2 * (2 * plain + 3 * turned) + 3 * mla.v_head_dim
-    split = heads * (per_head * element + 4) / cfg.parallelism.tensor_model_parallel_size
-    return tokens_per_rank(cfg) * (whole * element + split)
+    per_head = 2 * (plain + turned) + (plain + mla.v_head_dim) + mla.v_head_dim
+    return tokens * element * (whole + cfg.model.num_attention_heads * per_head / tp)
 
 
 def _rotary_bytes(cfg: RunConfig) -> float:
-    """Cosines and sines for queries and for keys, the same for every sample and whole on every TP rank."""
+    """Cosines and sines, the same for every sample and whole on every TP rank: once in float32 by the kernel that
+    splits and rotates, else for queries and for keys."""
     positions = cfg.data.seq_length / cfg.parallelism.context_parallel_size
     channels = cfg.model.head_dim * cfg.model.rotary_percent
+    if splits_qkv(cfg):
+        return 2 * positions * channels * 4
     return 4 * positions * channels * DTYPE_BYTES[cfg.precision.params_dtype]
 
 
-def mlp_widths(model: ModelConfig) -> int:
-    """Tensors of the MLP's inner width that are kept: the first product (two with a gate) and the second's input.
+def _mlp_bytes(cfg: RunConfig, width: float, tokens: float, second: Linear | None) -> tuple[float, float]:
+    """Tensors of an MLP's inner width: up to the activation, and the second matrix's input.
 
-    SwiGLU is one fused kernel; with another gate Megatron also keeps the activated half and a copy of the other.
+    SwiGLU is one kernel, which keeps the first product alone; with another gate Megatron also keeps the activated half
+    and a copy of the other.
     """
-    if not model.gated_linear_unit:
-        return 2
-    return 3 if model.activation_func == "silu" else 5
+    model, element = cfg.model, DTYPE_BYTES[cfg.precision.params_dtype]
+    kept = 1 if not model.gated_linear_unit else 2 if model.activation_func == "silu" else 4
+    return tokens * width * kept * element, tokens * width * element * _input_share(cfg, second)
 
 
-def _mlp_bytes(cfg: RunConfig) -> float:
-    element = DTYPE_BYTES[cfg.precision.params_dtype]
-    width = cfg.model.ffn_hidden_size * mlp_widths(cfg.model)
-    return tokens_per_rank(cfg) * width * element / cfg.parallelism.tensor_model_parallel_size
+def _moe_bytes(cfg: RunConfig, moe: MoeConfig, found: dict[str, Linear]) -> tuple[float, float, float]:
+    """As `_mlp_bytes`, with the shared expert's, and the copies of tokens that the experts read, with router scores."""
+    tokens, element, tp = _sizes(cfg)
+    routed = routed_tokens(cfg, moe)
+    inner, outer = _mlp_bytes(
+        cfg, moe.moe_ffn_hidden_size / expert_tp(cfg), routed, found.get("mlp.experts.0.linear_fc2")
+    )
+    if cfg.model.activation_func != "silu" or not cfg.model.gated_linear_unit:
+        inner += outer  # the activated product before the router's weights are multiplied in
+    shared = (moe.moe_shared_expert_intermediate_size or 0) / tp
+    more_inner, more_outer = _mlp_bytes(cfg, shared, tokens, found.get("mlp.shared_experts.linear_fc2"))
+    first = found.get("mlp.experts.0.linear_fc1")
+    inputs = routed * cfg.model.hidden_size * element * _input_share(cfg, first)
+    if _groups_experts(cfg):
+        outer = 0.0  # computed again in the backward pass, by the kernel that reads its inputs anyway
+        if keeps_tokens_here(cfg):
+            inputs = 0.0  # the experts read the tokens themselves
+    scores = tokens / tp * moe.num_moe_experts * 4 * 2
+    return inner + more_inner, outer + more_outer, inputs + scores
 
 
-def _moe_bytes(cfg: RunConfig, moe: MoeConfig) -> float:
-    """Copies of tokens on their way to and from the experts, the experts' inner tensors, the router's scores.
-
-    Tokens are taken as spread evenly over experts; a skewed router needs more on the rank with the favourites.
-    """
-    parallel, element = cfg.parallelism, DTYPE_BYTES[cfg.precision.params_dtype]
-    tp, expert_tp = parallel.tensor_model_parallel_size, _expert_tp(parallel)
-    own_tokens = tokens_per_rank(cfg) / tp  # a mixture of experts under TP splits the sequence
-    routed = own_tokens * moe.moe_router_topk * expert_tp
-    inner = moe.moe_ffn_hidden_size * mlp_widths(cfg.model) / expert_tp
-    experts = routed * (2 * cfg.model.hidden_size + inner) * element
-    shared = (moe.moe_shared_expert_intermediate_size or 0) * mlp_widths(cfg.model)
-    scores = own_tokens * moe.num_moe_experts * 4 * 2
-    return experts + tokens_per_rank(cfg) * shared * element / tp + scores
+def _groups_experts(cfg: RunConfig) -> bool:
+    """Whether the experts of the torch layers are one product; adapters at experts undo that."""
+    return why_not_grouped(cfg) is None and not uses_transformer_engine(cfg) and cfg.peft is None
 
 
-def _expert_tp(parallel: ParallelismConfig) -> int:
-    return parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+def routed_tokens(cfg: RunConfig, moe: MoeConfig) -> float:
+    """Copies of tokens at the experts of one rank: of the busiest one where expert parallelism spreads them."""
+    own_tokens = tokens_per_rank(cfg) / cfg.parallelism.tensor_model_parallel_size  # TP splits the sequence here
+    busiest = BUSIEST_RANK if cfg.parallelism.expert_model_parallel_size > 1 else 1.0
+    return own_tokens * moe.moe_router_topk * expert_tp(cfg) * busiest
 
 
-def _dropout_mask_bytes(cfg: RunConfig) -> float:
-    """One byte an element for each of the two dropouts on the residual stream."""
-    if cfg.model.hidden_dropout == 0:
+def expert_tp(cfg: RunConfig) -> int:
+    """Tensor-parallel size inside an expert."""
+    return cfg.parallelism.expert_tensor_parallel_size or cfg.parallelism.tensor_model_parallel_size
+
+
+def _adapter_bytes(cfg: RunConfig, found: Iterable[Linear]) -> float:
+    tokens, element, tp = _sizes(cfg)
+    total = 0.0
+    for linear in found:
+        if linear.experts and cfg.model.moe is not None:
+            # Each local expert has matrices of its own and a share of the tokens.
+            local = linear.experts / cfg.parallelism.expert_model_parallel_size
+            routed = routed_tokens(cfg, cfg.model.moe)
+            total += local * kept_bytes(cfg, linear, routed / local, element, expert_tp(cfg))
+        else:
+            total += kept_bytes(cfg, linear, tokens, element, tp)
+    return total
+
+
+def _fp8_weight_bytes(cfg: RunConfig, number: int) -> float:
+    """The torch backend's transposed FP8 weights, which each micro-batch makes anew and keeps."""
+    if cfg.precision.fp8 is None or uses_transformer_engine(cfg):
         return 0.0
-    return 2 * boundary_bytes(cfg) / DTYPE_BYTES[cfg.precision.params_dtype]
-
-
-def _selectively_recomputed(cfg: RunConfig, number: int, norms: float, mlp: float) -> float:
-    """Bytes that selective recomputation drops; the core of attention stores no score matrix that it could drop."""
+    layer = count_layer(cfg.model, is_moe_layer(cfg.model, number))
     parallel = cfg.parallelism
-    if parallel.recompute_granularity != "selective":
-        return 0.0
-    model: ModelConfig = cfg.model
-    moe_layer = is_moe_layer(model, number)
-    dropped = 0.0
-    if "layernorm" in parallel.recompute_modules:
-        dropped += norms
-    if ("moe" if moe_layer else "mlp") in parallel.recompute_modules:
-        dropped += mlp
-    elif moe_layer and "moe_act" in parallel.recompute_modules:
-        dropped += mlp / 4
-    return dropped
+    experts = layer.experts / (parallel.expert_model_parallel_size * expert_tp(cfg))
+    return layer.split / parallel.tensor_model_parallel_size + experts
+
+
+def _gradients_in_flight(cfg: RunConfig, number: int, tensors: dict[str, float]) -> float:
+    """At the MLP's activation: gradients of both its sides and of the residual stream, less the second matrix's input,
+    which is free by then; or those of attention, when the whole MLP is free."""
+    model, hidden = cfg.model, boundary_bytes(cfg)
+    tokens, element, tp = _sizes(cfg)
+    if model.moe is not None and is_moe_layer(model, number):
+        # Gradients of all experts' outputs and inputs; expert parallelism exchanges them, each time with a copy.
+        copies = 2 if cfg.parallelism.expert_model_parallel_size == 1 else 4
+        columns: float = copies * model.hidden_size
+        if _groups_experts(cfg) and keeps_tokens_here(cfg):
+            # A copy of the tokens for each row, both gradients of the first product, the second one's input again.
+            columns = model.hidden_size + 3 * model.moe.moe_ffn_hidden_size
+        mlp = columns * routed_tokens(cfg, model.moe) * element
+    else:
+        width = model.ffn_hidden_size / tp
+        mlp = tokens * width * element * (3 if model.gated_linear_unit else 2) - tensors["input of the second matrix"]
+    if model.attn_logit_softcapping is None or why_no_flex(cfg) is None:
+        return hidden + max(mlp, 0.0)
+    scores = 3 * 4 * tokens * model.num_attention_heads / tp * cfg.data.seq_length
+    return hidden + max(mlp, scores - tensors["MLP"] - tensors["input of the second matrix"], 0.0)
+
+
+def _selectively_recomputed(cfg: RunConfig, number: int) -> list[str]:
+    """Names of the tensors that selective recomputation drops."""
+    modules = cfg.parallelism.recompute_modules
+    if cfg.parallelism.recompute_granularity != "selective":
+        return []
+    moe_layer = is_moe_layer(cfg.model, number)
+    dropped = {
+        "core_attn": ["scores"],
+        "layernorm": ["normed inputs"],
+        "mlp": [] if moe_layer else ["MLP", "input of the second matrix"],
+        "moe": ["MLP", "input of the second matrix", "experts' inputs"] if moe_layer else [],
+        "moe_act": ["input of the second matrix"] if moe_layer else [],
+    }
+    return sorted({name for module in modules for name in dropped.get(module, [])})

@@ -1,9 +1,11 @@
 """What ``trainer.check_only=true`` prints: layout, stages, parameters and memory; refuses what cannot fit the GPU."""
 
-from nemo_llm.config.arithmetic import padded_vocab_size
+from dataclasses import replace
+
 from nemo_llm.config.run import RunConfig
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.planner.flops import flops_per_token
+from nemo_llm.planner.loss import vocabulary
 from nemo_llm.planner.memory import GIB, MemoryEstimate, estimate_memory
 from nemo_llm.planner.suggest import suggest
 
@@ -17,8 +19,7 @@ def report(cfg: RunConfig, world_size: int, tokenizer_vocab_size: int) -> str:
     Raises:
         ConfigError: the run needs more memory than `cluster.gpu_memory_gib`.
     """
-    known = cfg.model.vocab_size or tokenizer_vocab_size
-    vocab_size = padded_vocab_size(known, cfg.model.make_vocab_size_divisible_by)
+    vocab_size = vocabulary(cfg, tokenizer_vocab_size)
     estimate = estimate_memory(cfg, world_size, vocab_size)
     flops = flops_per_token(cfg.model, cfg.data.seq_length, vocab_size)
     counted, layout = estimate.parameters, estimate.layout
@@ -42,8 +43,29 @@ def report(cfg: RunConfig, world_size: int, tokenizer_vocab_size: int) -> str:
     return f"{text}\n{_verdict(cfg, estimate)}"
 
 
+def check_card(cfg: RunConfig, world_size: int, tokenizer_vocab_size: int, card: tuple[str, float]) -> str | None:
+    """Compare a run that is about to start with the GPU that it found.
+
+    Args:
+        card: name, and GiB of memory.
+
+    Returns:
+        A warning where the run may not fit; None where it does, or nothing is known of layers of the user's own.
+
+    Raises:
+        ConfigError: as for `report`, had `cluster` named this GPU.
+    """
+    if cfg.model.layer_spec is not None:
+        return None
+    name, gib = card
+    found = replace(cfg, cluster=replace(cfg.cluster, gpu_name=name, gpu_memory_gib=round(gib, 1)))
+    estimate = estimate_memory(found, world_size, vocabulary(found, tokenizer_vocab_size))
+    check_fits(found, estimate, f"estimated memory per rank, GiB\n{estimate.table()}")
+    return _verdict(found, estimate) if _is_close(found, estimate) else None
+
+
 def check_fits(cfg: RunConfig, estimate: MemoryEstimate, shown: str = "") -> None:
-    """Refuse a run that needs more memory than the named GPU has.
+    """Refuse a run that needs more memory than the named GPU has, were the estimate as far off as it may be.
 
     Args:
         shown: put before the message, so that the reader sees where the memory goes.
@@ -52,7 +74,7 @@ def check_fits(cfg: RunConfig, estimate: MemoryEstimate, shown: str = "") -> Non
         ConfigError: naming the largest part and what makes it smaller.
     """
     available = cfg.cluster.gpu_memory_gib
-    if available is None or estimate.peak.total <= available * GIB:
+    if available is None or cfg.trainer.check_memory is False or estimate.peak.least <= available * GIB:
         return
     peak = estimate.peak
     largest = peak.parts()[peak.largest] / GIB
@@ -61,7 +83,7 @@ def check_fits(cfg: RunConfig, estimate: MemoryEstimate, shown: str = "") -> Non
         "cluster.gpu_memory_gib",
         available,
         f"the run needs about {peak.total / GIB:.1f} GiB per GPU, most of it for {peak.largest} ({largest:.1f} GiB)",
-        suggest(cfg, estimate.layout.world_size, vocab_size),
+        f"{suggest(cfg, estimate.layout.world_size, vocab_size)}; or go on anyway with trainer.check_memory=false",
     )
     error = ConfigError([problem])
     if shown:
@@ -69,12 +91,22 @@ def check_fits(cfg: RunConfig, estimate: MemoryEstimate, shown: str = "") -> Non
     raise error
 
 
+def _is_close(cfg: RunConfig, estimate: MemoryEstimate) -> bool:
+    """Whether the whole estimate, which is not refused, is above the memory of the GPU."""
+    available = cfg.cluster.gpu_memory_gib
+    return available is not None and estimate.peak.total > available * GIB
+
+
 def _verdict(cfg: RunConfig, estimate: MemoryEstimate) -> str:
     needed = estimate.peak.total / GIB
     if cfg.cluster.gpu_memory_gib is None:
         return f"peak {needed:.1f} GiB; choose cluster=<name> to compare it with a GPU's memory"
     share = needed / cfg.cluster.gpu_memory_gib
-    return f"peak {needed:.1f} GiB, {share:.0%} of the {cfg.cluster.gpu_memory_gib:g} GiB of {cfg.cluster.gpu_name}"
+    text = f"peak {needed:.1f} GiB, {share:.0%} of the {cfg.cluster.gpu_memory_gib:g} GiB of {cfg.cluster.gpu_name}"
+    if not _is_close(cfg, estimate):
+        return text
+    vocab_size = estimate.parameters.word_embeddings // cfg.model.hidden_size
+    return f"{text}: may not fit; {suggest(cfg, estimate.layout.world_size, vocab_size)}"
 
 
 def _millions(count: int) -> str:

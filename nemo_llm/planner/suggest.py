@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from nemo_llm.config.checks import find_problems
+from nemo_llm.config.checks_recompute import UNUSED_MODULES
 from nemo_llm.config.parallelism import ParallelismConfig
 from nemo_llm.config.run import RunConfig
 from nemo_llm.planner.memory import GIB, estimate_memory
@@ -49,13 +50,17 @@ def _single_changes(cfg: RunConfig) -> Iterator[tuple[str, RunConfig]]:
 
 def _recomputation(cfg: RunConfig, parallel: ParallelismConfig) -> Iterator[tuple[str, RunConfig]]:
     if parallel.recompute_granularity is None:
-        modules = ["layernorm"] if cfg.model.moe is not None else ["mlp", "layernorm"]
+        alone = ["layernorm"] if cfg.model.parallel_residual else ["mlp"]
+        modules = ["moe"] if cfg.model.moe is not None else alone
         changed = replace(parallel, recompute_granularity="selective", recompute_modules=modules)
         text = f"set parallelism.recompute_granularity=selective with recompute_modules=[{','.join(modules)}]"
         yield text, replace(cfg, parallelism=changed)
     if parallel.recompute_granularity != "full":
         changed = replace(parallel, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        changed = replace(changed, recompute_modules=UNUSED_MODULES)
         text = "set parallelism.recompute_granularity=full with recompute_method=uniform recompute_num_layers=1"
+        if parallel.recompute_modules != UNUSED_MODULES:
+            text += f" recompute_modules=[{','.join(UNUSED_MODULES)}]"
         yield text, replace(cfg, parallelism=changed)
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 MicroBatch = dict[str, torch.Tensor]
-"""``tokens``, ``labels``, ``loss_mask``, ``position_ids``: ``[b, s/cp]``; ``document_ids``: ``[b, s]``, absent when
-documents may see each other."""
+"""``tokens``, ``labels``, ``loss_mask``, ``position_ids``: ``[b, s/cp]``; ``padding``, bool ``[b, s/cp]``, absent when
+every position is filled; ``document_ids``: ``[b, s]``, absent when documents may see each other."""
 
 LossSum = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
@@ -22,6 +22,7 @@ def forward_step(
         attention_mask=batch.get("document_ids"),
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        padding_mask=batch.get("padding"),
     )
     return output, lambda losses: sum_losses(losses, batch["loss_mask"])
 
@@ -35,7 +36,7 @@ def sum_losses(losses: torch.Tensor, loss_mask: torch.Tensor) -> LossSum:
 
     Returns:
         The sum (differentiable), the number of tokens (int32), and ``[loss, tokens, hits]`` in float64 for the log.
-        Nothing is divided here: Megatron divides the gradients once, by the token count of the global batch.
+        Nothing is divided here: the optimizer's factor divides once, by the token count of the global batch.
     """
     mask = loss_mask.float()
     per_token = losses if losses.dim() == 2 else losses[0]

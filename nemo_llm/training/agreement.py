@@ -5,6 +5,7 @@ of the data (a pure function of data, seed and batch sizes), and what is optimis
 every change is listed for the user. A key that is not named here is refused: a new key must be thought about first.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -25,6 +26,7 @@ CHANGEABLE_KEYS = (
     "trainer.log_interval",
     "trainer.warmup_log_steps",
     "trainer.check_only",
+    "trainer.check_memory",
     "trainer.first_step_timeout_minutes",
     "trainer.step_timeout_minutes",
     "trainer.stop_deadline_minutes",
@@ -35,8 +37,8 @@ CHANGEABLE_KEYS = (
     "trainer.spike_sigmas",
     "trainer.spike_window",
     # Where and how the same computation is done: checkpoints hold no layout, the data order knows samples and not
-    # micro-batches. Sums are taken in another order, so results agree within rounding and not bit by bit; with MoE the
-    # auxiliary loss, which is one per micro-batch, changes its composition.
+    # micro-batches. Sums are taken in another order, so results agree within rounding and not bit by bit. (A router's
+    # loss is a mean over a micro-batch: where there is one, `_fixed_by_router` takes its size out of this list.)
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
@@ -102,11 +104,12 @@ def compare_configs(
         also_allowed: patterns of dotted keys that the user allows beside `CHANGEABLE_KEYS`.
     """
     patterns = (*CHANGEABLE_KEYS, *also_allowed)
+    fixed = _fixed_by_router(new)
     allowed: list[Change] = []
     forbidden: list[Change] = []
     for change in _differences(saved, new):
         if change.key not in _NOT_COMPARED:
-            matches = any(fnmatchcase(change.key, pattern) for pattern in patterns)
+            matches = any(fnmatchcase(change.key, pattern) for pattern in patterns) and change.key not in fixed
             (allowed if matches else forbidden).append(change)
     return allowed, forbidden
 
@@ -121,11 +124,13 @@ def check_agreement(
     """
     allowed, forbidden = compare_configs(saved, new, also_allowed)
     if forbidden:
+        fixed = _fixed_by_router(new)
         raise ConfigError(
             Problem(
                 change.key,
                 change.after,
-                f"{source} was made with {change.before!r}, and a resume may not change this key",
+                f"{source} was made with {change.before!r}, and a resume may not change this key"
+                + fixed.get(change.key, ""),
                 f"set {change.key} back to {change.before!r} to go on, or start anew in another run.dir"
                 if change.before is not NO_VALUE
                 else "remove the key to go on, or start anew in another run.dir",
@@ -133,6 +138,20 @@ def check_agreement(
             for change in forbidden
         )
     return allowed
+
+
+def _fixed_by_router(config: Mapping[str, Any]) -> dict[str, str]:
+    """Keys that this configuration's router fixes although they are changeable elsewhere, each with the reason."""
+    moe = config.get("model", {}).get("moe") or {}
+    balance = moe.get("moe_router_load_balancing_type")
+    weighed = balance in ("aux_loss", "seq_aux_loss") and moe.get("moe_aux_loss_coeff")
+    if not (weighed or balance == "sinkhorn" or moe.get("moe_z_loss_coeff")):
+        return {}
+    reason = (
+        ": the router is balanced over the tokens of a micro-batch, so another size would train something else "
+        "(parallelism.recompute_granularity, context and tensor parallelism save memory without that)"
+    )
+    return {"trainer.micro_batch_size": reason}
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> Iterator[Change]:
@@ -145,7 +164,16 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: st
             yield Change(prefix + name, old, new)
 
 
+def _at_home(value: object) -> object:
+    """`value` with the home folder for ``~`` in paths: earlier versions saved them as they were written."""
+    if isinstance(value, str) and value.startswith("~/"):
+        return os.path.expanduser(value)
+    if isinstance(value, Mapping):
+        return {key: _at_home(part) for key, part in value.items()}
+    return [_at_home(part) for part in value] if isinstance(value, list) else value
+
+
 def _same(before: object, after: object) -> bool:
     """Equal; a key absent on one side equals null and an empty mapping, as for keys that a later version added."""
     absent: tuple[object, ...] = (NO_VALUE, None, {})
-    return before == after or (before in absent and after in absent)
+    return _at_home(before) == _at_home(after) or (before in absent and after in absent)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from nemo_llm.config import RunConfig
-from nemo_llm.data.build import DataSets, build_train_and_validation
+from nemo_llm.data.build import DataSets, open_data, short_vocabulary
 from nemo_llm.data.loader import MicroBatch, MicroBatchLoader
 from nemo_llm.data.sample import Sample, SampleSource
 from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer
@@ -102,12 +102,7 @@ def build_loaders(
         InputError: files that are missing or damaged, or that hold token ids beyond the vocabulary.
     """
     tokenizer = load_tokenizer(cfg.data.tokenizer)
-    virtual_tokens = 0 if cfg.peft is None else cfg.peft.virtual_tokens
-    known = cfg.model.vocab_size
-    short = known if known is not None and known < tokenizer.vocab_size else None
-    sets = build_train_and_validation(
-        cfg.data, tokenizer, cfg.trainer.seed, virtual_tokens, cfg.model.head or (), short
-    )
+    sets, short = open_data(cfg, tokenizer), short_vocabulary(cfg, tokenizer)
     train = DeviceBatches(sets.train, cfg, runtime, cfg.data.prefetch, short)
     validation = {
         name: DeviceBatches(PaddedSource(source), cfg, runtime, 0, short)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from nemo_llm.config.checks_recipe import logger_problems
 from nemo_llm.config.services import ExpManagerConfig
 from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 from nemo_llm.log import get_logger
@@ -119,7 +120,7 @@ def start_experiment(settings: ExpManagerConfig, run: ExperimentRun) -> Experime
         ConfigError: a logger is asked for that this configuration or this installation cannot have, or, in a new run,
             one that cannot be reached.
     """
-    problems = list(_problems(settings))
+    problems = list(logger_problems(settings))
     if problems:
         raise ConfigError(problems)
     if run.rank != 0:
@@ -133,28 +134,6 @@ def start_experiment(settings: ExpManagerConfig, run: ExperimentRun) -> Experime
     if settings.create_mlflow_logger:
         loggers.append(_mlflow_logger(settings, run, log_dir))
     return ExperimentLogger(_connected(loggers, run), [error_handler])
-
-
-def _problems(settings: ExpManagerConfig) -> list[Problem]:
-    """Loggers that `settings` asks for and cannot have."""
-    found = []
-    for kind in ("wandb", "mlflow"):
-        key = f"exp_manager.create_{kind}_logger"
-        wanted = settings.create_wandb_logger if kind == "wandb" else settings.create_mlflow_logger
-        if wanted and not settings.enabled:
-            found.append(
-                Problem(key, True, "needs NeMo's exp_manager", f"set exp_manager.enabled=true, or {key}=false")
-            )
-    if settings.create_wandb_logger and "project" not in settings.wandb_logger_kwargs:
-        found.append(
-            Problem(
-                "exp_manager.wandb_logger_kwargs",
-                dict(settings.wandb_logger_kwargs),
-                "must name the Weights & Biases project",
-                "add exp_manager.wandb_logger_kwargs.project=<name>",
-            )
-        )
-    return found
 
 
 # --- NeMo -----------------------------------------------------------------------------------------------------------

@@ -112,6 +112,7 @@ class _Report:
         self.last_validation: dict[str, ValidationResult] = {}
         self._metrics: MetricsFile | None = None
         self._experiment: ExperimentLogger | None = None
+        self._has_logged = False
         model = run.cfg.model
         vocab_size = padded_vocab_size(model.vocab_size or run.tokenizer.vocab_size, model.make_vocab_size_divisible_by)
         self._meter = ThroughputMeter(
@@ -123,6 +124,9 @@ class _Report:
 
     def __enter__(self) -> "_Report":
         if self.run.runtime.is_first_rank:
+            if self.run.state.step < self.run.cfg.trainer.max_steps:
+                # Before the first step: a logger that cannot start shows now, and not after it.
+                self._experiment = self._start_experiment()
             self._metrics = MetricsFile(self.run.run_dir)
             self._metrics.drop_rows_beyond(self.run.state.step)
         return self
@@ -143,15 +147,15 @@ class _Report:
     def step(self, result: StepResult, seconds: float, data_wait_seconds: float) -> None:
         """Take in one step; on its interval, log it."""
         run, state = self.run, self.run.state
-        self._meter.record_step(result.num_tokens, seconds, data_wait_seconds)
-        trainer = run.cfg.trainer
-        first = self._experiment is None
+        trainer, ramp, length = run.cfg.trainer, run.ramp, run.cfg.data.seq_length
+        positions = ramp.global_batch_size(state.step) * length
+        self._meter.record_step(positions, result.num_tokens, seconds, data_wait_seconds)
         if self._metrics is None or not (
-            first or _due(trainer.log_interval, state.step) or state.step == trainer.max_steps
+            not self._has_logged or _due(trainer.log_interval, state.step) or state.step == trainer.max_steps
         ):
             return
-        samples = run.ramp.global_batch_size(state.step)
-        speed = self._meter.report((trainer.max_steps - state.step) * samples * run.cfg.data.seq_length)
+        samples_left = ramp.consumed_samples(trainer.max_steps) - ramp.consumed_samples(state.step)
+        speed = self._meter.report(samples_left * length)
         row = StepRow(
             step=state.step,
             loss=result.loss,
@@ -159,16 +163,18 @@ class _Report:
             learning_rate=result.learning_rate,
             consumed_samples=state.consumed_samples,
             consumed_tokens=state.consumed_tokens,
+            learned_tokens=result.num_tokens,
             step_time_seconds=speed.step_time_seconds,
             tokens_per_second=speed.tokens_per_second,
+            learned_tokens_per_second=speed.learned_tokens_per_second,
             tflops_per_device=speed.tflops_per_device,
             skipped=result.skipped,
         )
         self._metrics.append(row)
         self._show(row, speed)
-        # NeMo takes seconds to import: after the first step, so that a run that cannot start fails fast.
-        self._experiment = self._experiment or self._start_experiment()
-        self._experiment.log_metrics(row.step, _figures(row, speed))
+        self._has_logged = True
+        if self._experiment is not None:
+            self._experiment.log_metrics(row.step, _figures(row, speed))
 
     def stragglers(self) -> None:
         """On its interval, a line on the slowest ranks; a collective."""
@@ -217,7 +223,7 @@ class _Report:
         run = self.run
         experiment = start_experiment(
             run.cfg.exp_manager,
-            ExperimentRun(run.run_dir, run.cfg.run.name, 0, run.cfg.trainer.max_steps, run.state.step - 1),
+            ExperimentRun(run.run_dir, run.cfg.run.name, 0, run.cfg.trainer.max_steps, run.state.step),
         )
         experiment.log_config(to_plain(run.cfg))
         return experiment
@@ -230,6 +236,7 @@ def _figures(row: StepRow, speed: Throughput) -> dict[str, float | None]:
         "train/grad_norm": row.grad_norm,
         "train/learning_rate": row.learning_rate,
         "speed/tokens_per_second": row.tokens_per_second,
+        "speed/learned_tokens_per_second": row.learned_tokens_per_second,
         "speed/tflops_per_device": row.tflops_per_device,
         "speed/mfu_causal": speed.mfu_causal,
         "speed/data_wait_fraction": speed.data_wait_fraction,

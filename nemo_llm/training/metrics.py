@@ -25,13 +25,15 @@ class StepRow:
 
     Attributes:
         step: number of the update, from 1 over the whole run, resumes included.
-        loss: mean per token over the global batch, in nats.
+        loss: mean per learned token of the global batch, in nats.
         grad_norm: norm of the whole gradient before clipping; None when it was not computed.
         learning_rate: rate this update was made with.
         consumed_samples: samples read since the run began, this step's included.
-        consumed_tokens: the same in tokens.
+        consumed_tokens: the same in tokens: every position of those samples, padding and prompts included.
+        learned_tokens: of this step, those with a loss; where a text gets classes or a score, one a text.
         step_time_seconds: mean time of the steps since the row before.
-        tokens_per_second: over all devices.
+        tokens_per_second: positions over all devices.
+        learned_tokens_per_second: the same of learned tokens.
         tflops_per_device: model TFLOP/s of one device in the causal convention (half of the attention matrix).
         skipped: True when the update was not applied, for gradients that are not finite.
     """
@@ -42,8 +44,10 @@ class StepRow:
     learning_rate: float
     consumed_samples: int
     consumed_tokens: int
+    learned_tokens: int
     step_time_seconds: float
     tokens_per_second: float
+    learned_tokens_per_second: float
     tflops_per_device: float
     skipped: bool
 
@@ -131,6 +135,7 @@ def progress_line(
         val_loss: of the latest validation; None before the first.
         memory_gib: peak memory of this rank's device, or of its process on CPU.
     """
+    learned = throughput.learned_tokens_per_second
     parts = [
         f"step {row.step:>{len(str(total_steps))}}/{total_steps}",
         f"loss {row.loss:.4f}",
@@ -138,6 +143,7 @@ def progress_line(
         None if row.grad_norm is None else f"grad norm {row.grad_norm:.3f}",
         f"lr {row.learning_rate:.2e}",
         f"{_short(throughput.tokens_per_second)} tokens/s ({_short(throughput.tokens_per_second_per_device)}/device)",
+        None if learned == throughput.tokens_per_second else f"{_short(learned)} learned tokens/s",
         f"{throughput.tflops_per_device:.3g} TFLOP/s",
         _mfu(throughput),
         None if memory_gib is None else f"{memory_gib:.1f} GiB",

@@ -7,7 +7,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from nemo_llm.checkpoint.optimizer_state import owned_ranges
+from nemo_llm.checkpoint.optimizer_state import owned_ranges, updates_experts
 from nemo_llm.config import ModelConfig, RunConfig
 from nemo_llm.models.transformer_config import DTYPES
 from nemo_llm.parallel.runtime import ParallelRuntime
@@ -24,7 +24,7 @@ def connect_muon(cfg: RunConfig, part: Any, model: list[DistributedDataParallel]
         part: Megatron's optimizer of dense weights or of experts.
     """
     assert cfg.optim.muon is not None
-    experts = any(group["is_expert_parallel"] for group in part.optimizer.param_groups)
+    experts = updates_experts(part)
     weights = [
         (name, parameter)
         for chunk in model

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.utils import local_multi_tensor_l2_norm
 
-from nemo_llm.checkpoint.optimizer_state import optimizer_parts
+from nemo_llm.checkpoint.optimizer_state import optimizer_parts, updates_experts
 from nemo_llm.config import RunConfig
 from nemo_llm.models.transformer_config import DTYPES
 from nemo_llm.parallel.runtime import ParallelRuntime
@@ -66,6 +66,9 @@ def build_optimizer(
     with _our_class_in_megatron(FusedAdamW if cfg.optim.muon is None else Muon):
         optimizer = get_megatron_optimizer(config, model, use_gloo_process_groups=False)
     for part in optimizer_parts(optimizer):
+        if updates_experts(part):
+            # megatron-core 0.16.1 gives every part TP's group, by which copies count once in the gradient norm.
+            part.tp_group = runtime.groups.expt_tp
         part.get_main_grads_for_grad_norm = _counted_gradients(part)
         if cfg.performance.offload_optimizer_moments:
             part.optimizer.offload_moments()

@@ -48,6 +48,8 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
         ConfigError, InputError: a model that Megatron refuses, data that cannot be read, tokens beyond the vocabulary.
     """
     tokenizer, sets, loader, validation = build_loaders(cfg, runtime)
+    ramp = build_batch_ramp(cfg.trainer.global_batch_size, cfg.trainer.rampup_batch_size)
+    _log.info("data\n%s", sets.describe(ramp.consumed_samples(cfg.trainer.max_steps)))
     vocab_size = cfg.model.vocab_size or tokenizer.vocab_size
     warm_kernels(cfg, runtime, vocab_size)
     chunks = build_model_chunks(cfg, runtime, vocab_size)
@@ -72,7 +74,7 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
         validation=validation,
         data=sets,
         tokenizer=tokenizer,
-        ramp=build_batch_ramp(cfg.trainer.global_batch_size, cfg.trainer.rampup_batch_size),
+        ramp=ramp,
         state=TrainState(),
         base_fingerprint=base_fingerprint,
     )

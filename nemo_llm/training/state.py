@@ -31,12 +31,13 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer update. The loss is the mean over the tokens of the global batch; the norm is before clipping."""
+    """One optimizer update. The loss is the mean over learned tokens of all ranks; the norm is before clipping."""
 
     loss: float
     grad_norm: float
     learning_rate: float
     num_tokens: int
+    """Learned tokens: those with a loss, of all ranks."""
     skipped: bool
     bad: Any = None
     """`badstep.BadStep` when the update was not made for what the step computed."""

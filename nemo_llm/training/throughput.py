@@ -31,11 +31,16 @@ class Peak:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Throughput:
-    """Speed over a span of steps. MFU is model TFLOP/s over the peak (arXiv:2204.02311), None without a peak."""
+    """Speed over a span of steps. MFU is model TFLOP/s over the peak (arXiv:2204.02311), None without a peak.
+
+    Tokens are positions that the model went through, padding and prompts included. Learned tokens are those with a
+    loss; where a text gets classes or a score, it counts as one.
+    """
 
     step_time_seconds: float
     tokens_per_second: float
     tokens_per_second_per_device: float
+    learned_tokens_per_second: float
     tflops_per_device: float
     tflops_per_device_full: float
     mfu_causal: float | None
@@ -50,12 +55,14 @@ class Throughput:
 class _Span:
     steps: int = 0
     tokens: int = 0
+    learned_tokens: int = 0
     seconds: float = 0.0
     data_wait_seconds: float = 0.0
 
-    def add(self, tokens: int, seconds: float, data_wait_seconds: float) -> None:
+    def add(self, tokens: int, learned_tokens: int, seconds: float, data_wait_seconds: float) -> None:
         self.steps += 1
         self.tokens += tokens
+        self.learned_tokens += learned_tokens
         self.seconds += seconds
         self.data_wait_seconds += data_wait_seconds
 
@@ -78,14 +85,21 @@ class ThroughputMeter:
         self._pause_seconds = 0.0
         self._seconds_per_token: deque[float] = deque(maxlen=_ETA_WINDOW_STEPS)
 
-    def record_step(self, tokens: int, seconds: float, data_wait_seconds: float) -> None:
-        """Take in one step: its `tokens` over all devices, its duration, and how much of that was waiting for data."""
+    def record_step(self, tokens: int, learned_tokens: int, seconds: float, data_wait_seconds: float) -> None:
+        """Take in one step, of all devices.
+
+        Args:
+            tokens: positions of its samples, at least one.
+            learned_tokens: those with a loss, maybe none.
+            seconds: its duration.
+            data_wait_seconds: how much of that was waiting for data.
+        """
         if self._warmup_steps_left > 0:
             self._warmup_steps_left -= 1
-            self._warmup_span.add(tokens, seconds, data_wait_seconds)
+            self._warmup_span.add(tokens, learned_tokens, seconds, data_wait_seconds)
             return
-        self._span.add(tokens, seconds, data_wait_seconds)
-        self._whole.add(tokens, seconds, data_wait_seconds)
+        self._span.add(tokens, learned_tokens, seconds, data_wait_seconds)
+        self._whole.add(tokens, learned_tokens, seconds, data_wait_seconds)
         self._seconds_per_token.append(seconds / tokens)
 
     def record_pause(self, seconds: float) -> None:
@@ -122,6 +136,7 @@ class ThroughputMeter:
             step_time_seconds=span.seconds / span.steps,
             tokens_per_second=span.tokens / span.seconds,
             tokens_per_second_per_device=per_device,
+            learned_tokens_per_second=span.learned_tokens / span.seconds,
             tflops_per_device=causal,
             tflops_per_device_full=full,
             mfu_causal=None if peak is None else causal / peak.tflops,

@@ -34,6 +34,7 @@ from nemo_llm.config.catalog import TOOL_GROUPS, conf_dir, group_choices, known_
 from nemo_llm.config.data import TokenizerConfig
 from nemo_llm.config.data_tools import compose_tool
 from nemo_llm.config.load import compose, decode, to_dict
+from nemo_llm.config.performance import PerformanceConfig
 from nemo_llm.config.prepare import DataPrepConfig, PrepareConfig
 from nemo_llm.config.services import EvaluationConfig
 
@@ -46,6 +47,7 @@ SECTIONS: dict[str, type] = {
     "parallelism": ParallelismConfig,
     "peft": PeftConfig,
     "precision": PrecisionConfig,
+    "performance": PerformanceConfig,
     "optim": OptimConfig,
     "optim/sched": SchedConfig,
     "data": DataConfig,

@@ -103,6 +103,9 @@ def test_a_checkpoint_gives_shape_tokenizer_and_weights(tmp_path: Path) -> None:
     (step / "tokenizer" / "nemo_llm_tokenizer.json").write_text(json.dumps(saved))
     (step / "COMPLETE").write_text("")
     (step.parent / "step_00000030").mkdir()  # never finished
+    for other in ("step_9", "step_00000021.kept"):  # an older one, though last by letters, and one of another name
+        (step.parent / other).mkdir()
+        (step.parent / other / "COMPLETE").write_text("")
     cfg = compose(["+model=from_checkpoint", f"model.checkpoint_path={tmp_path / 'run'}", "model.num_layers=4"])
     assert cfg.model.num_layers == 4
     assert to_dict(cfg)["model"]["moe"] == trained["model"]["moe"]

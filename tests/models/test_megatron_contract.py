@@ -20,7 +20,7 @@ def _names_are_there() -> None:
     from megatron.core.tensor_parallel import ColumnParallelLinear, layers
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer import attention, mlp
-    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe import moe_layer, moe_utils, router
     from megatron.core.transformer.transformer_layer import TransformerLayer
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
@@ -47,6 +47,11 @@ def _names_are_there() -> None:
     assert {"labels", "loss_mask"} <= set(parameters)
     parameters = list(inspect.signature(GPTModel._preprocess).parameters)
     assert parameters[1:3] == ["input_ids", "position_ids"]
+    assert "padding_mask,\n        ) = preproc_output[:6]" in inspect.getsource(GPTModel.forward)
+    for call in ("self.apply_z_loss(", "self.is_aux_loss_enabled()"):
+        assert call in inspect.getsource(router.TopKRouter.routing)
+    assert "self.router)(hidden_states, padding_mask)" in inspect.getsource(moe_layer.MoELayer.route)
+    assert "padding_mask.transpose(0, 1).bool()" in inspect.getsource(moe_layer.MoELayer.forward)
     assert "weight" in inspect.signature(ColumnParallelLinear.forward).parameters
     assert "hidden_states" in inspect.signature(TransformerLayer._forward_attention).parameters
     assert list(inspect.signature(_StorageInfo).parameters)[:3] == ["relative_path", "offset", "length"]
@@ -61,6 +66,18 @@ def _te_gemm_is_defined_by_megatron() -> bool:
 
     source = inspect.getsource(moe_utils)
     return "te_general_gemm = None" in source
+
+
+def _norms_are_recomputed_as_if_in_fp8() -> bool:
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    asks_for_none = "fp8 is not None" in inspect.getsource(CheckpointWithoutOutput.__init__)
+    return asks_for_none and "CheckpointWithoutOutput()" in inspect.getsource(TransformerLayer._forward_attention)
+
+
+def test_megatron_still_takes_the_default_of_a_recomputed_norm_for_fp8(ranks: RankPool) -> None:
+    assert ranks.run(_norms_are_recomputed_as_if_in_fp8, 1)[0], "models/norm_recomputation.py is not needed any more"
 
 
 def test_megatron_still_leaves_a_name_undefined_without_transformer_engine(ranks: RankPool) -> None:

@@ -78,6 +78,9 @@ MOE = [
     _layout("TP2 SP", 2, tp=2, sp=True),
     _layout("TP2 SP EP2", 4, tp=2, sp=True, ep=2),
     _layout("TP2 SP EP2 ETP1", 4, tp=2, sp=True, ep=2, etp=1),
+    _layout("TP2 SP ETP1", 2, tp=2, sp=True, etp=1),
+    _layout("TP2 SP ETP1 distributed optimizer", 2, tp=2, sp=True, etp=1, zero1=True),
+    _layout("ETP2", 2, etp=2),
     _layout("PP2 EP2", 4, pp=2, ep=2),
     _layout("CP2 EP2", 4, cp=2, ep=2),
 ]
@@ -98,7 +101,9 @@ def model_overrides(model: str) -> list[str]:
     ]
 
 
-def train_losses(model: str, overrides: tuple[str, ...], extra: tuple[str, ...] = ()) -> list[tuple[float, float]]:
+def train_losses(
+    model: str, overrides: tuple[str, ...], extra: tuple[str, ...] = (), steps: int = STEPS
+) -> list[tuple[float, float]]:
     """Loss and gradient norm of each of the first steps; runs on every rank of the world that is up."""
     from nemo_llm.config.load import compose
     from nemo_llm.parallel.runtime import start_runtime
@@ -107,4 +112,4 @@ def train_losses(model: str, overrides: tuple[str, ...], extra: tuple[str, ...] 
 
     cfg = compose([*model_overrides(model), "trainer.accelerator=cpu", *overrides, *extra])
     run = build_training_run(cfg, start_runtime(cfg))
-    return [(result.loss, result.grad_norm) for result in (train_step(run) for _ in range(STEPS))]
+    return [(result.loss, result.grad_norm) for result in (train_step(run) for _ in range(steps))]

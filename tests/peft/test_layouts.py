@@ -51,7 +51,7 @@ def named(layouts: list[Layout], *names: str) -> list[Layout]:
 
 
 # Run on request: what they add to the others was looked at once.
-SLOW = ("TP2 SP DP2, full recompute", "PP2 EP2")
+SLOW = ("TP2 SP DP2, full recompute", "TP2 SP ETP1", "PP2 EP2")
 
 
 def slow_if_listed(layout: Layout) -> Any:
@@ -67,7 +67,7 @@ DENSE_LAYOUTS = named(
     "TP2 SP PP2 distributed optimizer",
     "TP2 SP DP2, full recompute",
 )
-MOE_LAYOUTS = named(MOE, "TP2 SP", "TP2 SP EP2", "TP2 SP EP2 ETP1", "PP2 EP2")
+MOE_LAYOUTS = named(MOE, "TP2 SP", "TP2 SP EP2", "TP2 SP EP2 ETP1", "TP2 SP ETP1", "ETP2", "PP2 EP2")
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,23 @@ def count_local_parameters(overrides: tuple[str, ...]) -> int:
         stop_runtime()
 
 
+def count_trained_parameters(overrides: tuple[str, ...]) -> int:
+    """Elements of the parameters that this rank trains beside a frozen model."""
+    from nemo_llm.models.build import build_model_chunks
+    from nemo_llm.parallel.runtime import start_runtime, stop_runtime
+    from nemo_llm.peft.attach import attach_peft
+
+    cfg = compose(overrides)
+    runtime = start_runtime(cfg)
+    try:
+        chunks = build_model_chunks(cfg, runtime, VOCAB_SIZE)
+        attach_peft(cfg, chunks, runtime)
+        parameters = (parameter for chunk in chunks for parameter in chunk.parameters())
+        return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    finally:
+        stop_runtime()
+
+
 def measure_layer_bytes(overrides: tuple[str, ...]) -> int:
     """Bytes that the first layer's forward pass saves for its backward pass, each storage once, weights left out."""
     import torch
@@ -55,5 +72,5 @@ def measure_layer_bytes(overrides: tuple[str, ...]) -> int:
 
 
 def _rotary(model: Any, seq_length: int) -> Any:
-    language_model = next(module for module in model.modules() if hasattr(module, "rotary_pos_emb"))
-    return language_model.rotary_pos_emb(seq_length)
+    language_model = next((module for module in model.modules() if hasattr(module, "rotary_pos_emb")), None)
+    return None if language_model is None else language_model.rotary_pos_emb(seq_length)

@@ -6,9 +6,10 @@ from nemo_llm.config.load import compose
 from nemo_llm.parallel.layout import ParallelLayout
 from nemo_llm.parallel.stages import plan_stages
 from nemo_llm.planner.activations import layer_activations
-from nemo_llm.planner.memory import local_parameters
+from nemo_llm.planner.adapters import trained_parameters
 from nemo_llm.planner.parameters import count_parameters
-from tests.planner.measure import count_local_parameters, measure_layer_bytes
+from nemo_llm.planner.state import local_parameters
+from tests.planner.measure import count_local_parameters, count_trained_parameters, measure_layer_bytes
 from tests.ranks import RankPool
 
 VOCAB_SIZE = 2048
@@ -55,12 +56,51 @@ def test_every_rank_holds_what_the_planner_counts(arguments: str, processes: int
         assert counted.total == real[0]
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 4])
-def test_activations_of_a_dense_layer(micro_batch_size: int, ranks: RankPool) -> None:
-    """On CPU a norm keeps its normalised input too, and SwiGLU is not fused: two tensors of the inner width more."""
-    overrides = ("model=gpt_tiny", f"trainer.micro_batch_size={micro_batch_size}", "data.seq_length=256")
+CPU = "performance.fused_kernels=false"  # its rotation is not of one kernel with the split
+
+
+@pytest.mark.parametrize(
+    ("shape", "norms"),
+    [
+        ("trainer.micro_batch_size=1", 2),
+        ("trainer.micro_batch_size=4", 2),
+        ("trainer.micro_batch_size=2 model.norm_placement=both", 4),
+        ("trainer.micro_batch_size=2 model.parallel_residual=true", 2),
+        ("trainer.micro_batch_size=2 model.position_embedding_type=learned_absolute", 2),
+        ("trainer.micro_batch_size=2 model.normalization=LayerNorm", 0),
+        ("trainer.micro_batch_size=2 model.activation_func=gelu model.gated_linear_unit=false", 2),
+    ],
+)
+def test_activations_of_a_dense_layer(shape: str, norms: int, ranks: RankPool) -> None:
+    """On CPU an RMSNorm keeps its normalised input too, and SwiGLU is not fused: two more of the inner width."""
+    overrides = ("model=gpt_tiny", "data.seq_length=256", CPU, *shape.split())
     cfg = compose(overrides)
-    tokens = micro_batch_size * 256
-    unfused_on_cpu = tokens * 4 * (2 * cfg.model.hidden_size + 2 * cfg.model.ffn_hidden_size)
+    tokens = cfg.trainer.micro_batch_size * 256
+    gated = cfg.model.gated_linear_unit
+    unfused_on_cpu = tokens * 4 * (norms * cfg.model.hidden_size + (2 * cfg.model.ffn_hidden_size if gated else 0))
     (real,) = ranks.run(measure_layer_bytes, 1, overrides)
     assert layer_activations(cfg, 0, False).kept + unfused_on_cpu == pytest.approx(real, rel=0.015)
+
+
+ADAPTED = [
+    ("model=gpt_tiny peft=lora", 1),
+    ("model=gpt_tiny peft=lora peft.target_modules=[linear_q,linear_fc2] peft.ranks={linear_fc2:4}", 1),
+    ("model=gpt_tiny peft=dora peft.target_modules=['decoder.layers.1.*'] parallelism=tp2", 2),
+    ("model=gpt_tiny peft=ia3 peft.target_modules=[linear_k,linear_v,linear_fc2] parallelism=tp2", 2),
+    ("model=gpt_tiny peft=adapter peft.target_modules=[linear_proj,linear_fc2] parallelism=pp2", 2),
+    ("model=gpt_tiny peft=p_tuning", 1),
+    ("model=gpt_tiny peft=prompt_tuning model.head=[a,b]", 1),
+    ("model=moe_tiny peft=lora parallelism=ep2 model.moe.moe_shared_expert_intermediate_size=64", 2),
+]
+
+
+@pytest.mark.parametrize(("arguments", "processes"), ADAPTED, ids=[arguments for arguments, _ in ADAPTED])
+def test_every_rank_trains_what_the_planner_counts(arguments: str, processes: int, ranks: RankPool) -> None:
+    overrides = tuple(arguments.split())
+    cfg = compose(overrides)
+    layout = ParallelLayout.from_config(cfg.parallelism, processes)
+    plan = plan_stages(cfg.model.num_layers, cfg.parallelism)
+    for rank, found in enumerate(ranks.run(count_trained_parameters, processes, overrides)):
+        chunks = plan.chunks(layout.coordinates(rank)["pp"])
+        numbers = tuple(number for chunk in chunks for number in chunk.layers)
+        assert trained_parameters(cfg, layout, numbers) == found

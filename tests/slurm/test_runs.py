@@ -20,7 +20,8 @@ def make_run(folder: Path, step: int):
     metrics = MetricsFile(folder)
     row = StepRow(
         step=step, loss=2.5, grad_norm=1.0, learning_rate=1e-3, consumed_samples=1, consumed_tokens=64,
-        step_time_seconds=2.0, tokens_per_second=32.0, tflops_per_device=0.1, skipped=False,
+        learned_tokens=64, step_time_seconds=2.0, tokens_per_second=32.0, learned_tokens_per_second=32.0,
+        tflops_per_device=0.1, skipped=False,
     )  # fmt: skip
     metrics.append(row)
     metrics.close()

@@ -164,3 +164,38 @@ def test_losses_are_those_of_trl(name: str, ranks: RankPool, folder: Path, expec
     assert len(expected) == STEPS
     assert losses == pytest.approx(expected, abs=1e-4)
     assert losses[-1] < losses[0] - 1.0
+
+
+def logged_rows(folder: str) -> list[dict[str, Any]]:
+    """Rows of ``metrics.jsonl`` of a run whose batch grows from four conversations to eight."""
+    from nemo_llm.parallel.runtime import start_runtime
+    from nemo_llm.training.loop import train
+    from nemo_llm.training.metrics import read_metrics
+    from nemo_llm.training.resume import resume
+    from nemo_llm.training.setup import build_training_run
+
+    cfg = _config(
+        folder,
+        (
+            "trainer.global_batch_size=8",
+            "trainer.rampup_batch_size={start_global_batch_size: 4, increment: 4, ramp_samples: 12}",
+            "trainer.max_steps=6", "trainer.log_interval=1", "trainer.warmup_log_steps=1", "trainer.val_interval=null",
+            "checkpoint.save_interval=null", "checkpoint.save_final=false", "exp_manager.enabled=false",
+        ),
+    )  # fmt: skip
+    run = build_training_run(cfg, start_runtime(cfg))
+    resume(run)
+    run.run_dir = Path(folder) / "logged"
+    run.run_dir.mkdir()
+    train(run)
+    return read_metrics(run.run_dir)
+
+
+def test_speed_counts_every_position_and_learned_tokens_apart(ranks: RankPool, folder: Path) -> None:
+    rows = ranks.run(logged_rows, 1, str(folder))[0]
+    samples = [4, 4, 4, 8, 8, 8]
+    assert [row["consumed_samples"] for row in rows] == [sum(samples[: step + 1]) for step in range(6)]
+    for row, count in zip(rows, samples, strict=True):
+        assert row["tokens_per_second"] * row["step_time_seconds"] == pytest.approx(count * LENGTH)
+        assert row["learned_tokens_per_second"] * row["step_time_seconds"] == pytest.approx(row["learned_tokens"])
+        assert 0 < row["learned_tokens"] < count * LENGTH / 4

@@ -13,6 +13,8 @@ from nemo_llm.errors import NO_VALUE, ConfigError
 from nemo_llm.training.agreement import CHANGEABLE_KEYS, Change, check_agreement, compare_configs
 from nemo_llm.training.rundir import to_plain
 
+HALF = "trainer.micro_batch_size=4"
+
 
 @functools.cache
 def config(*overrides):
@@ -115,3 +117,23 @@ def test_added_and_removed_validation_sets_are_listed():
     one, two = {"data": {"validation": {}}}, {"data": {"validation": {"news": [0.3, "a"]}}}
     assert compare_configs(one, two) == ([Change("data.validation.news", NO_VALUE, [0.3, "a"])], [])
     assert compare_configs(two, one) == ([Change("data.validation.news", [0.3, "a"], NO_VALUE)], [])
+
+
+@pytest.mark.parametrize(
+    ("router", "fixed"),
+    [
+        ([], True),
+        (["model.moe.moe_router_load_balancing_type=seq_aux_loss"], True),
+        (["model.moe.moe_aux_loss_coeff=0"], False),
+        (["model.moe.moe_aux_loss_coeff=0", "model.moe.moe_z_loss_coeff=0.001"], True),
+        (["model.moe.moe_router_load_balancing_type=none"], False),
+    ],
+)
+def test_a_router_with_a_loss_fixes_the_micro_batch(router: list[str], fixed: bool) -> None:
+    before, after = (to_plain(compose(["+model=moe_tiny", *router, *more])) for more in ([], [HALF]))
+    if not fixed:
+        assert [change.key for change in check_agreement(before, after, Path("c"))] == ["trainer.micro_batch_size"]
+        return
+    with pytest.raises(ConfigError, match=r"trainer.micro_batch_size.*balanced over the tokens of a micro-batch") as e:
+        check_agreement(before, after, Path("c"))
+    assert "set trainer.micro_batch_size back to 8" in str(e.value)

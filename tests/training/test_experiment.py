@@ -236,3 +236,24 @@ def test_a_fresh_process_prints_nothing_and_imports_nemo_only_when_enabled(tmp_p
     loaded = set((tmp_path / "modules").read_text().split())
     assert ("nemo" in loaded) is enabled
     assert scalars(tmp_path / LOG_FOLDER, "loss") == [(1, 2.0)]
+
+
+def test_a_logger_that_cannot_start_ends_the_run_before_its_first_step(tmp_path):
+    keys = [
+        "exp_manager.create_mlflow_logger=true",
+        "exp_manager.mlflow_logger_kwargs={nme: 1}",
+        f"run.dir={tmp_path}/r",
+    ]
+    result = subprocess.run(
+        [sys.executable, "-m", "nemo_llm.train", "+model=gpt_tiny", "trainer.accelerator=cpu", *keys],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "exp_manager.mlflow_logger_kwargs" in result.stderr
+    assert "step" not in result.stdout
+    assert json.loads((tmp_path / "r" / "exit.json").read_text())["step"] == 0
+    # What the run would have read was said at its start.
+    assert "training, 9,600 samples of 128 tokens" in result.stderr
+    assert "moby_dick" in result.stderr

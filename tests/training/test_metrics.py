@@ -22,8 +22,10 @@ STEP_KEYS = [
     "learning_rate",
     "consumed_samples",
     "consumed_tokens",
+    "learned_tokens",
     "step_time_seconds",
     "tokens_per_second",
+    "learned_tokens_per_second",
     "tflops_per_device",
     "skipped",
 ]
@@ -37,8 +39,10 @@ def step_row(step, **changes):
         "learning_rate": 2.9999999999999997e-04,
         "consumed_samples": 8 * step,
         "consumed_tokens": 1024 * step,
+        "learned_tokens": 1024,
         "step_time_seconds": 0.25,
         "tokens_per_second": 4096.0,
+        "learned_tokens_per_second": 4096.0,
         "tflops_per_device": 0.125,
         "skipped": False,
     }
@@ -139,6 +143,7 @@ def throughput(**changes):
         "step_time_seconds": 0.5,
         "tokens_per_second": 123_456.0,
         "tokens_per_second_per_device": 15_432.0,
+        "learned_tokens_per_second": 123_456.0,
         "tflops_per_device": 412.3,
         "tflops_per_device_full": 445.0,
         "mfu_causal": 0.417,
@@ -159,6 +164,12 @@ def test_progress_line_says_everything_in_one_line():
         "step  120/1000 | loss 3.2143 | val 3.4000 | grad norm 0.812 | lr 3.00e-04 | 123k tokens/s (15.4k/device) | "
         "412 TFLOP/s | MFU 41.7% causal, 45.0% full, of H100 989 TFLOP/s | 42.1 GiB | data wait 0.3% | ETA 1h 02m"
     )
+
+
+def test_progress_line_names_learned_tokens_where_they_are_fewer():
+    some = throughput(learned_tokens_per_second=8_818.0)
+    line = progress_line(step_row(1), some, total_steps=9, val_loss=None, memory_gib=None)
+    assert "| 123k tokens/s (15.4k/device) | 8.82k learned tokens/s |" in line
 
 
 def test_progress_line_on_cpu_claims_no_mfu_and_marks_warm_up_and_skips():

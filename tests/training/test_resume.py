@@ -52,6 +52,8 @@ VPP2 = ("parallelism.pipeline_model_parallel_size=2", "parallelism.virtual_pipel
 EP2 = ("parallelism.expert_model_parallel_size=2", ZERO1)
 TP2_ONLY = ("precision=bf16", "parallelism.tensor_model_parallel_size=2")
 MUON_TP2 = ("optim=muon", *TP2)
+TP2_ETP1 = (*TP2, "parallelism.expert_tensor_parallel_size=1")
+ETP2 = ("parallelism.expert_tensor_parallel_size=2", ZERO1)
 TP2_EP2 = (*TP2, "parallelism.expert_model_parallel_size=2")
 
 
@@ -102,6 +104,8 @@ def test_same_layout_goes_on_bit_by_bit(
         ("gpt_tiny", (2, MUON_TP2), (1, ("optim=muon",))),
         ("moe_tiny", (1, ()), (4, TP2_EP2)),
         pytest.param("moe_tiny", (4, TP2_EP2), (2, PP2), marks=pytest.mark.slow),
+        pytest.param("moe_tiny", (2, TP2_ETP1), (2, ETP2), marks=pytest.mark.slow),
+        pytest.param("moe_tiny", (2, ETP2), (1, ()), marks=pytest.mark.slow),
     ],
     ids=[
         "TP2 to one process",
@@ -111,6 +115,8 @@ def test_same_layout_goes_on_bit_by_bit(
         "Muon, TP2 to one process",
         "one process to TP2 EP2",
         "TP2 EP2 to PP2",
+        "TP2 ETP1 to ETP2",
+        "ETP2 to one process, optimizer not distributed",
     ],
 )
 def test_another_layout_goes_on_closely(

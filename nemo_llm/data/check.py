@@ -1,0 +1,54 @@
+"""What ``trainer.check_only=true`` says of the data: sources are opened as a run opens them, where that is quick."""
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+from nemo_llm.config.data import DataConfig, blend_entries
+from nemo_llm.config.run import RunConfig
+from nemo_llm.data.build import open_data
+from nemo_llm.data.cache import cache_folder
+from nemo_llm.data.documents import as_path, expand_inputs
+from nemo_llm.data.tokenizer import Tokenizer
+
+_MOST_BYTES = 1 << 24  # 16 MiB of text take some seconds the first time, and nothing once they are in the cache
+
+
+def describe_data(cfg: RunConfig, tokenizer: Tokenizer, num_train_samples: int) -> str:
+    """A table of the sources, with the samples and epochs of a run of this length; or why they were not opened.
+
+    Nothing is left behind where the cache cannot be written, as on a machine that is not the run's.
+
+    Raises:
+        ConfigError, InputError: what the run itself would refuse: too little text, another tokenizer, bad records.
+    """
+    unread = _bytes_to_read(cfg.data)
+    if unread > _MOST_BYTES:
+        return (
+            f"data: not opened by this check, which would have to read {unread / 2**20:,.0f} MiB of text, or of "
+            "datasets without a manifest, first; text that tools/index_dataset.py has indexed is checked here"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        if not _writable(cache_folder(cfg.data.cache_dir)):
+            cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, cache_dir=folder))
+        return open_data(cfg, tokenizer).describe(num_train_samples)
+
+
+def _bytes_to_read(config: DataConfig) -> int:
+    """Bytes that opening the sources reads in full when none of them is in the cache."""
+    found = 0
+    for key, blend in {"data.blend": config.blend, **config.validation}.items():
+        for entry in blend_entries(blend, key):
+            text = entry.text or entry.chat or entry.labelled
+            if text is not None:
+                found += sum(file.stat().st_size for file in expand_inputs(text))
+            elif entry.prefix is not None and not as_path(f"{entry.prefix}.manifest.json").is_file():
+                found += as_path(f"{entry.prefix}.bin").stat().st_size
+    return found
+
+
+def _writable(folder: Path) -> bool:
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK)

@@ -37,8 +37,8 @@ def position_facts(loss_mask: torch.Tensor, padding: torch.Tensor | None) -> tor
 
 def use_own_router(block: TransformerBlockSubmodules) -> None:
     """Put `Router` where these layers have Megatron's own; a router of a user's spec stays."""
-    for layer in block.layer_specs or []:
-        mlp = getattr(getattr(layer.submodules, "mlp", None), "submodules", None)
+    for layer in getattr(block, "layer_specs", None) or ():
+        mlp = getattr(getattr(getattr(layer, "submodules", None), "mlp", None), "submodules", None)
         if isinstance(mlp, MoESubmodules) and mlp.router is TopKRouter:
             mlp.router = Router
 

@@ -119,7 +119,8 @@ class _Store:
         try:
             if self._pending is not None:
                 self._pending.get(timeout=seconds)
-            self._pending = answers = SimpleQueue()
+            answers: SimpleQueue = SimpleQueue()
+            self._pending = answers
             threading.Thread(target=self._answer, args=(answers, name, arguments), daemon=True).start()
             result, error = answers.get(timeout=seconds)
         except Empty:

@@ -9,7 +9,7 @@ import pytest
 
 from nemo_llm.checkpoint.folder import find_checkpoint, resolve_checkpoint
 from nemo_llm.checkpoint.manifest import BLOCK_BYTES, BlockHasher, describe_file, verify
-from nemo_llm.checkpoint.unpickle import check_safe
+from nemo_llm.checkpoint.safe_load import check_safe
 from nemo_llm.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 from tests.ranks import RankPool
 from tests.training.test_resume import ZERO1, _train, flip_a_byte

@@ -113,6 +113,12 @@ class CheckpointDamagedError(CheckpointError, InputError):
     exit_code = ExitCode.BAD_INPUT
 
 
+class CheckpointRefusedError(CheckpointError, InputError):
+    """A file of a checkpoint asks for what no checkpoint needs, or points out of its folder; it is not read."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+
 class PreemptedError(NemoLlmError):
     """The run was told to stop, saved what it had, and wants to be queued again."""
 

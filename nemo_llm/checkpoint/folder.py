@@ -64,8 +64,12 @@ def commit(temporary: Path, final: Path, known: dict[str, dict[str, Any]] | None
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint such that a half-deleted one is never taken for a whole one."""
-    (folder / COMPLETE).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    # By a name that no reader looks at, and that `remove_old` clears away when this process is killed in the middle.
+    aside = folder.with_name(f".{folder.name}.gone.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from megatron.core import dist_checkpointing
 
 from nemo_llm.checkpoint.folder import read_config, resolve_checkpoint, writing
 from nemo_llm.checkpoint.inspect import read_tensors
+from nemo_llm.checkpoint.safe_load import load_sharded
 from nemo_llm.checkpoint.weights import ADAPTER_FILE_NAME, apply_model_state, model_state, save_weights
 from nemo_llm.convert.gate import float32_model, saved_model
 from nemo_llm.data.tokenizer import SAVED_CONFIG, HuggingFaceTokenizer, load_tokenizer_from_folder
@@ -75,7 +75,7 @@ def _load_grown(chunk: torch.nn.Module, folder: Path, vocab_size: int, added: tu
     """
     wanted = model_state([chunk])
     grown = [key for key in _ROWS if wanted["model0"].pop(key, None) is not None]
-    loaded = dist_checkpointing.load(wanted, str(folder / "state"))
+    loaded = load_sharded(wanted, folder / "state")
     for key, rows in read_tensors(folder, grown):
         whole = chunk.get_parameter(key).detach().clone()
         whole.zero_()  # the padding

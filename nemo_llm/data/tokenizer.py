@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_llm.assets import resolve_path
-from nemo_llm.config.data import TokenizerConfig
+from nemo_llm.config.data import NEMO_PATHS, TokenizerConfig
+from nemo_llm.config.derived import with_paths_inside
 from nemo_llm.errors import ConfigError, InputError, Problem
 
 SAVED_CONFIG = "nemo_llm_tokenizer.json"
@@ -261,17 +262,22 @@ class NemoTokenizer(_FileTokenizer):
 
         arguments = dict(config.nemo_args)
         files = []
-        for key, value in arguments.items():
-            if isinstance(value, str) and (value.startswith("asset:") or Path(value).exists()):
-                arguments[key] = str(resolve_path(value, "tokenizers"))
-                files += _files_below(Path(str(arguments[key])))
+        for key in NEMO_PATHS:
+            if arguments.get(key) is not None:
+                path = resolve_path(str(arguments[key]), "tokenizers")
+                if not path.exists():
+                    rule = "there is no such file or folder on this machine"
+                    raise _problem(f"nemo_args.{key}", arguments[key], rule, "name one; NeMo downloads nothing here")
+                arguments[key] = str(path)
+                files += _files_below(path)
         super().__init__(config, files)
+        if config.nemo_class == "AutoTokenizer":
+            arguments["trust_remote_code"] = False
+        # One of NEMO_TOKENIZERS, as the configuration's own check has seen.
         try:
-            self.backend: Any = getattr(tokenizers, config.nemo_class or "")
-        except AttributeError as error:
-            known = "a class of nemo.collections.common.tokenizers, such as SentencePieceTokenizer"
-            raise _problem("nemo_class", config.nemo_class, "NeMo has no such tokenizer", f"name {known}") from error
-        self.backend = self.backend(**arguments)
+            self.backend: Any = getattr(tokenizers, str(config.nemo_class))(**arguments)
+        except Exception as error:  # of its many libraries
+            raise InputError(f"NeMo's {config.nemo_class} cannot be made of {arguments}: {error}") from error
         self.vocab_size = int(self.backend.vocab_size)
         self.eod_id = int(self.backend.eod) if hasattr(self.backend, "eod") else int(self.backend.eos_id)
         self.bos_id = None if config.bos_token is None else int(self.backend.token_to_id(config.bos_token))
@@ -289,10 +295,11 @@ class NemoTokenizer(_FileTokenizer):
     def save(self, folder: Path) -> None:
         super().save(folder)
         saved = json.loads((folder / SAVED_CONFIG).read_text(encoding="utf-8"))
-        names = {file.name for file in self.files}
-        for key, value in self.config.nemo_args.items():
-            if isinstance(value, str) and resolve_path(value, "tokenizers").name in names:
-                saved["nemo_args"][key] = resolve_path(value, "tokenizers").name
+        for key in NEMO_PATHS:
+            value = self.config.nemo_args.get(key)
+            if value is not None:
+                path = resolve_path(str(value), "tokenizers")
+                saved["nemo_args"][key] = "." if path.is_dir() else path.name
         saved["path"] = None
         (folder / SAVED_CONFIG).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
 
@@ -326,17 +333,11 @@ def read_saved_config(folder: Path) -> TokenizerConfig:
     file = folder / SAVED_CONFIG
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-        config = TokenizerConfig(**saved)
+        return TokenizerConfig(**with_paths_inside(saved, folder))
     except FileNotFoundError as error:
         raise InputError(f"{folder}: holds no tokenizer ({SAVED_CONFIG} is missing)") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{file}: damaged tokenizer description ({error})") from error
-    path = None if config.path is None else str((folder / config.path).resolve())
-    arguments = {
-        key: str((folder / value).resolve()) if isinstance(value, str) and (folder / value).exists() else value
-        for key, value in config.nemo_args.items()
-    }
-    return dataclasses.replace(config, path=path, nemo_args=arguments)
 
 
 def _problem(key: str, value: object, rule: str, fix: str) -> ConfigError:
@@ -356,7 +357,11 @@ def _existing(path: Path) -> Path:
 
 
 def _files_below(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    return (
+        [path]
+        if path.is_file()
+        else sorted(file for file in path.iterdir() if file.is_file() and file.name != SAVED_CONFIG)
+    )
 
 
 def _fingerprint(config: TokenizerConfig, files: list[Path]) -> str:

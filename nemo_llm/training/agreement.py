@@ -73,6 +73,7 @@ CHANGEABLE_KEYS = (
     "data.prefetch",
     # What is measured and written on the side.
     "data.validation.*",
+    "evaluation.*",
     "checkpoint.*",
     "exp_manager.*",
     "sample.*",

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
@@ -23,6 +22,7 @@ from nemo_llm.checkpoint.agree import raise_together
 from nemo_llm.checkpoint.folder import begin, commit, is_complete, temporary_of
 from nemo_llm.checkpoint.optimizer_state import apply_optimizer_scalars, optimizer_scalars, optimizer_tensors
 from nemo_llm.checkpoint.retention import remove_old
+from nemo_llm.checkpoint.safe_load import load_sharded
 from nemo_llm.checkpoint.weights import apply_model_state, check_same_tensors, model_state
 from nemo_llm.checkpoint.writer import StateWriter, WritePlan
 from nemo_llm.errors import CheckpointError
@@ -155,7 +155,7 @@ def load_checkpoint(run: TrainingRun, folder: Path) -> None:
         check_same_tensors(trained_state(run), folder)
         progress = read_progress(folder)
         _check_has_optimizer(state, folder)
-    loaded = dist_checkpointing.load(state, str(folder / "state"), validate_access_integrity=False)
+    loaded = load_sharded(state, folder / "state", validate_access_integrity=False)
     if run.cfg.peft is None:
         apply_model_state(run.model, loaded)
     else:

@@ -91,7 +91,7 @@ def _to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) ->
     run = decode(content)
     assert run.peft is not None
     with _adapted(run, base) as (chunk, fingerprint):
-        load_hf_adapter([chunk], source, run.peft.kind)
+        load_hf_adapter([chunk], source, run.peft)
         began = time.monotonic()
         plan = StateWriter(None, threads=2).begin({"adapter": adapter_state([chunk])}, temporary / "state", copy=False)
         plan.write()

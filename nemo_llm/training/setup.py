@@ -94,7 +94,7 @@ def freeze_and_adapt(cfg: RunConfig, chunks: list[torch.nn.Module], runtime: Par
     if cfg.peft.init_from is not None:
         start = Path(cfg.peft.init_from)
         if (start / CONFIG_FILE).is_file():
-            load_hf_adapter(chunks, start, cfg.peft.kind)
+            load_hf_adapter(chunks, start, cfg.peft)
         else:
             load_adapter(chunks, resolve_checkpoint(start), fingerprint)
     trained = count_parameters(chunks, runtime)

@@ -155,6 +155,11 @@ def import_file(path: Path, kind: str) -> Imported:
     return _import_megatron(list(mentions(text)))
 
 
+_ELSEWHERE = (
+    "\n      fix: write it as a folder of Hugging Face with NeMo's own scripts, and convert that with source_format=hf"
+)
+
+
 def import_nemo_model(path: Path) -> dict[str, Any]:
     """Keys of our model section from ``model_config.yaml`` of a ``.nemo`` archive.
 
@@ -169,7 +174,7 @@ def import_nemo_model(path: Path) -> dict[str, Any]:
     result = _import_nemo(_flatten(tree))
     of_model = [row for row in result.rows if row.became == "unmapped" and _changes_the_model(row.key)]
     if of_model:
-        raise InputError(f"{path.name}: cannot be taken over:\n  " + "\n  ".join(str(row) for row in of_model))
+        raise InputError(f"{path.name}: cannot be taken over:\n  " + "\n  ".join(map(str, of_model)) + _ELSEWHERE)
     section: dict[str, Any] = {}
     for key, value in result.keys.items():
         first, _, rest = key.partition(".")
@@ -371,8 +376,10 @@ def _derive(result: Imported, key: str, value: Any) -> None:
 def _translate(
     result: Imported, given: Mapping[str, Any], known: tuple[tables.Table, Mapping[str, str], Mapping[str, str]]
 ) -> None:
-    """Args:
-    known: the keys that are translated, those that have to say what is done here anyway, and those that are left.
+    """A row for each key of ``given``, and what is translated into the keys of ``result``.
+
+    Args:
+        known: keys that are translated, keys that have to say what is done here anyway, and keys that are left.
     """
     table, as_here, left = known
     reasons = {name: reason for reason, names in left.items() for name in names.split()}

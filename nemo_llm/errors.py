@@ -12,6 +12,7 @@ class ExitCode(IntEnum):
     DONE = 0
     FAILED = 1
     BAD_INPUT = 2
+    INCOMPLETE = 3
     PREEMPTED = 75
     HANG = 76
     BUSY = 77

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nemo_llm.checkpoint.folder import read_config
-from nemo_llm.config.load import compose, decode, to_dict
+from nemo_llm.config.load import compose, decode, to_dict, with_younger_keys
 from nemo_llm.data.tokenizer import load_tokenizer_from_folder
 from nemo_llm.errors import CheckpointError
 from nemo_llm.families.registry import read_hf_config
@@ -248,9 +248,9 @@ def forward_megatron(chunk: Any, tokens: torch.Tensor, finish: Callable[[torch.T
 def saved_model(folder: Path) -> dict[str, Any]:
     """The model section of a checkpoint, its vocabulary known.
 
-    Keys that are younger than the checkpoint have the values that leave things as they were, those of gpt_tiny.
+    Keys that are younger than the checkpoint have the values that leave things as they were.
     """
-    model = {**to_dict(compose(["+model=gpt_tiny"]))["model"], **read_config(folder)["model"]}
+    model: dict[str, Any] = with_younger_keys(read_config(folder))["model"]
     if model["vocab_size"] is None:
         model["vocab_size"] = load_tokenizer_from_folder(folder / "tokenizer").vocab_size
     return model

@@ -10,6 +10,7 @@ import yaml
 
 from nemo_llm.checkpoint.folder import read_config, resolve_checkpoint, writing
 from nemo_llm.checkpoint.inspect import read_tensors
+from nemo_llm.checkpoint.new_tokens import NEW_TOKENS, new_tokens
 from nemo_llm.checkpoint.safe_load import load_sharded
 from nemo_llm.checkpoint.weights import ADAPTER_FILE_NAME, apply_model_state, model_state, save_weights
 from nemo_llm.convert.gate import float32_model, saved_model
@@ -48,6 +49,8 @@ def extend_vocabulary(checkpoint: Path, output: Path, tokens: Sequence[str], sta
         _write_tokenizer(old, tokens, temporary / "tokenizer", special)
         config: dict[str, Any] = {**read_config(folder), "model": model}
         (temporary / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        new = {"tokens": [*new_tokens(folder), *tokens]}
+        (temporary / NEW_TOKENS).write_text(json.dumps(new, ensure_ascii=False) + "\n", encoding="utf-8")
     return int(model["vocab_size"])
 
 

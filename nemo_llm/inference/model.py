@@ -17,7 +17,7 @@ from nemo_llm.config import RunConfig
 from nemo_llm.config.checks import find_problems
 from nemo_llm.config.code_paths import qkv_in_one
 from nemo_llm.config.inference import ModelPlace
-from nemo_llm.config.load import compose, decode, to_dict
+from nemo_llm.config.load import compose, decode, to_dict, with_younger_keys
 from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer_from_folder
 from nemo_llm.errors import ConfigError, InputError, Problem
 from nemo_llm.inference.graphs import DecodeGraphs
@@ -44,7 +44,7 @@ def inference_config(place: ModelPlace, folder: Path, world_size: int) -> RunCon
     trained_in = saved.get("precision", {}).get("params_dtype", "fp32")
     dtype = place.dtype or trained_in
     mapping = to_dict(compose(["+model=gpt_tiny", f"precision={dtype}"]))
-    mapping["model"] = {**mapping["model"], **saved["model"], "transformer_impl": "torch"}
+    mapping["model"] = {**with_younger_keys(saved)["model"], "transformer_impl": "torch"}
     if mapping["model"]["moe"] is not None:
         mapping["model"]["moe"]["moe_grouped_gemm"] = False  # joined in Transformer Engine's layers alone
     layout = place.parallelism

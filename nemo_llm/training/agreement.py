@@ -77,6 +77,7 @@ CHANGEABLE_KEYS = (
     "checkpoint.*",
     "exp_manager.*",
     "sample.*",
+    "evaluation.*",
 )
 
 _NOT_COMPARED = ("run.dir",)

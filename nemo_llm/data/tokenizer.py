@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from nemo_llm.config.derived import with_paths_inside
 from nemo_llm.errors import ConfigError, InputError, Problem
 
 SAVED_CONFIG = "nemo_llm_tokenizer.json"
-# Files beside a tokenizer.json that change no ids and that an export, a chat or a generation wants: kept with it.
+# Files beside a tokenizer's own that change no ids and that an export, a chat or a generation wants: kept with it.
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "<eod>", "[SEP]")
 
@@ -76,6 +76,10 @@ class Tokenizer(Protocol):
         """Return the names of the ordinary tokens, as far as they have any."""
         ...
 
+    def control_tokens(self) -> Mapping[str, int]:
+        """Return names and ids of the tokens that stand for no text, such as the end of a document."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write all files to a folder that ``load_tokenizer_from_folder`` reads."""
         ...
@@ -110,6 +114,9 @@ class _FileTokenizer(abc.ABC):
     def vocabulary(self) -> Iterable[str]:
         return self._ids
 
+    def control_tokens(self) -> Mapping[str, int]:
+        return {}
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.files:
@@ -122,7 +129,7 @@ class _FileTokenizer(abc.ABC):
             shutil.copyfile(companion, folder / companion.name)
 
     def _companions(self) -> list[Path]:
-        if self.config.type != "huggingface":
+        if not self.files:
             return []
         beside = (self.files[0].parent / name for name in COMPANIONS)
         return [path for path in beside if path.is_file()]
@@ -175,6 +182,10 @@ class HuggingFaceTokenizer(_FileTokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
+    def control_tokens(self) -> Mapping[str, int]:
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
 
 class SentencePieceTokenizer(_FileTokenizer):
     """A SentencePiece ``.model`` file."""
@@ -191,6 +202,9 @@ class SentencePieceTokenizer(_FileTokenizer):
             raise _problem("parse_special_tokens", True, "SentencePiece never parses control tokens", "set false")
         self.vocab_size = self.backend.vocab_size()
         self._set_special_ids({self.backend.id_to_piece(number): number for number in range(self.vocab_size)})
+
+    def control_tokens(self) -> Mapping[str, int]:
+        return {name: number for name, number in self._ids.items() if self.backend.is_control(number)}
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode_as_ids(text)  # a list of texts would start threads at every call
@@ -230,6 +244,9 @@ class TiktokenTokenizer(_FileTokenizer):
 
     def vocabulary(self) -> Iterable[str]:
         return (token.decode("latin-1") for token in self._ranks)
+
+    def control_tokens(self) -> Mapping[str, int]:
+        return self._ids
 
     def encode(self, text: str) -> list[int]:
         if self.config.parse_special_tokens:

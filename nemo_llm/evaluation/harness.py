@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemo_llm.config.catalog import nearest
 from nemo_llm.errors import InputError
-from nemo_llm.evaluation.records import read_records
+from nemo_llm.evaluation.records import is_table, read_records
 from nemo_llm.evaluation.scorer import Scorer
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
@@ -68,9 +68,9 @@ def find_task_files(tasks: Mapping[str, str | Sequence[str]], shots: Mapping[str
         _specification(kind)
         for place in [places] if isinstance(places, str) else places:
             path = Path(place).expanduser()
-            files = sorted(p for p in path.iterdir() if p.suffix in (".jsonl", ".csv")) if path.is_dir() else [path]
+            files = sorted(p for p in path.iterdir() if is_table(p)) if path.is_dir() else [path]
             if not files or not files[0].is_file():
-                what = "has no .jsonl or .csv file" if path.is_dir() else "there is no such file or folder"
+                what = "has no .jsonl, .csv or .parquet file" if path.is_dir() else "there is no such file or folder"
                 raise InputError(f"tasks.{kind}={place}: {what}")
             solved = Path(shots[kind]).expanduser() if kind in shots else None
             found += [TaskFile(kind, file, solved) for file in files]
@@ -257,11 +257,14 @@ def _check_inert(path: Path, specification: dict[str, Any], metrics: list[str]) 
 def _records(kind: str, path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     records = []
     for line, record in read_records(path, fields if kind == "mmlu" else None):
-        if missing := [field for field in fields if field not in record]:
+        if missing := [field for field in fields if record.get(field) is None]:
             raise InputError(
                 f"{path}, line {line}: no field {missing[0]!r}, which the task {kind} needs; it has {', '.join(record)}"
             )
-        records.append(_hellaswag_fields(record) if kind == "hellaswag" else record)
+        try:
+            records.append(_hellaswag_fields(record) if kind == "hellaswag" else record)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"{path}, line {line}: no record of the task {kind} ({error})") from None
     if not records:
         raise InputError(f"{path}: holds no record")
     return records

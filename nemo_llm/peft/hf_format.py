@@ -5,6 +5,7 @@ Families with the layer names of Llama (Llama, Mistral, Qwen, SmolLM, ...): sepa
 
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from nemo_llm.checkpoint.agree import raise_together
 from nemo_llm.checkpoint.inspect import read_tensors, tensors
 from nemo_llm.config.peft import PeftConfig
+from nemo_llm.data.chat_template import TEMPLATE_FILE_NAME
 from nemo_llm.errors import CheckpointError, InputError
 from nemo_llm.models.head import HEAD_PREFIX
 from nemo_llm.peft.adapter import KEY_PREFIX, adapted_modules, heads
@@ -94,6 +96,9 @@ def export_adapter(checkpoint: Path, output: Path, base_model: str | None) -> di
     output.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, output / WEIGHTS_FILE)
     (output / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    template = checkpoint / "tokenizer" / TEMPLATE_FILE_NAME
+    if template.is_file():  # the one that it was tuned with, whatever the base has
+        shutil.copyfile(template, output / TEMPLATE_FILE_NAME)
     return settings
 
 

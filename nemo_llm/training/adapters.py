@@ -32,6 +32,7 @@ from nemo_llm.convert.gate import (
     load_theirs,
     saved_model,
 )
+from nemo_llm.data.chat_template import TEMPLATE_FILE_NAME, save_template
 from nemo_llm.errors import InputError
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.parallel.runtime import own_runtime
@@ -102,6 +103,8 @@ def _to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) ->
     (temporary / "config.yaml").write_text(yaml.safe_dump(to_dict(run), sort_keys=False), encoding="utf-8")
     if (base / "tokenizer").is_dir():
         shutil.copytree(base / "tokenizer", temporary / "tokenizer")
+        if (source / TEMPLATE_FILE_NAME).is_file():
+            save_template((source / TEMPLATE_FILE_NAME).read_text(encoding="utf-8"), temporary / "tokenizer")
     write_report(temporary, cfg, None, report)
     num_bytes = sum(path.stat().st_size for path in (temporary / "state").iterdir())
     commit(temporary, output)

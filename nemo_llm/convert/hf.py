@@ -25,11 +25,12 @@ from nemo_llm.convert.common import (
     write_ours,
     write_report,
 )
-from nemo_llm.convert.gate import GateReport, GateSettings, compare, saved_model
+from nemo_llm.convert.gate import GateReport, GateSettings, compare, saved_model, their_config
 from nemo_llm.convert.gguf import unpack_gguf
 from nemo_llm.convert.hf_files import HfReader, write_safetensors, written_names
 from nemo_llm.convert.mapping import Mapped
 from nemo_llm.convert.native_files import NativeReader
+from nemo_llm.convert.reach import Reach
 from nemo_llm.convert.sample import write_samples
 from nemo_llm.data.tokenizer import COMPANIONS, load_tokenizer_from_folder
 from nemo_llm.errors import InputError
@@ -149,4 +150,4 @@ def compare_folders(cfg: ConvertConfig, mapped: Mapped, folders: tuple[Path, Pat
     def run(layers: list[int] | None, settings: GateSettings, scratch: Path) -> GateReport:
         return compare(*(folders if layers is None else write_samples(mapped, hf, ours, layers, scratch)), settings)
 
-    return gate(cfg, mapped, run, written)
+    return gate(cfg, mapped, run, written, Reach.of(mapped.model, their_config(hf)))

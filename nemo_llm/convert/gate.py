@@ -60,6 +60,7 @@ class GateReport:
         sampled_layers: the layers that were compared, where not all were; ``layers`` then counts among these.
         length: of each text.
         beyond: what a long text has shown: the lengths of the configuration that it is longer than, and the difference.
+        texts: how many texts have the same token ids in transformers' tokenizer.
         not_seen: lengths of the configuration that no text was longer than.
     """
 
@@ -78,6 +79,7 @@ class GateReport:
     length: int = 0
     beyond: str | None = None
     not_seen: list[str] = field(default_factory=list)
+    texts: int = 0
 
     def __str__(self) -> str:
         text = (
@@ -87,6 +89,8 @@ class GateReport:
         )
         if self.sampled_layers:
             text += f"\n  compared: embedding, output and layers {', '.join(map(str, self.sampled_layers))} alone"
+        if self.texts:
+            text += f"\n  tokenizer: {self.texts} texts have the token ids of transformers' own"
         if self.beyond:
             text += f"\n  {self.beyond}"
         if self.not_seen:

@@ -56,21 +56,7 @@ CODECS: Mapping[str, Codec] = {
     "inverse_root": Codec(lambda value: value**-0.5, lambda value: round(value**-2.0)),
 }
 
-# What transformers reads for each way of scaling, and what it must find there; it reads no other key.
-_ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "linear": ("factor",),
-    "yarn": (
-        "factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "attention_factor",
-    ),
-    "dynamic": ("factor",),
-}
+_ROPE_FIELDS = {kind: ("factor", *names) for kind, names in SCALING_FIELDS.items()}
 _ROPE_SECTION = (
     "factor",
     "low_freq_factor",

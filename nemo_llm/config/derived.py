@@ -4,7 +4,7 @@ They become overrides that stand before the user's own, so that the command line
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 

@@ -12,6 +12,7 @@ import yaml
 
 from nemo_llm.config.arguments import Texts, parse
 from nemo_llm.config.data import NEMO_PATHS
+from nemo_llm.config.hf_tokenizer import bos_token, read_json, token_text
 from nemo_llm.errors import NO_VALUE, InputError, Problem
 from nemo_llm.families.registry import model_section, read_hf_config
 
@@ -61,16 +62,12 @@ def _hf_model(folder: Path) -> dict[str, Any]:
 
 
 def _hf_tokenizer(folder: Path) -> dict[str, Any]:
-    """The token that ends a text, as ``tokenizer_config.json`` names it."""
-    path = folder / "tokenizer_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
-    token = config.get("eos_token")
-    return {"data.tokenizer.eod_token": token["content"] if isinstance(token, Mapping) else token}
+    """The token that ends a text, as ``tokenizer_config.json`` names it, and the one that is put before a text."""
+    config = read_json(folder / "tokenizer_config.json")
+    found = {"data.tokenizer.bos_token": bos_token(folder / "tokenizer.json")}
+    if "eos_token" in config:
+        found["data.tokenizer.eod_token"] = token_text(config["eos_token"])
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _checkpoint_model(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from nemo_llm.assets import resolve_path
 from nemo_llm.config.data import NEMO_PATHS, TokenizerConfig
 from nemo_llm.config.derived import with_paths_inside
+from nemo_llm.config.hf_tokenizer import GENERATION_CONFIG, added_in_front, as_list, read_json, special_ids
 from nemo_llm.errors import ConfigError, InputError, Problem
 
 SAVED_CONFIG = "nemo_llm_tokenizer.json"
@@ -56,6 +57,11 @@ class Tokenizer(Protocol):
     fingerprint: str
     """SHA-256 of the files and of the settings that change ids."""
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Return what ends a model's text: the ids that the files beside it name, else the end of a document."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without any token added."""
         ...
@@ -92,6 +98,10 @@ class _FileTokenizer(abc.ABC):
     eod_id: int
     bos_id: int | None
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        return (self.eod_id,)
+
     def __init__(self, config: TokenizerConfig, files: list[Path]) -> None:
         self.config = config
         self.files = files
@@ -127,6 +137,11 @@ class _FileTokenizer(abc.ABC):
         (folder / SAVED_CONFIG).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
         for companion in self._companions():
             shutil.copyfile(companion, folder / companion.name)
+        # What config.json alone names would be lost with it.
+        ids = special_ids(self.files[0].parent) if self.config.type == "huggingface" else {}
+        written = read_json(folder / GENERATION_CONFIG)
+        if ids and ids != {key: written.get(key) for key in ids}:
+            (folder / GENERATION_CONFIG).write_text(json.dumps({**written, **ids}, indent=2) + "\n", encoding="utf-8")
 
     def _companions(self) -> list[Path]:
         if not self.files:
@@ -174,6 +189,16 @@ class HuggingFaceTokenizer(_FileTokenizer):
         ids = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values()) + 1
         self._set_special_ids(ids)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        named = special_ids(self.files[0].parent) if self.config.type == "huggingface" else {}
+        return tuple(as_list(named.get("eos_token_id"))) or (self.eod_id,)
+
+    def unsaved_bos(self) -> str | None:
+        """The token that the files put before a text, where the saved configuration says none."""
+        ids = added_in_front(self.backend) if self.bos_id is None else []
+        return self.backend.id_to_token(ids[0]) if len(ids) == 1 else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)

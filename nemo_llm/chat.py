@@ -23,15 +23,15 @@ def main(cfg: ChatConfig) -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.")
     from nemo_llm.inference.conversation import Conversation
     from nemo_llm.inference.model import load_model, open_checkpoint
-    from nemo_llm.inference.prompts import load_chat_template
+    from nemo_llm.inference.prompts import load_chat_prompts
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 
     opened = open_checkpoint(cfg, Path(cfg.checkpoint).expanduser(), launched_world_size())
-    template = load_chat_template(opened.folder / "tokenizer", cfg.chat_template)
+    prompts = load_chat_prompts(opened.tokenizer, opened.folder / "tokenizer", cfg.chat_template)
     runtime = start_runtime(opened.cfg)
     try:
         model = load_model(opened, runtime, cfg.verify)
-        conversation = Conversation(model, template, cfg.sampling, cfg.system)
+        conversation = Conversation(model, prompts, cfg.sampling, cfg.system)
         if is_first_rank() and sys.stdin.isatty():
             print(f"{opened.cfg.model.name}: {_RESET} forgets the conversation, {_END} ends it")
         while (text := agree(read_line(), runtime.world_size)) is not None:

@@ -12,6 +12,7 @@ class ExitCode(IntEnum):
     DONE = 0
     FAILED = 1
     BAD_INPUT = 2
+    INCOMPLETE = 3
     PREEMPTED = 75
     HANG = 76
     BUSY = 77
@@ -109,6 +110,12 @@ class CheckpointNotFoundError(CheckpointError, InputError):
 
 class CheckpointDamagedError(CheckpointError, InputError):
     """A checkpoint's file is missing, truncated or does not match its checksum; the message names the file."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+
+class CheckpointRefusedError(CheckpointError, InputError):
+    """A file of a checkpoint asks for what no checkpoint needs, or points out of its folder; it is not read."""
 
     exit_code = ExitCode.BAD_INPUT
 

@@ -61,12 +61,12 @@ def main(cfg: GenerateConfig) -> None:
 
 def encode(cfg: GenerateConfig, opened: Any, texts: list[str]) -> list[list[int]]:
     """Ids of every prompt, through the chat template where that is asked for."""
-    from nemo_llm.inference.prompts import encode_chat, encode_prompt, load_chat_template
+    from nemo_llm.inference.prompts import encode_prompt, load_chat_prompts
 
     if not cfg.chat:
         return [encode_prompt(opened.tokenizer, text) for text in texts]
-    template = load_chat_template(opened.folder / "tokenizer", cfg.chat_template)
-    return [encode_chat(opened.tokenizer, template, [{"role": "user", "content": text}]) for text in texts]
+    prompts = load_chat_prompts(opened.tokenizer, opened.folder / "tokenizer", cfg.chat_template)
+    return [prompts.encode([{"role": "user", "content": text}]) for text in texts]
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

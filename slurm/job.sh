@@ -186,7 +186,10 @@ newest_checkpoint() { # its step, 0 for none
   for marker in "$RUN_DIR"/checkpoints/step_*/COMPLETE; do
     [ -f "$marker" ] || continue
     step=${marker%/COMPLETE}
-    step=$((10#${step##*step_}))
+    step=${step##*/step_}
+    # Bash evaluates $(...) within what it takes as a number: only digits of a name that others can write come so far.
+    [[ $step =~ ^[0-9]{1,18}$ ]] || continue
+    step=$((10#$step))
     [ "$step" -le "$found" ] || found=$step
   done
   echo "$found"
@@ -244,6 +247,7 @@ head_log() { # the first lines of every rank in one file, each line with its ran
   for log in "$FOLDER"/rank_*.log; do
     [ -f "$log" ] || continue
     rank=${log##*rank_}
+    [[ $rank =~ ^[0-9]+\.log$ ]] || continue
     head -n "${NEMO_LLM_HEAD_LINES:-40}" "$log" | sed "s/^/${rank%.log}: /"
   done >"$FOLDER/head.log"
 }
@@ -303,7 +307,8 @@ record_attempt() {
 count_retries() { # newest-checkpoint: attempts, this one included, since the newest checkpoint is what it is
   local step=-1 count=0
   [ ! -f "$STATE/retries" ] || read -r step count <"$STATE/retries"
-  if [ "$step" = "$1" ]; then count=$((count + 1)); else count=1; fi
+  [[ $step =~ ^[0-9]{1,18}$ && $count =~ ^[0-9]{1,9}$ ]] || step=-1 count=0
+  if [ "$step" = "$1" ]; then count=$((10#$count + 1)); else count=1; fi
   # The first attempt on from a new checkpoint has made progress if it ended with a newer one than it began with.
   [ "$1" -le "$STEP_BEFORE" ] || count=0
   echo "$1 $count" >"$STATE/retries.tmp" && mv "$STATE/retries.tmp" "$STATE/retries"

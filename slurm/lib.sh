@@ -100,14 +100,23 @@ check_container() {
   done
 }
 
+unquoted() { # value, as the program reads it: without Hydra's quotes around it, ~ as the home folder
+  local value=$1 quote=${1:0:1}
+  if [[ $value == \"*\" || $value == \'*\' ]]; then
+    value=${value:1:-1}
+    value=${value//\\"$quote"/"$quote"}
+  fi
+  # shellcheck disable=SC2088  # as the program reads paths
+  [[ $value != "~/"* ]] || value=$HOME/${value#"~/"}
+  printf '%s' "$value"
+}
+
 override() { # key: the last value that the command line gives it
   local found='' argument
   for argument in "${OVERRIDES[@]}"; do
     [[ ${argument#"${argument%%[!+]*}"} == "$1="* ]] && found=${argument#*=}
   done
-  # shellcheck disable=SC2088  # as the program reads paths
-  [[ $found != "~/"* ]] || found=$HOME/${found#"~/"}
-  printf '%s' "$found"
+  unquoted "$found"
 }
 
 sbatch_option() { # long short: value on our command line, else in the script's #SBATCH lines

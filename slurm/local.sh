@@ -14,6 +14,8 @@
 #HELP
 set -uo pipefail
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=lib.sh
+. "$home/slurm/lib.sh"
 python=${NEMO_LLM_PYTHON:-$([ -x "$home/.venv/bin/python" ] && echo "$home/.venv/bin/python" || echo python3)}
 export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HYDRA_FULL_ERROR=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} NCCL_DEBUG=${NCCL_DEBUG:-WARN}
@@ -29,7 +31,7 @@ for argument in "$@"; do
     --max-retries=*) max_retries=${argument#*=} ;;
     --config-dir=*) overrides+=("$argument") ;;
     -*) echo "$argument: no such option; see --help" >&2; exit 2 ;;
-    run.dir=*) run_dir=${argument#*=} ;;
+    run.dir=*) run_dir=$(unquoted "${argument#*=}") overrides+=("$argument") ;;
     *) overrides+=("$argument") ;;
   esac
 done
@@ -37,10 +39,10 @@ for number in "$processes" "$max_retries"; do
   [[ $number =~ ^[1-9][0-9]*$ ]] || { echo "--processes and --max-retries take whole numbers, not $number" >&2; exit 2; }
 done
 # A run that may have to go on needs a folder that it finds again.
-run_dir=${run_dir:-runs/local-$(date +%Y%m%d-%H%M%S)}
-# shellcheck disable=SC2088  # as the program reads paths
-[[ $run_dir != "~/"* ]] || run_dir=$HOME/${run_dir#"~/"}
-overrides+=("run.dir=$run_dir")
+if [ -z "$run_dir" ]; then
+  run_dir=runs/local-$(date +%Y%m%d-%H%M%S)
+  overrides+=("run.dir=$run_dir")
+fi
 "$python" -W ignore -m nemo_llm.train "${overrides[@]}" trainer.check_only=true trainer.devices="$processes" || exit
 
 newest() { find "$run_dir/checkpoints" -maxdepth 2 -name COMPLETE -path '*/step_*' 2>/dev/null | sort | tail -n 1; }

@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from nemo_llm.data.documents import read_lines
 from nemo_llm.errors import ExitCode, InputError, NemoLlmError
 from nemo_llm.log import configure_logging
 
@@ -44,10 +45,18 @@ def main(arguments: list[str]) -> int:
 
 
 def _read(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--tokens {path}: cannot be read ({error})") from None
+    """A token a line, as it stands there but for a carriage return at its end.
+
+    Raises:
+        InputError: no such file, or a token with white space around it, which is hardly meant.
+    """
+    if not path.is_file():
+        raise InputError(f"--tokens {path}: there is no such file")
+    tokens = list(read_lines(path))
+    for number, token in tokens:
+        if token != token.strip():
+            raise InputError(f"--tokens {path}, line {number}: {token!r} begins or ends with white space; remove it")
+    return [token for _, token in tokens]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python -m nemo_llm.train --config-dir my_conf +model=gpt3_5b
 
 Reads training files of NeMo-Framework-Launcher (YAML) and Megatron-LM's arguments (a text or a shell script). All keys
-with their defaults: conf/import_config.yaml.
+with their defaults: conf/import_config.yaml. Ends with code 3 where something of the file was not taken over.
 """
 
 import sys
@@ -22,32 +22,43 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return ExitCode.DONE
     try:
-        _import(compose_tool("import_config", ImportConfig, arguments))
+        return _import(compose_tool("import_config", ImportConfig, arguments))
     except NemoLlmError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return ExitCode.DONE
 
 
-def _import(cfg: ImportConfig) -> None:
+def _import(wanted: ImportConfig) -> ExitCode:
+    from nemo_llm.config.checks import find_problems
     from nemo_llm.config.import_config import import_file, model_file
     from nemo_llm.config.load import compose
 
-    source = Path(cfg.input).expanduser()
-    name = cfg.name or source.stem
-    folder = Path(cfg.output).expanduser()
+    source = Path(wanted.input).expanduser()
+    name = wanted.name or source.stem
+    folder = Path(wanted.output).expanduser()
     target = folder / "model" / f"{name}.yaml"
-    if target.exists() and not cfg.overwrite:
+    if target.exists() and not wanted.overwrite:
         raise InputError(f"{target}: exists already; give another name, or overwrite=true")
-    result = import_file(source, cfg.format)
+    result = import_file(source, wanted.format)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(model_file(result, name, source.name), encoding="utf-8")
     for row in result.rows:
         print(row)
     counts = Counter(row.became for row in result.rows)
     print(", ".join(f"{count} {became}" for became, count in counts.items()))
+    try:
+        cfg = compose([f"+model={name}"], folder)  # what it says is decoded strictly, and mistakes are told here
+    except NemoLlmError:
+        print(f"{target}: written, but it does not make a configuration yet")
+        raise
     print(f"{target}: use it with --config-dir {folder} +model={name}")
-    compose([f"+model={name}"], folder)  # what it says is decoded strictly, and mistakes are told here
+    processes = max((cfg.trainer.devices or 1) * (cfg.trainer.num_nodes or 1), cfg.parallelism.model_parallel_size)
+    for problem in find_problems(cfg, processes):
+        print(f"to mend before training on {processes} processes: {problem}")
+    if counts["unmapped"] and not wanted.allow_unmapped:
+        print(f"{counts['unmapped']} unmapped: look at them; allow_unmapped=true ends with code 0", file=sys.stderr)
+        return ExitCode.INCOMPLETE
+    return ExitCode.DONE
 
 
 if __name__ == "__main__":

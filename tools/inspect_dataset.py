@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -21,7 +22,7 @@ from nemo_llm.config.catalog import conf_dir
 from nemo_llm.config.chat import ChatConfig
 from nemo_llm.config.data import TokenizerConfig
 from nemo_llm.data import inspect
-from nemo_llm.data.chat_store import show_chats
+from nemo_llm.data.chat_store import list_unused, show_chats
 from nemo_llm.data.indexed import IndexedDataset
 from nemo_llm.data.tokenizer import SAVED_CONFIG, Tokenizer, load_tokenizer, load_tokenizer_from_folder
 from nemo_llm.errors import ExitCode, InputError, NemoLlmError
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--template", default="tokenizer", help="tokenizer, a named one, or a Jinja file")
     chat.add_argument("--records", default="0", metavar="LIST", help="numbers and half-open ranges: 0,3:6")
     chat.add_argument("--fields", metavar="PROMPT,ANSWER", help="two fields that hold question and answer")
+    chat.add_argument("--date", metavar="YYYY-MM-DD", help="what a template writes as today's date")
     chat.add_argument("--train-on", default="answers", choices=["answers", "last_answer", "all"])
     ledger = command("ledger", _ledger, "which documents were in these steps of a run, one JSON object a line")
     ledger.add_argument("--run", required=True, type=Path, metavar="DIR", help="a run folder")
@@ -117,18 +119,23 @@ def _decode(options: argparse.Namespace) -> None:
 
 def _chat(options: argparse.Namespace) -> None:
     tokenizer = _tokenizer(options.tokenizer, options.file)
-    prompt_key, answer_key = (options.fields or ",").split(",")
-    config = ChatConfig(
-        template=options.template,
-        train_on=options.train_on,
-        too_long="error",
-        system_prompt=None,
-        prompt_key=prompt_key or None,
-        answer_key=answer_key or None,
-    )
+    prompt_key, _, answer_key = (options.fields or "").partition(",")
+    try:
+        config = ChatConfig(
+            template=options.template,
+            train_on=options.train_on,
+            too_long="error",
+            system_prompt=None,
+            prompt_key=prompt_key or None,
+            answer_key=answer_key or None,
+            date=options.date,
+        )
+    except ValueError as error:
+        raise InputError(f"chat: {error}") from None
     numbers = {number for part in options.records.split(",") for number in _range(part, "--records")}
-    for number, text in show_chats(Path(options.file), config, tokenizer, numbers):
-        print(f"--- record {number}\n{text}")
+    for number, text, unused in show_chats(Path(options.file), config, tokenizer, numbers):
+        note = f" (not used: {list_unused(Counter(unused))})" if unused else ""
+        print(f"--- record {number}{note}\n{text}")
 
 
 def _merge(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@
 What conversion makes has the same form, at step 0 and with weights alone.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -64,8 +65,12 @@ def commit(temporary: Path, final: Path, known: dict[str, dict[str, Any]] | None
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint such that a half-deleted one is never taken for a whole one."""
-    (folder / COMPLETE).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    # By a name that no reader looks at, and that `remove_old` clears away when this process is killed in the middle.
+    aside = folder.with_name(f".{folder.name}.gone.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
@@ -152,9 +157,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def fsync(path: Path) -> None:
-    """Bring a file or the entries of a folder to the disk."""
+    """Bring a file, or the entries of a folder where its file system can do that, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems refuse it on a folder.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(descriptor)

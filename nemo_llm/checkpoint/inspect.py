@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, read_config, resolve_checkpoint
 from nemo_llm.checkpoint.manifest import read_manifest
-from nemo_llm.checkpoint.unpickle import check_safe, read_metadata
+from nemo_llm.checkpoint.safe_load import check_safe, read_metadata, reader
 
 _BATCH_BYTES = 256 << 20
 
@@ -59,7 +59,7 @@ def read_tensors(folder: Path, names: list[str]) -> Iterator[tuple[str, torch.Te
         batch[name] = torch.empty(known[name].shape, dtype=known[name].dtype)
         size += batch[name].numel() * batch[name].element_size()
         if size >= _BATCH_BYTES or name == names[-1]:
-            dcp.load(batch, storage_reader=dcp.FileSystemReader(folder / "state"), no_dist=True)
+            dcp.load(batch, storage_reader=reader(folder / "state"), no_dist=True)
             yield from batch.items()
             batch, size = {}, 0
 

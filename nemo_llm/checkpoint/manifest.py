@@ -131,7 +131,7 @@ def verify(folder: Path, how: Verification = "full", share: tuple[int, int] = (0
     manifest = read_manifest(folder)
     work = list(_checks(folder, manifest, how))[share[0] :: share[1]]
     with ThreadPoolExecutor(_THREADS) as pool:
-        return sum(pool.map(lambda item: _check(*item), work))
+        return sum(pool.map(lambda item: _read_and_check(*item), work))
 
 
 def _checks(
@@ -156,6 +156,13 @@ def _checks(
         if how != "sizes":
             # Pieces of a large file are checked by several threads.
             yield from ((path, entry, blocks[at : at + 8]) for at in range(0, len(blocks), 8))
+
+
+def _read_and_check(path: Path, entry: dict[str, Any], blocks: list[int]) -> int:
+    try:
+        return _check(path, entry, blocks)
+    except OSError as error:  # a failing disk, another user's file: as good as damaged, and named
+        raise CheckpointDamagedError(f"{path}: damaged; it cannot be read: {error.strerror or error}") from None
 
 
 def _check(path: Path, entry: dict[str, Any], blocks: list[int]) -> int:

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
 from megatron.core.utils import unwrap_model
 
 from nemo_llm.checkpoint.agree import raise_together
-from nemo_llm.checkpoint.unpickle import check_safe
+from nemo_llm.checkpoint.safe_load import check_safe, load_sharded, stored_shapes
 from nemo_llm.checkpoint.writer import StateWriter
 from nemo_llm.errors import CheckpointError
 from nemo_llm.log import get_logger
@@ -68,7 +67,7 @@ def load_weights(chunks: list[torch.nn.Module], folder: Path, new_head: bool = F
     wanted, kept = _wanted(chunks, folder, new_head)  # anew: the check took it apart
     if any(kept.values()):
         _log.info("%s holds no head: it starts from random weights", folder)
-    loaded = dist_checkpointing.load(wanted, str(folder / "state"))
+    loaded = load_sharded(wanted, folder / "state")
     for name, head in kept.items():
         loaded[name].update(head)
     apply_model_state(chunks, loaded)
@@ -79,8 +78,7 @@ def _wanted(
 ) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:
     """What to read of ``folder``, and by chunk the weights of a head that are not to be found there."""
     state = model_state(chunks)
-    saved = dist_checkpointing.load_tensors_metadata(str(folder / "state")) if new_head else {HEAD_PREFIX: None}
-    if any(key.startswith(HEAD_PREFIX) for key in saved):
+    if not new_head or any(key.startswith(HEAD_PREFIX) for key in stored_shapes(folder / "state")):
         return state, {}
     return state, {
         name: {key: part.pop(key).data for key in list(part) if key.startswith(HEAD_PREFIX)}
@@ -97,7 +95,7 @@ def check_same_tensors(wanted: dict, folder: Path) -> None:
     """
     if not dist.is_initialized() or dist.get_rank() == 0:
         check_safe(folder / "state")
-    saved = dist_checkpointing.load_tensors_metadata(str(folder / "state"))
+    saved = stored_shapes(folder / "state")
     wanted = dict(wanted)
     apply_factories(wanted)
     problems = []
@@ -107,8 +105,8 @@ def check_same_tensors(wanted: dict, folder: Path) -> None:
         assert not isinstance(tensor, ShardedTensorFactory)
         if tensor.key not in saved:
             problems.append(f"{tensor.key}: expected {list(tensor.global_shape)}, found no such tensor")
-        elif tuple(saved[tensor.key].global_shape) != tuple(tensor.global_shape):
-            found = list(saved[tensor.key].global_shape)
+        elif saved[tensor.key] != tuple(tensor.global_shape):
+            found = list(saved[tensor.key])
             problems.append(f"{tensor.key}: expected {list(tensor.global_shape)}, found {found}")
     if problems:
         problems = sorted(set(problems))

@@ -1,6 +1,7 @@
 """The ``data.chat`` section: how conversations become tokens, and which of them are learned."""
 
 from dataclasses import dataclass
+from datetime import date
 from typing import Literal
 
 from nemo_llm.config.section import NonEmptyStr, PathStr, Section
@@ -21,7 +22,14 @@ class ChatConfig(Section):
     prompt_key: NonEmptyStr | None
     """With ``answer_key``: records of two fields, a question and its answer, whatever else they hold."""
     answer_key: NonEmptyStr | None
+    date: NonEmptyStr | None = None
+    """What a template writes as today's date, as YYYY-MM-DD; null refuses templates that write it."""
 
     def __post_init__(self) -> None:
         if (self.prompt_key is None) != (self.answer_key is None):
             raise ValueError("prompt_key and answer_key belong together: give both or neither")
+        if self.date is not None:
+            try:
+                date.fromisoformat(self.date)
+            except ValueError:
+                raise ValueError(f"date must be of the form YYYY-MM-DD, received {self.date!r}") from None

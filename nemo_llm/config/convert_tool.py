@@ -39,3 +39,4 @@ class ImportConfig(Section):
     name: str | None
     format: Literal["auto", "nemo", "megatron"]
     overwrite: bool
+    allow_unmapped: bool

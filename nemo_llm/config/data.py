@@ -22,6 +22,26 @@ from nemo_llm.config.section import (
 
 TokenizerType = Literal["huggingface", "gpt2_bpe", "sentencepiece", "tiktoken", "byte", "nemo"]
 
+_SPECIAL = ("mask_token", "bos_token", "eos_token", "pad_token", "sep_token", "cls_token", "unk_token")
+NEMO_PATHS = ("pretrained_model_name", "vocab_file", "merges_file", "model_path")
+"""Arguments of NeMo's tokenizers that name a file or a folder."""
+NEMO_TOKENIZERS: dict[str, tuple[str, ...]] = {
+    "AutoTokenizer": (*NEMO_PATHS[:3], *_SPECIAL, "use_fast", "include_special_tokens"),
+    "ByteLevelTokenizer": ("vocab_size", "_eos_id", "_pad_id", "_bos_id"),
+    "CharTokenizer": ("vocab_file", *_SPECIAL),
+    "SentencePieceTokenizer": (
+        "model_path",
+        "legacy",
+        "ignore_extra_whitespaces",
+        "trim_spm_separator_after_special_token",
+        "spm_separator",
+    ),
+    "WordTokenizer": ("vocab_file", *_SPECIAL),
+}
+"""Classes that may be named, with their arguments: a saved tokenizer names them too, and it may come from anywhere.
+
+``trust_remote_code`` is none of them: NeMo would run Python files that lie beside the tokenizer."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerConfig(Section):
@@ -44,15 +64,22 @@ class TokenizerConfig(Section):
     """``tiktoken`` only: how text is pre-split: ``r50k_base``, ``cl100k_base``, ``o200k_base`` or a regular
     expression."""
     nemo_class: str | None
-    """``nemo`` only: a class of ``nemo.collections.common.tokenizers``, such as ``SentencePieceTokenizer``."""
+    """``nemo`` only: one of `NEMO_TOKENIZERS`, such as ``SentencePieceTokenizer``."""
     nemo_args: dict[str, Scalar]
-    """``nemo`` only: the arguments of that class."""
+    """``nemo`` only: the arguments of that class, as `NEMO_TOKENIZERS` lists them."""
 
     def __post_init__(self) -> None:
         if self.type not in ("byte", "nemo") and self.path is None:
             raise ValueError(f"path is null, but type {self.type} needs a file, a folder or asset:NAME")
         if self.type == "nemo" and self.nemo_class is None:
             raise ValueError("nemo_class is null, but type nemo needs the name of a NeMo tokenizer class")
+        if self.type == "nemo" and self.nemo_class not in NEMO_TOKENIZERS:
+            known = ", ".join(NEMO_TOKENIZERS)
+            raise ValueError(f"nemo_class = {self.nemo_class!r} is not known here; known are {known}")
+        unknown = self.nemo_args.keys() - set(NEMO_TOKENIZERS.get(self.nemo_class or "", ()))
+        if self.type == "nemo" and unknown:
+            known = ", ".join(NEMO_TOKENIZERS[str(self.nemo_class)])
+            raise ValueError(f"nemo_args.{min(unknown)} is no argument of {self.nemo_class} here; it has {known}")
         if self.type == "tiktoken" and self.tiktoken_pattern is None:
             raise ValueError(
                 "tiktoken_pattern is null, but a file of tiktoken ranks does not say how text is split; "

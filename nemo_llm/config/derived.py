@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 from nemo_llm.config.arguments import Texts, parse
+from nemo_llm.config.data import NEMO_PATHS
+from nemo_llm.config.hf_tokenizer import bos_token, read_json, token_text
 from nemo_llm.errors import NO_VALUE, InputError, Problem
 from nemo_llm.families.registry import model_section, read_hf_config
 
@@ -60,16 +62,12 @@ def _hf_model(folder: Path) -> dict[str, Any]:
 
 
 def _hf_tokenizer(folder: Path) -> dict[str, Any]:
-    """The token that ends a text, as ``tokenizer_config.json`` names it."""
-    path = folder / "tokenizer_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
-    token = config.get("eos_token")
-    return {"data.tokenizer.eod_token": token["content"] if isinstance(token, Mapping) else token}
+    """The token that ends a text, as ``tokenizer_config.json`` names it, and the one that is put before a text."""
+    config = read_json(folder / "tokenizer_config.json")
+    found = {"data.tokenizer.bos_token": bos_token(folder / "tokenizer.json")}
+    if "eos_token" in config:
+        found["data.tokenizer.eod_token"] = token_text(config["eos_token"])
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _checkpoint_model(folder: Path) -> dict[str, Any]:
@@ -93,14 +91,29 @@ def _checkpoint_tokenizer(folder: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise InputError(f"{path}: damaged tokenizer description ({error})") from None
-    if config["path"] is not None:
-        config["path"] = str((saved / config["path"]).resolve())
-    arguments = config["nemo_args"].items()
-    config["nemo_args"] = {
-        key: str((saved / value).resolve()) if isinstance(value, str) and (saved / value).exists() else value
-        for key, value in arguments
-    }
-    return {f"data.tokenizer.{key}": value for key, value in config.items()}
+    try:
+        return {f"data.tokenizer.{key}": value for key, value in with_paths_inside(config, saved).items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged tokenizer description ({type(error).__name__}: {error})") from None
+
+
+def with_paths_inside(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A saved tokenizer's description with its paths made absolute; all of them lie in its own folder.
+
+    Raises:
+        InputError: one that does not.
+    """
+
+    def inside(value: Any) -> Any:
+        if value is None:
+            return None
+        found = (folder / value).resolve()
+        if not found.is_relative_to(folder.resolve()):
+            raise InputError(f"{folder / _SAVED_TOKENIZER}: {value} does not lie in the folder of this tokenizer")
+        return str(found)
+
+    arguments = {key: inside(value) if key in NEMO_PATHS else value for key, value in dict(config["nemo_args"]).items()}
+    return {**config, "path": inside(config["path"]), "nemo_args": arguments}
 
 
 _READERS = {

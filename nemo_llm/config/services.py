@@ -71,6 +71,7 @@ class EvaluationConfig(Section):
     num_fewshot: NonNegativeInt | None
     texts: PathStr | list[PathStr] | None
     limit: PositiveInt | None
+    timeout_minutes: PositiveFloat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,9 @@ from typing import Literal
 
 from nemo_llm.config.section import NonEmptyStr, NonNegativeInt, PathStr, PositiveFloat, PositiveInt, Section
 
+FEWEST_SPIKE_STEPS = 20
+"""Good steps before one is called a spike: a median of fewer says little."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSection(Section):
@@ -53,3 +56,10 @@ class TrainerConfig(Section):
     check_memory: bool | None = None
     """Whether a run that needs more memory than its GPUs have is refused before anything is built; None, of runs that
     were saved before there was this key: yes."""
+
+    def __post_init__(self) -> None:
+        if self.spike_sigmas is not None and self.spike_window < FEWEST_SPIKE_STEPS:
+            raise ValueError(
+                f"spike_window = {self.spike_window} is shorter than the {FEWEST_SPIKE_STEPS} steps that a median "
+                "needs: no spike would be found; set it to 20 or more, or spike_sigmas to null"
+            )

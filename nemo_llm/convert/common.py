@@ -24,6 +24,7 @@ from nemo_llm.convert.gate import GateReport, GateSettings
 from nemo_llm.convert.hf_files import TensorInfo
 from nemo_llm.convert.mapping import Mapped
 from nemo_llm.convert.native_files import NativeReader, NativeWriter
+from nemo_llm.convert.reach import Reach
 from nemo_llm.data.tokenizer import load_tokenizer
 from nemo_llm.errors import InputError
 from nemo_llm.families.spec import Link
@@ -38,6 +39,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPARE_BYTES = 64 << 20
 _MEMORY_SHARE = 0.6  # the rest is for activations, logits and others on the machine
 _SAMPLED_LAYERS = 6
+_LAST_TOKENS = 32
 
 
 class Reader(Protocol):
@@ -165,12 +167,14 @@ def gate(
     mapped: Mapped,
     run: Callable[[list[int] | None, GateSettings, Path], GateReport],
     written: Path,
+    reach: Reach,
 ) -> GateReport | None:
     """Compare both models, whole or a sample of their layers; None where that was not asked for.
 
     Args:
         run: compares these layers (all: None); the folder is for what it needs on the way.
         written: what appears if they agree.
+        reach: lengths that short texts do not show: one long text goes through the first layers.
 
     Raises:
         CheckpointError: they differ.
@@ -185,8 +189,17 @@ def gate(
         else:
             layers = choose_layers(mapped.model, count)
             report = replace(run(layers, settings, Path(scratch)), sampled_layers=layers)
-    report.raise_if_different(f"{written.name}: removed")
-    return report
+        report.raise_if_different(f"{written.name}: removed")
+        length, read, left = reach.plan(report.length)
+        if length is not None:
+            count = reach.layers
+            first = None if count == mapped.model["num_layers"] else list(range(count))
+            long = run(first, replace(settings, tokens=length, last=_LAST_TOKENS), Path(scratch) / "long")
+            what = f"a text of {length:,} tokens, longer than {', '.join(map(str, read))}"
+            long.raise_if_different(f"this was {what}.\n{written.name}: removed")
+            beyond = f"{what}, through the first layers ({count}): logits differ by at most {long.max_difference:.2e}"
+            report = replace(report, beyond=beyond)
+    return replace(report, not_seen=[str(threshold) for threshold in left])
 
 
 def choose_layers(model: Mapping[str, Any], count: int) -> list[int]:

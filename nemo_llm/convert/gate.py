@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nemo_llm.checkpoint.folder import read_config
-from nemo_llm.config.load import compose, decode, to_dict
+from nemo_llm.config.load import compose, decode, to_dict, with_younger_keys
 from nemo_llm.data.tokenizer import load_tokenizer_from_folder
 from nemo_llm.errors import CheckpointError
 from nemo_llm.families.registry import read_hf_config
@@ -28,11 +28,17 @@ _SEED = 1234
 
 @dataclass(frozen=True, slots=True)
 class GateSettings:
-    """What is compared, and how close it must be."""
+    """What is compared, and how close it must be.
+
+    Attributes:
+        last: compare one long text of random tokens, and the logits of its last tokens, so many; None: two short texts
+            and all of their logits.
+    """
 
     tokens: int
     tolerance: float
     layer_by_layer: bool = False
+    last: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,10 @@ class GateReport:
             each layer; where it was asked for, or the comparison failed.
         first_diverging: the first of them that is beyond the tolerance.
         sampled_layers: the layers that were compared, where not all were; ``layers`` then counts among these.
+        length: of each text.
+        beyond: what a long text has shown: the lengths of the configuration that it is longer than, and the difference.
+        texts: how many texts have the same token ids in transformers' tokenizer.
+        not_seen: lengths of the configuration that no text was longer than.
     """
 
     tokens: int
@@ -66,6 +76,10 @@ class GateReport:
     layers: list[float] = field(default_factory=list)
     first_diverging: str | None = None
     sampled_layers: list[int] = field(default_factory=list)
+    length: int = 0
+    beyond: str | None = None
+    not_seen: list[str] = field(default_factory=list)
+    texts: int = 0
 
     def __str__(self) -> str:
         text = (
@@ -75,6 +89,12 @@ class GateReport:
         )
         if self.sampled_layers:
             text += f"\n  compared: embedding, output and layers {', '.join(map(str, self.sampled_layers))} alone"
+        if self.texts:
+            text += f"\n  tokenizer: {self.texts} texts have the token ids of transformers' own"
+        if self.beyond:
+            text += f"\n  {self.beyond}"
+        if self.not_seen:
+            text += f"\n  not seen: texts longer than {', '.join(self.not_seen)}; they take too much memory here"
         if self.layers:
             rows = (f"  after {_place(number)}: {value:.1e}" for number, value in enumerate(self.layers))
             text += "\n" + "\n".join(rows)
@@ -104,7 +124,8 @@ def compare(hf_folder: Path, our_folder: Path, settings: GateSettings) -> GateRe
     config = read_hf_config(hf_folder)
     longest = config.get("max_position_embeddings") or config.get("n_positions")
     limits = {"vocab_size": config["vocab_size"], "max_position_embeddings": longest}
-    sides = Sides(lambda tokens: run_theirs(hf_folder, tokens), lambda tokens: run_ours(our_folder, tokens))
+    last = settings.last
+    sides = Sides(lambda tokens: run_theirs(hf_folder, tokens, last), lambda tokens: run_ours(our_folder, tokens, last))
     return compare_sides(sides, limits, our_folder, settings)
 
 
@@ -123,7 +144,7 @@ def compare_sides(sides: Sides, limits: Mapping[str, Any], text_folder: Path, se
         limits: ``vocab_size`` and ``max_position_embeddings`` (None: unknown) of the model.
         text_folder: a checkpoint of ours with the tokenizer, if there is one.
     """
-    tokens, is_text = _tokens(text_folder, limits, settings.tokens)
+    tokens, is_text = _tokens(text_folder, limits, settings)
     return judge(sides.theirs(tokens), sides.ours(tokens), settings, is_text)
 
 
@@ -143,6 +164,7 @@ def judge(theirs: Outputs, ours: Outputs, settings: GateSettings, is_text: bool)
     first = next((n for n, value in enumerate(layers) if not value <= 10 * settings.tolerance), None)
     return GateReport(
         tokens=difference.shape[0] * difference.shape[1],
+        length=settings.tokens if settings.last is not None else difference.shape[1],
         text=is_text,
         max_difference=worst,
         mean_difference=float(difference.mean()),
@@ -160,20 +182,30 @@ def _place(number: int) -> str:
     return "the embedding" if number == 0 else f"layer {number - 1}"
 
 
-def _tokens(our_folder: Path, limits: Mapping[str, Any], length: int) -> tuple[torch.Tensor, bool]:
-    """Two rows of token ids [2, length], and whether they are text."""
+def _tokens(our_folder: Path, limits: Mapping[str, Any], settings: GateSettings) -> tuple[torch.Tensor, bool]:
+    """Two rows of token ids, or one long one [b, length], and whether they are text."""
+    length, generator = settings.tokens, torch.Generator().manual_seed(_SEED)
+    if settings.last is not None:
+        # Random: a text that repeats itself looks the same within a window and without one.
+        return torch.randint(limits["vocab_size"], (1, length), generator=generator), False
     length = min(length, limits["max_position_embeddings"] or length)
     if (our_folder / "tokenizer").is_dir():
         ids = load_tokenizer_from_folder(our_folder / "tokenizer").encode(_TEXT * (1 + length // 20))
         if max(ids) < limits["vocab_size"]:
             return torch.tensor([ids[:length], ids[7 : 7 + length]]), True
-    generator = torch.Generator().manual_seed(_SEED)
     return torch.randint(limits["vocab_size"], (2, length), generator=generator), False
 
 
-def run_theirs(folder: Path, tokens: torch.Tensor) -> Outputs:
-    """Plain transformers."""
-    return forward_theirs(load_theirs(folder), tokens)
+def run_theirs(folder: Path, tokens: torch.Tensor, last: int | None = None) -> Outputs:
+    """Plain transformers; logits of the ``last`` tokens alone, where that is given."""
+    return forward_theirs(load_theirs(folder), tokens, last)
+
+
+def their_config(folder: Path) -> dict[str, Any]:
+    """What transformers makes of ``config.json``: every key of its class, those that the file lacks too."""
+    from transformers import AutoConfig
+
+    return dict(AutoConfig.from_pretrained(folder, local_files_only=True).to_dict())
 
 
 def load_theirs(folder: Path) -> Any:
@@ -182,10 +214,12 @@ def load_theirs(folder: Path) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
 
 
-def forward_theirs(model: Any, tokens: torch.Tensor) -> Outputs:
+def forward_theirs(model: Any, tokens: torch.Tensor, last: int | None = None) -> Outputs:
     """Logits and the residual stream of a model of transformers, or of one that peft has put an adapter on."""
     hidden: list[torch.Tensor] = []
 
@@ -196,6 +230,9 @@ def forward_theirs(model: Any, tokens: torch.Tensor) -> Outputs:
 
     layers = find_layers(model)
     handles = [layer.register_forward_hook(keep) for layer in layers]
+    if last is not None:
+        output = model.get_output_embeddings()
+        handles.append(output.register_forward_pre_hook(lambda _module, inputs: (inputs[0][:, -last:],)))
     with torch.no_grad():
         logits = model(tokens, use_cache=False).logits.float()
     for handle in handles:
@@ -209,21 +246,23 @@ def find_layers(model: Any) -> Any:
     return max(lists, key=lambda modules: (len(modules) == model.config.num_hidden_layers, len(modules)))
 
 
-def run_ours(folder: Path, tokens: torch.Tensor) -> Outputs:
-    """Our model as training builds it, on one process."""
+def run_ours(folder: Path, tokens: torch.Tensor, last: int | None = None) -> Outputs:
+    """Our model as training builds it, on one process; ``last`` as in `run_theirs`."""
     with our_model(folder) as chunk:
         from nemo_llm.checkpoint.weights import load_weights
 
         load_weights([chunk], folder)
-        return forward_ours(chunk, tokens)
+        return forward_ours(chunk, tokens, last)
 
 
-def forward_ours(chunk: Any, tokens: torch.Tensor) -> Outputs:
+def forward_ours(chunk: Any, tokens: torch.Tensor, last: int | None = None) -> Outputs:
     """Logits and the residual stream of one chunk that is the whole model."""
-    return forward_megatron(chunk, tokens, chunk.finish_logits)
+    return forward_megatron(chunk, tokens, chunk.finish_logits, last)
 
 
-def forward_megatron(chunk: Any, tokens: torch.Tensor, finish: Callable[[torch.Tensor], torch.Tensor]) -> Outputs:
+def forward_megatron(
+    chunk: Any, tokens: torch.Tensor, finish: Callable[[torch.Tensor], torch.Tensor], last: int | None = None
+) -> Outputs:
     """As `forward_ours`, of any ``GPTModel``; ``finish`` is what its logits go through."""
     hidden: list[torch.Tensor] = []
 
@@ -234,6 +273,9 @@ def forward_megatron(chunk: Any, tokens: torch.Tensor, finish: Callable[[torch.T
         hidden.append((output[0] if isinstance(output, tuple) else output).transpose(0, 1).clone())
 
     handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in chunk.decoder.layers]
+    if last is not None:
+        cut = chunk.output_layer.register_forward_pre_hook(lambda _module, inputs: (inputs[0][-last:], *inputs[1:]))
+        handles.append(cut)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     chunk.eval()
     with torch.no_grad():
@@ -246,9 +288,9 @@ def forward_megatron(chunk: Any, tokens: torch.Tensor, finish: Callable[[torch.T
 def saved_model(folder: Path) -> dict[str, Any]:
     """The model section of a checkpoint, its vocabulary known.
 
-    Keys that are younger than the checkpoint have the values that leave things as they were, those of gpt_tiny.
+    Keys that are younger than the checkpoint have the values that leave things as they were.
     """
-    model = {**to_dict(compose(["+model=gpt_tiny"]))["model"], **read_config(folder)["model"]}
+    model: dict[str, Any] = with_younger_keys(read_config(folder))["model"]
     if model["vocab_size"] is None:
         model["vocab_size"] = load_tokenizer_from_folder(folder / "tokenizer").vocab_size
     return model

@@ -1,6 +1,8 @@
 """GGUF files, as far as transformers reads them: dequantised into a Hugging Face folder, which is then converted."""
 
+import struct
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,12 +30,15 @@ def unpack_gguf(file: Path, folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    try:
-        where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-        read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise InputError(f"{file}: transformers cannot read this GGUF file: {error}") from error
+    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    # In a folder of its own: what lies beside the file (a config.json that names code) has no say.
+    with TemporaryDirectory(dir=folder.parent, prefix=".alone.") as alone:
+        (Path(alone) / file.name).symlink_to(file.resolve())
+        try:
+            read = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.float32, **where)
+            tokenizer = AutoTokenizer.from_pretrained(alone, **where)
+        except (OSError, ValueError, KeyError, NotImplementedError, struct.error) as error:
+            raise InputError(f"{file}: transformers cannot read this GGUF file: {error}") from error
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are plain numbers now

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from nemo_llm.checkpoint.folder import resolve_checkpoint
 from nemo_llm.config.convert_tool import ConvertConfig
+from nemo_llm.config.hf_tokenizer import GENERATION_CONFIG, SPECIAL_IDS, as_list, read_json, special_ids
 from nemo_llm.config.load import compose, to_dict
 from nemo_llm.convert.common import (
     Outcome,
@@ -25,13 +27,16 @@ from nemo_llm.convert.common import (
     write_ours,
     write_report,
 )
-from nemo_llm.convert.gate import GateReport, GateSettings, compare, saved_model
+from nemo_llm.convert.gate import GateReport, GateSettings, compare, saved_model, their_config
 from nemo_llm.convert.gguf import unpack_gguf
 from nemo_llm.convert.hf_files import HfReader, write_safetensors, written_names
 from nemo_llm.convert.mapping import Mapped
 from nemo_llm.convert.native_files import NativeReader
+from nemo_llm.convert.reach import Reach
 from nemo_llm.convert.sample import write_samples
+from nemo_llm.convert.token_ids import compare_token_ids
 from nemo_llm.data.tokenizer import COMPANIONS, load_tokenizer_from_folder
+from nemo_llm.data.turn_end import turn_end_id
 from nemo_llm.errors import InputError
 from nemo_llm.families.registry import FAMILIES, family_for, family_of, hf_config, read_hf_config
 from nemo_llm.log import get_logger
@@ -56,7 +61,11 @@ def hf_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
         mapped.check_theirs(reader.infos, str(source))
         written = write_ours(cfg, mapped, reader, temporary)
     finish_ours(run, temporary, has_tokenizer, source)
+    if not has_tokenizer:
+        _add_ids(temporary, special_ids(source))
     report = compare_folders(cfg, mapped, (source, temporary), temporary)
+    if report is not None and has_tokenizer:
+        report = replace(report, texts=compare_token_ids(source, temporary / "tokenizer", beginning=True))
     return written.commit(cfg, mapped, report, output)
 
 
@@ -81,6 +90,8 @@ def ours_to_hf(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
     seconds = time.monotonic() - began
     _write_hf_companions(temporary, folder, hf_config(family, model), next(iter(infos.values())).dtype)
     report = compare_folders(cfg, mapped, (temporary, folder), temporary)
+    if report is not None and (temporary / "tokenizer_config.json").exists():
+        report = replace(report, texts=compare_token_ids(temporary, folder / "tokenizer", beginning=False))
     write_report(temporary, cfg, mapped, report)
     appear(temporary, output)
     return Outcome(output, total, seconds, report)
@@ -106,28 +117,41 @@ def _counted(tensors: Iterator[tuple[str, torch.Tensor]], bar: Any) -> Iterator[
 def _write_hf_companions(target: Path, folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
     """``config.json``, the tokenizer and what else came with it."""
     tokenizer = folder / "tokenizer"
-    # null, not absent: some families' defaults are ids that this vocabulary need not have.
-    config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     config["dtype"] = config["torch_dtype"] = _DTYPE_WORDS[dtype]
     if tokenizer.is_dir():
-        config.update(_special_ids(tokenizer))
         names = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
         for path in sorted(tokenizer.iterdir()):
             if path.name in (*COMPANIONS, "tokenizer.json") or path.name in names:
                 shutil.copyfile(path, target / names.get(path.name, path.name))
         if not (target / "tokenizer_config.json").exists():
             _write_tokenizer_config(tokenizer, target)
+    ids = _special_ids(folder)
+    # null, not absent: some families' defaults are ids that this vocabulary need not have.
+    config |= {**dict.fromkeys(SPECIAL_IDS), **ids}
+    _add_ids(target, ids)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _special_ids(tokenizer: Path) -> dict[str, Any]:
-    """Ids that generation needs, as the generation config that came with the tokenizer has them."""
-    path = tokenizer / "generation_config.json"
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
-    loaded = load_tokenizer_from_folder(tokenizer)
-    return {"eos_token_id": loaded.eod_id, "bos_token_id": loaded.bos_id}
+def _special_ids(folder: Path) -> dict[str, Any]:
+    """Ids that generation needs: those that came with the model, else the tokenizer's; a chat's turn ends besides."""
+    if not (folder / "tokenizer").is_dir():
+        return special_ids(folder)
+    loaded = load_tokenizer_from_folder(folder / "tokenizer")
+    own = {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eod_id}
+    ids = {key: value for key, value in own.items() if value is not None} | special_ids(folder / "tokenizer")
+    ends = as_list(ids["eos_token_id"])
+    turn_end = turn_end_id(loaded)
+    if turn_end is not None and turn_end not in ends:
+        ids["eos_token_id"] = [*ends, turn_end]
+    return ids
+
+
+def _add_ids(folder: Path, ids: dict[str, Any]) -> None:
+    """Write ids into ``generation_config.json``, beside what it has."""
+    path = folder / GENERATION_CONFIG
+    written = read_json(path)
+    if ids and ids != {key: written.get(key) for key in ids}:
+        path.write_text(json.dumps({**written, **ids}, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_tokenizer_config(tokenizer: Path, target: Path) -> None:
@@ -149,4 +173,4 @@ def compare_folders(cfg: ConvertConfig, mapped: Mapped, folders: tuple[Path, Pat
     def run(layers: list[int] | None, settings: GateSettings, scratch: Path) -> GateReport:
         return compare(*(folders if layers is None else write_samples(mapped, hf, ours, layers, scratch)), settings)
 
-    return gate(cfg, mapped, run, written)
+    return gate(cfg, mapped, run, written, Reach.of(mapped.model, their_config(hf)))

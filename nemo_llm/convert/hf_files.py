@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from nemo_llm.checkpoint.unpickle import read_torch
 from nemo_llm.errors import InputError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -62,12 +62,12 @@ class HfReader:
             self._open(path)
 
     def _open_pickled(self, path: Path) -> None:
-        try:
-            # mmap: the numbers stay in the file until they are read.
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise InputError(f"{path}: refused or damaged; {str(error).splitlines()[0]}") from None
+        tensors = read_torch(path)
+        if not isinstance(tensors, dict):
+            raise InputError(f"{path}: refused; it holds a {type(tensors).__name__}, and weights are tensors by name")
         for name, tensor in tensors.items():
+            if not isinstance(name, str):
+                raise InputError(f"{path}: refused; {name!r} is no name of a tensor")
             if not isinstance(tensor, torch.Tensor):
                 kind = type(tensor).__name__
                 raise InputError(

@@ -30,6 +30,7 @@ from nemo_llm.convert.mapping import Mapped
 from nemo_llm.convert.megatron_files import Source, open_megatron, write_megatron
 from nemo_llm.convert.megatron_model import run_megatron
 from nemo_llm.convert.native_files import NativeReader
+from nemo_llm.convert.reach import Reach
 from nemo_llm.convert.sample import write_our_sample
 from nemo_llm.data.tokenizer import load_tokenizer
 from nemo_llm.errors import InputError
@@ -107,9 +108,9 @@ def _compare(cfg: ConvertConfig, mapped: Mapped, theirs: Source, ours: Path, wri
         folder = ours if layers is None else write_our_sample(mapped, ours, layers, scratch)
 
         def outputs(tokens: torch.Tensor) -> Any:
-            return run_megatron(theirs.reader, theirs.fields, layers, tokens)
+            return run_megatron(theirs.reader, theirs.fields, layers, tokens, settings.last)
 
-        sides = Sides(outputs, lambda tokens: run_ours(folder, tokens))
+        sides = Sides(outputs, lambda tokens: run_ours(folder, tokens, settings.last))
         return compare_sides(sides, mapped.model, folder, settings)
 
-    return gate(cfg, mapped, run, written)
+    return gate(cfg, mapped, run, written, Reach.of(mapped.model))

@@ -2,18 +2,20 @@
 
 import argparse
 import re
+import shutil
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import yaml
 
-from nemo_llm.checkpoint.unpickle import load_inert
+from nemo_llm.checkpoint.unpickle import Record, read_torch
 from nemo_llm.config.import_config import import_nemo_model
 from nemo_llm.config.load import compose, to_dict
 from nemo_llm.convert.hf_files import TensorInfo
@@ -30,6 +32,12 @@ _VOCABULARIES = ("embedding.word_embeddings.weight", "output_layer.weight")
 # Class names of NeMo 2 and Megatron-Bridge whose models are what their fields say; others add code of their own.
 _PLAIN_CLASSES = ("GPT", "Llama", "CodeLlama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Nemotron", "Starcoder2")
 _PLAIN_ENDS = re.compile(r"\w*(Config|Provider)\w*")
+# Files of a .nemo archive that are read; other artifacts stay in it.
+_MEMBERS = re.compile(
+    r"\.metadata|metadata\.json|common\.pt|.+\.(ckpt|distcp)|(model|model_config|run_config)\.yaml|"
+    r"latest_checkpointed_iteration\.txt|[\w-]*token[\w-]*\.json|vocab\.json|merges\.txt|chat_template\.jinja"
+)
+_MOST_MEMBERS = 100_000
 _ACTIVATIONS = {
     "silu": "silu",
     "gelu": "gelu",
@@ -142,13 +150,39 @@ def open_megatron(path: Path, vocab_size: int | None, scratch: Path) -> Iterator
     if path.is_file() and tarfile.is_tarfile(path):
         with TemporaryDirectory(dir=scratch, prefix=f".{path.name}.") as unpacked:
             try:
-                with tarfile.open(path) as archive:
-                    archive.extractall(unpacked, filter="data")
-            except (tarfile.TarError, EOFError) as error:
+                _unpack(path, Path(unpacked))
+            except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
                 raise InputError(f"{path}: not readable as an archive: {error}") from None
             yield _open_folder(Path(unpacked), vocab_size, path)
         return
     yield _open_folder(path, vocab_size, path)
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    """Write the files of a ``.nemo`` archive that are read here below `folder`: plain files, by their names.
+
+    Links, devices and owners of the archive are never made, and nothing is written elsewhere.
+
+    Raises:
+        InputError: a name that leads out of the folder, or more than the disk has room for.
+    """
+    room = shutil.disk_usage(folder).free
+    with tarfile.open(path) as archive:
+        for number, member in enumerate(archive):
+            parts = PurePosixPath(member.name).parts
+            if PurePosixPath(member.name).is_absolute() or ".." in parts or number >= _MOST_MEMBERS:
+                raise InputError(f"{path}: its member {member.name!r} is none of a checkpoint of NeMo: refused")
+            if not member.isreg() or not parts or not _MEMBERS.fullmatch(parts[-1]):
+                continue
+            room -= member.size
+            if room < 0:
+                raise InputError(f"{path}: unpacked it takes more than the disk of {folder} has free, at {member.name}")
+            source = archive.extractfile(member)
+            target = folder.joinpath(*parts)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            assert source is not None
+            with source, target.open("xb") as file:
+                shutil.copyfileobj(source, file, 16 << 20)
 
 
 def _open_folder(folder: Path, vocab_size: int | None, named: Path) -> Source:
@@ -160,10 +194,11 @@ def _open_folder(folder: Path, vocab_size: int | None, named: Path) -> Source:
     if (step / "run_config.yaml").is_file():
         fields = _fields_of_yaml(step / "run_config.yaml", "model")
         return _source("Megatron-Bridge", NativeReader(step), fields, vocab_size)
-    arguments = load_inert(step / "common.pt").get("args")
-    if not isinstance(arguments, argparse.Namespace):
+    common = read_torch(step / "common.pt", None)
+    arguments = common.get("args") if isinstance(common, dict) else None
+    if not isinstance(arguments, Record) or arguments.name != "argparse.Namespace" or type(arguments.state) is not dict:
         raise InputError(f"{step / 'common.pt'}: holds no arguments of Megatron-LM, and there is no run_config.yaml")
-    return _source("Megatron-LM", NativeReader(step), fields_of_arguments(vars(arguments)), vocab_size)
+    return _source("Megatron-LM", NativeReader(step), fields_of_arguments(arguments.state), vocab_size)
 
 
 def _newest(folder: Path, named: Path) -> Path:
@@ -222,13 +257,20 @@ def _open_nemo1(folder: Path, vocab_size: int | None, named: Path) -> Source:
     if states:
         tensors: Any = NativeReader(states[0])
     elif single.is_file():
-        tensors = load_inert(single)
+        tensors = _tensors_by_name(single)
     else:
         tensors = RankFiles(folder, model["num_layers"], model["gated_linear_unit"])
     keys = tensors.infos if states else tensors
     if not any(key.startswith("model.decoder.") for key in keys):
         raise InputError(f"{named}: its tensors are not named as Megatron-Core names them (model.decoder...): too old")
     return _source("NeMo 1", tensors, None, vocab_size, model)
+
+
+def _tensors_by_name(path: Path) -> dict[str, torch.Tensor]:
+    content = read_torch(path, None)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, and weights are tensors by name")
+    return {name: part for name, part in content.items() if isinstance(name, str) and isinstance(part, torch.Tensor)}
 
 
 def _completed(section: dict[str, Any]) -> dict[str, Any]:

@@ -93,12 +93,20 @@ def load_tensors(model: Any, reader: MegatronReader, fields: Mapping[str, Any], 
 
 
 def run_megatron(
-    reader: MegatronReader, fields: Mapping[str, Any], layers: Sequence[int] | None, tokens: torch.Tensor
+    reader: MegatronReader,
+    fields: Mapping[str, Any],
+    layers: Sequence[int] | None,
+    tokens: torch.Tensor,
+    last: int | None = None,
 ) -> Outputs:
-    """Logits and the residual stream of Megatron-Core's model, of all layers or of some."""
+    """Logits, of the ``last`` tokens or of all, and the residual stream of Megatron-Core's model.
+
+    Args:
+        layers: those of the checkpoint that the model has; None: all of them.
+    """
     fields = {**fields, "num_layers": len(layers)} if layers is not None else fields
     with own_runtime(compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "precision=fp32"])) as runtime:
         vocabulary = reader.infos["embedding.word_embeddings.weight"].shape[0]
         model = build_gpt_model(fields, vocabulary, runtime.groups)
         load_tensors(model, reader, fields, layers)
-        return forward_megatron(model, tokens, lambda logits: logits)
+        return forward_megatron(model, tokens, lambda logits: logits, last)

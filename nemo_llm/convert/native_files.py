@@ -7,7 +7,6 @@ Of PyTorch 2.13 `_StorageInfo` is used, the class of these places: there is no p
 tests/models/test_megatron_contract.py fails when it is gone.
 """
 
-import io
 import json
 import os
 import pickle
@@ -29,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from nemo_llm.checkpoint.manifest import BlockHasher
-from nemo_llm.checkpoint.unpickle import read_metadata
+from nemo_llm.checkpoint.safe_load import read_metadata, stored_tensor
 from nemo_llm.convert.hf_files import TensorInfo
 from nemo_llm.errors import CheckpointDamagedError
 
@@ -103,34 +102,6 @@ class HashedFile:
         return self._hasher.entry()
 
 
-class _Part(io.RawIOBase):
-    """Some bytes of an open file as a file of their own, which ``torch.load`` reads straight into tensors."""
-
-    def __init__(self, descriptor: int, start: int, length: int) -> None:
-        super().__init__()
-        self._descriptor, self._start, self._length = descriptor, start, length
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
-        count = os.preadv(self._descriptor, [view], self._start + self._at)
-        self._at += count
-        return count
-
-
 class NativeReader:
     """Slices of the tensors of one ``state`` folder, whatever layout wrote it.
 
@@ -160,7 +131,7 @@ class NativeReader:
             inside = all(f <= i < f + n for f, n, i in zip(first, chunk.sizes, index, strict=False))
             if not inside:
                 continue
-            part = self._load(place)
+            part = stored_tensor(self.state, key, place)
             part = part[tuple(i - f for i, f in zip(index, first, strict=False))]
             if tuple(part.shape) == info.shape[depth:]:
                 return part
@@ -171,15 +142,6 @@ class NativeReader:
         if result is None:
             raise CheckpointDamagedError(f"{self.state}: .metadata knows no place of {key} at {index}")
         return result
-
-    def _load(self, place: Any) -> torch.Tensor:
-        path = self.state / place.relative_path
-        try:
-            with path.open("rb", buffering=0) as file:
-                part = _Part(file.fileno(), place.offset, place.length)
-                return torch.load(part, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointDamagedError(f"{path}: damaged; {error}") from None
 
 
 class NativeWriter:

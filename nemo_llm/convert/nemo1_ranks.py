@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nemo_llm.checkpoint.unpickle import load_inert
+from nemo_llm.checkpoint.unpickle import read_torch
 from nemo_llm.errors import InputError
 
 _FOLDER = re.compile(r"(?:mp_rank_(?P<only>\d+)|tp_rank_(?P<tp>\d+)_pp_rank_(?P<pp>\d+))$")
@@ -45,11 +45,13 @@ class RankFiles(Mapping[str, torch.Tensor]):
             raise InputError(f"{folder}: {num_layers} layers do not spread evenly over {stages} pipeline stages")
         self._parts: dict[str, list[torch.Tensor]] = {}
         for (pp, _), path in sorted(files.items()):
-            self._add(load_inert(path), pp * (num_layers // stages), path)
+            self._add(read_torch(path, None), pp * (num_layers // stages), path)
 
-    def _add(self, state: Mapping[str, Any], first_layer: int, path: Path) -> None:
+    def _add(self, state: Any, first_layer: int, path: Path) -> None:
+        if not isinstance(state, Mapping):
+            raise InputError(f"{path}: holds a {type(state).__name__}, and weights are tensors by name")
         for name, tensor in state.items():
-            if not isinstance(tensor, torch.Tensor):
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
                 continue
             if name.startswith("model0."):
                 raise InputError(

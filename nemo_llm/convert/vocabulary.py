@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from megatron.core import dist_checkpointing
 
 from nemo_llm.checkpoint.folder import read_config, resolve_checkpoint, writing
 from nemo_llm.checkpoint.inspect import read_tensors
+from nemo_llm.checkpoint.new_tokens import NEW_TOKENS, new_tokens
+from nemo_llm.checkpoint.safe_load import load_sharded
 from nemo_llm.checkpoint.weights import ADAPTER_FILE_NAME, apply_model_state, model_state, save_weights
 from nemo_llm.convert.gate import float32_model, saved_model
 from nemo_llm.data.tokenizer import SAVED_CONFIG, HuggingFaceTokenizer, load_tokenizer_from_folder
@@ -48,6 +49,8 @@ def extend_vocabulary(checkpoint: Path, output: Path, tokens: Sequence[str], sta
         _write_tokenizer(old, tokens, temporary / "tokenizer", special)
         config: dict[str, Any] = {**read_config(folder), "model": model}
         (temporary / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        new = {"tokens": [*new_tokens(folder), *tokens]}
+        (temporary / NEW_TOKENS).write_text(json.dumps(new, ensure_ascii=False) + "\n", encoding="utf-8")
     return int(model["vocab_size"])
 
 
@@ -75,7 +78,7 @@ def _load_grown(chunk: torch.nn.Module, folder: Path, vocab_size: int, added: tu
     """
     wanted = model_state([chunk])
     grown = [key for key in _ROWS if wanted["model0"].pop(key, None) is not None]
-    loaded = dist_checkpointing.load(wanted, str(folder / "state"))
+    loaded = load_sharded(wanted, folder / "state")
     for key, rows in read_tensors(folder, grown):
         whole = chunk.get_parameter(key).detach().clone()
         whole.zero_()  # the padding

@@ -36,6 +36,8 @@ class DataSets:
     """Endless."""
     validation: dict[str, BlendedSource]
     """Finite, by name; may be empty."""
+    chat_template: str | None = None
+    """The template that conversations were written with, as a checkpoint keeps it; None where there are none."""
 
     def describe(self, num_train_samples: int) -> str:
         """Return a table of every source, with the samples and epochs that a run of this length takes."""
@@ -92,7 +94,7 @@ def build_train_and_validation(
         validation[name] = builder.blend(blend_entries(blend, part.name), part, _VALIDATION_SEED, finite=True)
     for part in held_out:
         validation["split"] = builder.blend(train_entries, part, _VALIDATION_SEED, finite=True)
-    return DataSets(train=train, validation=validation)
+    return DataSets(train=train, validation=validation, chat_template=builder.chat_template)
 
 
 class _Builder:
@@ -116,6 +118,12 @@ class _Builder:
         self._rules = SampleRules(config, tokenizer)
         shorter = dataclasses.replace(config, seq_length=config.seq_length - virtual_tokens)
         self._text_rules = SampleRules(shorter, tokenizer)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of the conversations that were opened (one for all of them)."""
+        stores = (store for store in self._stores.values() if isinstance(store, ChatStore))
+        return next((store.chat_template for store in stores if store.chat_template is not None), None)
 
     def blend(self, entries: tuple[BlendSource, ...], part: Part, seed: int, *, finite: bool) -> BlendedSource:
         """Return the blend of a part of the entries."""

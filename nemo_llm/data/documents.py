@@ -14,7 +14,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -230,21 +230,91 @@ def read_documents(
                 yield from _plain_text(path, on_bad, encoding)
 
 
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line or row from 1, record) of a JSON-lines or Parquet file; Parquet's nulls are left out at every depth.
+
+    Raises:
+        InputError: a line that is no JSON object, or a file that cannot be read.
+    """
+    with reading(path):
+        if file_format(path) == "parquet":
+            yield from _parquet_records(path)
+            return
+        with open_stream(path) as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                record = _parse_json(line, str(path), number, "utf-8")
+                if number == 1 and (isinstance(record, list) or line.strip() == b"["):
+                    fix = f"write one JSON object a line: jq -c '.[]' {path.name} > {path.stem}.jsonl"
+                    raise InputError(f"{path}:1: the file holds a JSON array\n      fix: {fix}")
+                if isinstance(record, BadRecord):
+                    raise BadRecordError(record)
+                if not isinstance(record, dict):
+                    kind = type(record).__name__
+                    raise InputError(f"{path}:{number}: a line must hold one JSON object, received a {kind}")
+                if b"\\u" in line and (place := _lone_surrogate(json.dumps(record, ensure_ascii=False))) is not None:
+                    detail = "half of a surrogate pair, which is no character"
+                    raise BadRecordError(BadRecord(str(path), number, "lone surrogate", f"{detail} (near {place})"))
+                yield number, record
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line) of a plain text file, blank lines left out; a line ends at a line feed alone.
+
+    Raises:
+        InputError: bytes that are no UTF-8, or a file that cannot be read.
+    """
+    with reading(path), open_stream(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            result = parse_text_line(line, str(path), number, "utf-8")
+            if isinstance(result, BadRecord):
+                raise BadRecordError(result)
+            if result is not None:
+                yield number, result.text
+
+
+def text_of(record: Mapping[str, Any], key: str) -> str:
+    """A field of a record as text, numbers and true and false as JSON spells them.
+
+    Raises:
+        InputError: no such field, or one without a value (null), or a list or mapping.
+    """
+    value = record.get(key)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | int | float):
+        return str(value)
+    if value is None:
+        what = "holds null" if key in record else f"is missing; the record has {', '.join(map(str, record))}"
+        raise InputError(f"the field {key!r} {what}")
+    raise InputError(f"the field {key!r} holds a {type(value).__name__}, and text, number, true or false is needed")
+
+
+def _parse_json(line: bytes, file: str, number: int, encoding: str) -> Any:
+    """The value on a JSON line, or a `BadRecord`."""
+    try:
+        return json.loads(line.decode(encoding).removeprefix("\ufeff"))
+    except UnicodeDecodeError as error:
+        return BadRecord(file, number, _invalid(encoding), f"{error.reason} at byte {error.start} of the line")
+    except ValueError as error:
+        return BadRecord(file, number, "malformed JSON", str(error))
+    except RecursionError:
+        return BadRecord(file, number, "malformed JSON", "nested too deep")
+
+
 def parse_json_line(
     line: bytes, file: str, number: int, text_key: str, encoding: str = "utf-8", keep: tuple[str, ...] = ()
 ) -> Document | BadRecord | None:
     """Return the document on a JSON line, what is wrong with it, or None for a blank line."""
     if not line.strip():
         return None
-    try:
-        record = json.loads(line.decode(encoding).removeprefix("\ufeff"))
-    except UnicodeDecodeError as error:
-        return BadRecord(file, number, _invalid(encoding), f"{error.reason} at byte {error.start} of the line")
-    except ValueError as error:
-        return BadRecord(file, number, "malformed JSON", str(error))
+    record = _parse_json(line, file, number, encoding)
+    if isinstance(record, BadRecord):
+        return record
     if not isinstance(record, dict) or text_key not in record:
         known = ", ".join(sorted(record)[:10]) if isinstance(record, dict) else type(record).__name__
-        return BadRecord(file, number, "missing field", f"no {text_key!r}, the line has: {known}; set text_key")
+        return BadRecord(file, number, "missing field", f"no {text_key!r}, the line has: {known} (text_key)")
     text = record[text_key]
     if not isinstance(text, str):
         return BadRecord(file, number, "field is not text", f"{text_key!r} holds {type(text).__name__}")
@@ -267,11 +337,18 @@ def _invalid(encoding: str) -> str:
 def _checked(text: str, file: str, number: int, fields: dict[str, Any] | None = None) -> Document | BadRecord:
     if not text:
         return BadRecord(file, number, "empty document", "no text")
+    if (place := _lone_surrogate(text)) is not None:
+        return BadRecord(file, number, "invalid UTF-8", f"lone surrogate at character {place}")
+    return Document(text, file, number, fields or {})
+
+
+def _lone_surrogate(text: str) -> int | None:
+    """Where a text has half of a surrogate pair, which JSON may hold and which is no character; None for nowhere."""
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair, which is no character
-        return BadRecord(file, number, "invalid UTF-8", f"lone surrogate at character {error.start}")
-    return Document(text, file, number, fields or {})
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def _json_lines(path: Path, text_key: str, on_bad: OnBad, encoding: str, keep: tuple[str, ...]) -> Iterator[Document]:
@@ -308,6 +385,28 @@ def _parquet_rows(path: Path, text_key: str, on_bad: OnBad, keep: tuple[str, ...
                         yield result
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def _parquet_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with open_bytes(path) as stream, pyarrow.parquet.ParquetFile(stream) as parquet:
+            for batch in parquet.iter_batches(batch_size=256):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, _without_nulls(record)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """A copy without the fields that a Parquet file gives to every record and this one left empty."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def plain_text_blocks(path: Path, encoding: str) -> Iterator[str]:

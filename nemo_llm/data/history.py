@@ -1,6 +1,7 @@
 """Whether a changed blend leaves what a run has already read as it was."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from fractions import Fraction
 
 from nemo_llm.config.data import BlendSource, DataConfig, blend_entries
@@ -66,4 +67,8 @@ def _side_by_side(before: list, after: list) -> Iterator[tuple]:
 
 
 def _place(source: BlendSource) -> str:
-    return source.prefix or source.text or source.chat or str(source.mock)
+    """What of a source must not change: all that is set but its name and weight."""
+    given = {
+        field.name: getattr(source, field.name) for field in fields(source) if field.name not in ("name", "weight")
+    }
+    return ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)

@@ -16,9 +16,8 @@ import numpy as np
 from nemo_llm.config.data import parse_split
 from nemo_llm.config.labelled import LabelledConfig
 from nemo_llm.data.cache import content_key, file_sha256
-from nemo_llm.data.chat_format import read_records
-from nemo_llm.data.chat_store import ChatStore, build_counted, write_documents
-from nemo_llm.data.documents import expand_inputs
+from nemo_llm.data.chat_store import ChatStore, build_counted, in_words, write_documents
+from nemo_llm.data.documents import expand_inputs, read_records, text_of
 from nemo_llm.data.tokenizer import Tokenizer
 from nemo_llm.errors import InputError
 
@@ -104,11 +103,12 @@ class LabelRules:
             if isinstance(label, bool) or not isinstance(label, int | float):
                 raise InputError(f"the field {key!r} of a score must be a number, received {label!r}")
             return float(label)
-        if str(label) not in self.classes:
+        name = text_of(record, key)
+        if name not in self.classes:
             raise InputError(
-                f"the label {label!r} is none of model.head = [{', '.join(self.classes)}]; add it there, or correct it"
+                f"the label {name!r} is none of model.head = [{', '.join(self.classes)}]; add it there, or correct it"
             )
-        return float(list(self.classes).index(str(label)))
+        return float(list(self.classes).index(name))
 
 
 def open_labelled(pattern: str, tokenizer: Tokenizer, cache: Path, rules: LabelRules) -> LabelledStore:
@@ -130,7 +130,7 @@ def open_labelled(pattern: str, tokenizer: Tokenizer, cache: Path, rules: LabelR
         counts: Counter[str] = Counter()
         found = sorted(_encode_files(files, rules, tokenizer, counts), key=lambda text: text[0])
         if not found:
-            raise InputError(f"{pattern}: no text is left to learn from ({dict(counts)})")
+            raise InputError(f"{pattern}: no text is left to learn from: {in_words(counts, 'texts')}")
         write_documents(folder, (([*ids, tokenizer.eod_id], [0] * len(ids) + [1]) for _, ids, _ in found))
         np.asarray([target for _, _, target in found], dtype="<f4").tofile(folder / "targets.bin")
         np.asarray([place for place, _, _ in found], dtype="<f8").tofile(folder / "places.bin")

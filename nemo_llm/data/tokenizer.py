@@ -9,16 +9,18 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_llm.assets import resolve_path
-from nemo_llm.config.data import TokenizerConfig
+from nemo_llm.config.data import NEMO_PATHS, TokenizerConfig
+from nemo_llm.config.derived import with_paths_inside
+from nemo_llm.config.hf_tokenizer import GENERATION_CONFIG, added_in_front, as_list, read_json, special_ids
 from nemo_llm.errors import ConfigError, InputError, Problem
 
 SAVED_CONFIG = "nemo_llm_tokenizer.json"
-# Files beside a tokenizer.json that change no ids and that an export, a chat or a generation wants: kept with it.
+# Files beside a tokenizer's own that change no ids and that an export, a chat or a generation wants: kept with it.
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "<eod>", "[SEP]")
 
@@ -55,6 +57,11 @@ class Tokenizer(Protocol):
     fingerprint: str
     """SHA-256 of the files and of the settings that change ids."""
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Return what ends a model's text: the ids that the files beside it name, else the end of a document."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without any token added."""
         ...
@@ -75,6 +82,10 @@ class Tokenizer(Protocol):
         """Return the names of the ordinary tokens, as far as they have any."""
         ...
 
+    def control_tokens(self) -> Mapping[str, int]:
+        """Return names and ids of the tokens that stand for no text, such as the end of a document."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write all files to a folder that ``load_tokenizer_from_folder`` reads."""
         ...
@@ -86,6 +97,10 @@ class _FileTokenizer(abc.ABC):
     vocab_size: int
     eod_id: int
     bos_id: int | None
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        return (self.eod_id,)
 
     def __init__(self, config: TokenizerConfig, files: list[Path]) -> None:
         self.config = config
@@ -109,6 +124,9 @@ class _FileTokenizer(abc.ABC):
     def vocabulary(self) -> Iterable[str]:
         return self._ids
 
+    def control_tokens(self) -> Mapping[str, int]:
+        return {}
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.files:
@@ -119,9 +137,14 @@ class _FileTokenizer(abc.ABC):
         (folder / SAVED_CONFIG).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
         for companion in self._companions():
             shutil.copyfile(companion, folder / companion.name)
+        # What config.json alone names would be lost with it.
+        ids = special_ids(self.files[0].parent) if self.config.type == "huggingface" else {}
+        written = read_json(folder / GENERATION_CONFIG)
+        if ids and ids != {key: written.get(key) for key in ids}:
+            (folder / GENERATION_CONFIG).write_text(json.dumps({**written, **ids}, indent=2) + "\n", encoding="utf-8")
 
     def _companions(self) -> list[Path]:
-        if self.config.type != "huggingface":
+        if not self.files:
             return []
         beside = (self.files[0].parent / name for name in COMPANIONS)
         return [path for path in beside if path.is_file()]
@@ -167,12 +190,26 @@ class HuggingFaceTokenizer(_FileTokenizer):
         self.vocab_size = max(ids.values()) + 1
         self._set_special_ids(ids)
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        named = special_ids(self.files[0].parent) if self.config.type == "huggingface" else {}
+        return tuple(as_list(named.get("eos_token_id"))) or (self.eod_id,)
+
+    def unsaved_bos(self) -> str | None:
+        """The token that the files put before a text, where the saved configuration says none."""
+        ids = added_in_front(self.backend) if self.bos_id is None else []
+        return self.backend.id_to_token(ids[0]) if len(ids) == 1 else None
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def control_tokens(self) -> Mapping[str, int]:
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
 
 
 class SentencePieceTokenizer(_FileTokenizer):
@@ -190,6 +227,9 @@ class SentencePieceTokenizer(_FileTokenizer):
             raise _problem("parse_special_tokens", True, "SentencePiece never parses control tokens", "set false")
         self.vocab_size = self.backend.vocab_size()
         self._set_special_ids({self.backend.id_to_piece(number): number for number in range(self.vocab_size)})
+
+    def control_tokens(self) -> Mapping[str, int]:
+        return {name: number for name, number in self._ids.items() if self.backend.is_control(number)}
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode_as_ids(text)  # a list of texts would start threads at every call
@@ -230,6 +270,9 @@ class TiktokenTokenizer(_FileTokenizer):
     def vocabulary(self) -> Iterable[str]:
         return (token.decode("latin-1") for token in self._ranks)
 
+    def control_tokens(self) -> Mapping[str, int]:
+        return self._ids
+
     def encode(self, text: str) -> list[int]:
         if self.config.parse_special_tokens:
             return self.backend.encode(text, allowed_special="all")
@@ -261,17 +304,22 @@ class NemoTokenizer(_FileTokenizer):
 
         arguments = dict(config.nemo_args)
         files = []
-        for key, value in arguments.items():
-            if isinstance(value, str) and (value.startswith("asset:") or Path(value).exists()):
-                arguments[key] = str(resolve_path(value, "tokenizers"))
-                files += _files_below(Path(str(arguments[key])))
+        for key in NEMO_PATHS:
+            if arguments.get(key) is not None:
+                path = resolve_path(str(arguments[key]), "tokenizers")
+                if not path.exists():
+                    rule = "there is no such file or folder on this machine"
+                    raise _problem(f"nemo_args.{key}", arguments[key], rule, "name one; NeMo downloads nothing here")
+                arguments[key] = str(path)
+                files += _files_below(path)
         super().__init__(config, files)
+        if config.nemo_class == "AutoTokenizer":
+            arguments["trust_remote_code"] = False
+        # One of NEMO_TOKENIZERS, as the configuration's own check has seen.
         try:
-            self.backend: Any = getattr(tokenizers, config.nemo_class or "")
-        except AttributeError as error:
-            known = "a class of nemo.collections.common.tokenizers, such as SentencePieceTokenizer"
-            raise _problem("nemo_class", config.nemo_class, "NeMo has no such tokenizer", f"name {known}") from error
-        self.backend = self.backend(**arguments)
+            self.backend: Any = getattr(tokenizers, str(config.nemo_class))(**arguments)
+        except Exception as error:  # of its many libraries
+            raise InputError(f"NeMo's {config.nemo_class} cannot be made of {arguments}: {error}") from error
         self.vocab_size = int(self.backend.vocab_size)
         self.eod_id = int(self.backend.eod) if hasattr(self.backend, "eod") else int(self.backend.eos_id)
         self.bos_id = None if config.bos_token is None else int(self.backend.token_to_id(config.bos_token))
@@ -289,10 +337,11 @@ class NemoTokenizer(_FileTokenizer):
     def save(self, folder: Path) -> None:
         super().save(folder)
         saved = json.loads((folder / SAVED_CONFIG).read_text(encoding="utf-8"))
-        names = {file.name for file in self.files}
-        for key, value in self.config.nemo_args.items():
-            if isinstance(value, str) and resolve_path(value, "tokenizers").name in names:
-                saved["nemo_args"][key] = resolve_path(value, "tokenizers").name
+        for key in NEMO_PATHS:
+            value = self.config.nemo_args.get(key)
+            if value is not None:
+                path = resolve_path(str(value), "tokenizers")
+                saved["nemo_args"][key] = "." if path.is_dir() else path.name
         saved["path"] = None
         (folder / SAVED_CONFIG).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
 
@@ -326,17 +375,11 @@ def read_saved_config(folder: Path) -> TokenizerConfig:
     file = folder / SAVED_CONFIG
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-        config = TokenizerConfig(**saved)
+        return TokenizerConfig(**with_paths_inside(saved, folder))
     except FileNotFoundError as error:
         raise InputError(f"{folder}: holds no tokenizer ({SAVED_CONFIG} is missing)") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{file}: damaged tokenizer description ({error})") from error
-    path = None if config.path is None else str((folder / config.path).resolve())
-    arguments = {
-        key: str((folder / value).resolve()) if isinstance(value, str) and (folder / value).exists() else value
-        for key, value in config.nemo_args.items()
-    }
-    return dataclasses.replace(config, path=path, nemo_args=arguments)
 
 
 def _problem(key: str, value: object, rule: str, fix: str) -> ConfigError:
@@ -356,7 +399,11 @@ def _existing(path: Path) -> Path:
 
 
 def _files_below(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    return (
+        [path]
+        if path.is_file()
+        else sorted(file for file in path.iterdir() if file.is_file() and file.name != SAVED_CONFIG)
+    )
 
 
 def _fingerprint(config: TokenizerConfig, files: list[Path]) -> str:

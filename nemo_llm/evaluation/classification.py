@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from nemo_llm.data.documents import text_of
 from nemo_llm.data.labelled import text_ids
 from nemo_llm.data.tokenizer import Tokenizer
 from nemo_llm.errors import ConfigError, InputError, Problem
@@ -61,17 +62,15 @@ def read_examples(path: Path, text_key: str, label_key: str, words: Mapping[str,
     """
     examples = []
     for line, record in read_records(path):
-        missing = [key for key in (text_key, label_key) if key not in record]
-        if missing:
-            raise InputError(
-                f"{path}, line {line}: no field {missing[0]!r}; it has {', '.join(map(str, record))}.\n"
-                "      fix: name the fields with classification.text_key and classification.label_key"
-            )
-        label = str(record[label_key])
+        try:
+            text, label = text_of(record, text_key), text_of(record, label_key)
+        except InputError as error:
+            fix = "name the fields with classification.text_key and classification.label_key"
+            raise InputError(f"{path}, line {line}: {error}\n      fix: {fix}") from None
         if words is not None and label not in words:
             rule = f"has no word for the label {label!r} ({path}, line {line})"
             raise ConfigError([Problem("classification.label_words", dict(words), rule, f"add {label}: WORD")])
-        examples.append(Example(str(record[text_key]), words[label] if words is not None else label, record))
+        examples.append(Example(text, words[label] if words is not None else label, record))
     if not examples:
         raise InputError(f"{path}: holds no example")
     return examples

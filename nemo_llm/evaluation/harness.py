@@ -15,14 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemo_llm.config.catalog import nearest
 from nemo_llm.errors import InputError
-from nemo_llm.evaluation.records import read_records
+from nemo_llm.evaluation.records import is_table, read_records
 from nemo_llm.evaluation.scorer import Scorer
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 _DEFAULT_NEW_TOKENS = 256
+# Keys of a task file that say how to ask and to score. Others of lm-eval's name code or data of their own (use_prompt,
+# process_docs, unsafe_code, dataset_kwargs with trust_remote_code).
+_TASK_KEYS = frozenset(
+    (
+        *("task", "task_alias", "tag", "dataset_path", "dataset_name", "training_split", "validation_split"),
+        *("test_split", "fewshot_split", "doc_to_text", "doc_to_target", "doc_to_choice", "description"),
+        *("target_delimiter", "fewshot_delimiter", "num_fewshot", "metric_list", "output_type", "generation_kwargs"),
+        *("repeats", "filter_list", "should_decontaminate", "doc_to_decontamination_query", "gen_prefix", "metadata"),
+    )
+)
 # The seed that lm-eval itself draws solved examples with, so that prompts are the same.
 _FEWSHOT_SEED = 1234
 
@@ -56,9 +68,9 @@ def find_task_files(tasks: Mapping[str, str | Sequence[str]], shots: Mapping[str
         _specification(kind)
         for place in [places] if isinstance(places, str) else places:
             path = Path(place).expanduser()
-            files = sorted(p for p in path.iterdir() if p.suffix in (".jsonl", ".csv")) if path.is_dir() else [path]
+            files = sorted(p for p in path.iterdir() if is_table(p)) if path.is_dir() else [path]
             if not files or not files[0].is_file():
-                what = "has no .jsonl or .csv file" if path.is_dir() else "there is no such file or folder"
+                what = "has no .jsonl, .csv or .parquet file" if path.is_dir() else "there is no such file or folder"
                 raise InputError(f"tasks.{kind}={place}: {what}")
             solved = Path(shots[kind]).expanduser() if kind in shots else None
             found += [TaskFile(kind, file, solved) for file in files]
@@ -101,8 +113,11 @@ def evaluate(lm: Any, files: Sequence[TaskFile], limit: int | None, num_fewshot:
     for task in tasks:
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     loaded = TaskManager(include_defaults=False).load(tasks)
-    with _first_local_rank():
-        return lm_eval.evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=True, bootstrap_iters=1000)
+    try:
+        with _first_local_rank():
+            return lm_eval.evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=True, bootstrap_iters=1000)
+    except TemplateError as error:
+        raise InputError(f"tasks: a template of {', '.join(file.kind for file in files)} is refused: {error}") from None
 
 
 def build_task(file: TaskFile, num_fewshot: int | None) -> Any:
@@ -131,7 +146,10 @@ def build_task(file: TaskFile, num_fewshot: int | None) -> Any:
     config["num_fewshot"] = num_fewshot if num_fewshot is not None else config.get("num_fewshot", 0)
     if file.kind == "blimp":
         config["num_fewshot"] = 0
-    return ConfigurableTask(config=config)
+    try:
+        return ConfigurableTask(config=config)
+    except TemplateError as error:
+        raise InputError(f"tasks.{file.kind}: a template of it is refused: {error}") from None
 
 
 def build_lm(scorer: Scorer, prefix_id: int | None = None) -> Any:
@@ -205,19 +223,48 @@ def _specification(kind: str) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"tasks: {path}: there is no such file")
     try:
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+        specification = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        metrics = [str(metric["metric"]) for metric in specification.get("metric_list") or []]
+    except (yaml.YAMLError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: no task in lm-eval's form ({' '.join(str(error).split())})") from None
+    _check_inert(path, specification, metrics)
+    return specification
+
+
+def _check_inert(path: Path, specification: dict[str, Any], metrics: list[str]) -> None:
+    """Refuse what would have lm-eval run code that the file names.
+
+    Raises:
+        InputError: naming the key or the metric.
+    """
+    unknown = sorted(map(str, specification.keys() - _TASK_KEYS))
+    if unknown:
+        raise InputError(
+            f"{path}: {unknown[0]} is not read here.\n      fix: remove it; read are {', '.join(sorted(_TASK_KEYS))}"
+        )
+    _import_lm_eval()
+    from lm_eval.api import metrics as _  # noqa: F401  (they register themselves)
+    from lm_eval.api.registry import metric_registry
+
+    # lm-eval hands other names to `evaluate.load`, which runs the Python file of that name.
+    for name, metric in zip(metrics, specification.get("metric_list") or [], strict=True):
+        if name not in metric_registry or metric.get("hf_evaluate"):
+            raise InputError(
+                f"{path}: metric {name} is none of lm-eval's own.\n      fix: name one that it registers itself"
+            )
 
 
 def _records(kind: str, path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     records = []
     for line, record in read_records(path, fields if kind == "mmlu" else None):
-        if missing := [field for field in fields if field not in record]:
+        if missing := [field for field in fields if record.get(field) is None]:
             raise InputError(
                 f"{path}, line {line}: no field {missing[0]!r}, which the task {kind} needs; it has {', '.join(record)}"
             )
-        records.append(_hellaswag_fields(record) if kind == "hellaswag" else record)
+        try:
+            records.append(_hellaswag_fields(record) if kind == "hellaswag" else record)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"{path}, line {line}: no record of the task {kind} ({error})") from None
     if not records:
         raise InputError(f"{path}: holds no record")
     return records
@@ -267,6 +314,12 @@ def _import_lm_eval() -> Any:
     # It would fork this process, with its process groups and threads, to resample figures.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     import lm_eval
+    from lm_eval import utils
 
+    # lm-eval 0.4.13 renders templates of task files without a sandbox: `cycler.__init__.__globals__.os` runs commands.
+    if not isinstance(utils.env, ImmutableSandboxedEnvironment):
+        sandbox = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        sandbox.filters.update(utils.env.filters)
+        utils.env = sandbox
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return lm_eval

@@ -1,16 +1,20 @@
-"""Records of evaluation files: JSON lines or CSV, each with the line on which it stands."""
+"""Records of evaluation files: JSON lines, Parquet or CSV, each with the line on which it stands."""
 
 import csv
-import json
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_llm.data.documents import COMPRESSION, open_stream, reading
+from nemo_llm.data.documents import read_records as read_objects
 from nemo_llm.errors import InputError
+
+_MOST_CELL_CHARACTERS = 1 << 30
 
 
 def read_records(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line, record) of a ``.csv`` or JSON-lines file.
+    """Yield (line, record) of a ``.csv``, JSON-lines or Parquet file, compressed or not.
 
     Args:
         columns: names of a CSV's columns, for files that may lack a header of their own.
@@ -21,40 +25,37 @@ def read_records(path: Path, columns: Sequence[str] | None = None) -> Iterator[t
     path = path.expanduser()
     if not path.is_file():
         raise InputError(f"{path}: there is no such file")
-    try:
-        yield from _csv_records(path, columns) if path.suffix == ".csv" else _json_records(path)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is no UTF-8 text ({error.reason} at byte {error.start})") from None
+    yield from _csv_records(path, columns) if _ending(path) == ".csv" else read_objects(path)
 
 
-def _json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}, line {number}: no JSON ({error}); received {line[:80]!r}") from None
-            if not isinstance(record, dict):
-                raise InputError(f"{path}, line {number}: expected a JSON object, received {line[:80]!r}")
-            yield number, record
+def is_table(path: Path) -> bool:
+    """Whether a file's name says that it holds records."""
+    return _ending(path) in (".jsonl", ".csv", ".parquet")
+
+
+def _ending(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix in COMPRESSION else path).suffix
 
 
 def _csv_records(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    csv.field_size_limit(_MOST_CELL_CHARACTERS)
+    names = None if columns is None else list(columns)
+    with reading(path), open_stream(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as file:
         reader = csv.reader(file)
-        names = None if columns is None else list(columns)
-        for row in reader:
-            if names is None:
-                names = row
-                continue
-            if columns is not None and [cell.strip().lower() for cell in row] == [name.lower() for name in columns]:
-                continue  # the header
-            if not row:
-                continue
-            if len(row) != len(names):
-                raise InputError(
-                    f"{path}, line {reader.line_num}: {len(row)} columns, expected {len(names)} ({', '.join(names)})"
-                )
-            yield reader.line_num, dict(zip(names, row, strict=True))
+        try:
+            for row in reader:
+                if names is None:
+                    names = row
+                    continue
+                if columns is not None and [cell.strip().lower() for cell in row] == [name.lower() for name in columns]:
+                    continue  # the header
+                if not row:
+                    continue
+                if len(row) != len(names):
+                    wanted = f"expected {len(names)} ({', '.join(names)})"
+                    raise InputError(f"{path}, line {reader.line_num}: {len(row)} columns, {wanted}")
+                yield reader.line_num, dict(zip(names, row, strict=True))
+        except csv.Error as error:
+            raise InputError(f"{path}, line {reader.line_num}: no CSV ({error})") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: is no UTF-8 text ({error.reason} at byte {error.start})") from None

@@ -2,7 +2,8 @@
 
 A template knows ``text``, all other fields of the record, ``labels`` (the words to choose from) and ``examples``
 (solved ones, each with ``text`` and ``label``). What it renders loses the white space at its end; the answer follows
-after a space.
+after a space. Templates come from elsewhere: they run in Jinja's sandbox, where attributes that lead to Python's
+inside are refused.
 """
 
 import random
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, TemplateError, TemplateSyntaxError
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemo_llm.config.catalog import conf_dir, nearest
 from nemo_llm.errors import InputError
@@ -33,7 +35,7 @@ class PromptTemplate:
 
     def __init__(self, name: str, source: str, place: str) -> None:
         self.name, self.place = name, place
-        environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
         try:
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
@@ -43,7 +45,7 @@ class PromptTemplate:
         """The prompt of one example, without white space at its end: labels are scored with a space before them.
 
         Raises:
-            InputError: the template uses something that is not there, with the template's line.
+            InputError: the template uses something that is not there or not allowed, with the template's line.
         """
         examples = [{**shot.fields, "text": shot.text, "label": shot.label} for shot in shots]
         values = {**example.fields, "text": example.text, "labels": list(labels), "examples": examples}
@@ -52,6 +54,8 @@ class PromptTemplate:
             return self._template.render(**values).rstrip()
         except TemplateError as error:
             raise InputError(f"{self.place}{_line_of(error)}: {error}") from None
+        except Exception as error:  # whatever the template's expressions lead to
+            raise InputError(f"{self.place}{_line_of(error)}: {type(error).__name__}: {error}") from None
 
 
 def load_template(name: str) -> PromptTemplate:

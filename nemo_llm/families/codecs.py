@@ -57,7 +57,8 @@ CODECS: Mapping[str, Codec] = {
     "inverse_root": Codec(lambda value: value**-0.5, lambda value: round(value**-2.0)),
 }
 
-_ROPE_FIELDS = (
+_ROPE_FIELDS = {kind: ("factor", *names) for kind, names in SCALING_FIELDS.items()}
+_ROPE_SECTION = (
     "factor",
     "low_freq_factor",
     "high_freq_factor",
@@ -68,8 +69,12 @@ _ROPE_FIELDS = (
     "mscale_all_dim",
     "attention_factor",
 )
-_ROPE_INTEGERS = {"original_max_position_embeddings"}
-_ROPE_TYPES = ("llama3", "linear", "yarn", "dynamic")
+# Keys without an effect: ``finetuned`` is read by no version, ``truncate`` only where it is false.
+_ROPE_WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
+    "finetuned": (True, False),
+    "truncate": (True,),
+    "partial_rotary_factor": (1.0,),
+}
 
 
 def flattened(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,56 +89,71 @@ def flattened(config: Mapping[str, Any]) -> dict[str, Any]:
         flat.setdefault("sliding_window_pattern", types.index("full_attention") + 1)
     nested = config.get("rope_parameters") or {}
     if "full_attention" in nested:
-        far, near = dict(nested["full_attention"]), nested["sliding_attention"]
-        if near.get("rope_type", "default") != "default":
+        far, near = dict(nested["full_attention"]), dict(nested.get("sliding_attention") or {})
+        if (near.get("rope_type") or near.get("type") or "default") != "default":
             raise InputError(f"rope_parameters: {near} in layers with a window is not built")
-        flat |= {"rope_parameters": None, "rope_theta": far.pop("rope_theta"), "rope_scaling": far}
-        flat["rope_local_base_freq"] = near["rope_theta"]
+        flat |= {"rope_parameters": far, "rope_theta": far.get("rope_theta", flat.get("rope_theta"))}
+        if "rope_theta" in near:
+            flat["rope_local_base_freq"] = near["rope_theta"]
     return flat
 
 
-def decode_rope(config: Mapping[str, Any], percent: tuple[str, float] | None) -> dict[str, Any]:
+def decode_rope(
+    config: Mapping[str, Any], base_key: tuple[str, float], share_key: tuple[str, float] | None
+) -> dict[str, Any]:
     """``rotary_base``, ``rotary_percent`` and ``rope_scaling`` of the model section.
 
-    transformers 5 writes ``rope_parameters``; earlier versions ``rope_theta`` and ``rope_scaling``.
+    transformers 5 writes ``rope_parameters``; earlier versions ``rope_scaling`` and keys beside it, which transformers
+    prefers where both are there. From 4.43 on the type stands under ``rope_type``, and under ``type`` as well.
+
+    Args:
+        base_key: key of ``config.json`` for the base, and its default.
+        share_key: key for the rotated share of a head, and its default; None: all of it.
 
     Raises:
-        InputError: a way of scaling that is not known.
+        InputError: a way of scaling that is not known, or a part of one that is not built.
     """
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    base = parameters.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
+    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    base = parameters.pop("rope_theta", None) or config.get(base_key[0]) or base_key[1]
+    old_kind = parameters.pop("type", None)
+    kind = parameters.pop("rope_type", None) or old_kind or "default"
     share = 1.0
-    if percent is not None:
-        share = parameters.pop("partial_rotary_factor", None) or config.get(percent[0]) or percent[1]
-    found: dict[str, Any] = {"rotary_base": float(base), "rotary_percent": float(share), "rope_scaling": None}
-    if kind == "default":
-        return found
-    if kind not in _ROPE_TYPES:
+    if share_key is not None:
+        share = parameters.pop("partial_rotary_factor", None) or config.get(share_key[0]) or share_key[1]
+    if kind != "default" and kind not in _ROPE_FIELDS:
         raise InputError(
-            f"rope_scaling: type {kind!r} is not known; known are {', '.join(_ROPE_TYPES)}. A model converted without "
+            f"rope_scaling: type {kind!r} is not known; known are {', '.join(_ROPE_FIELDS)}. A model converted without "
             "its scaling would be another model"
         )
-    unknown = sorted(name for name, value in parameters.items() if name not in _ROPE_FIELDS and value is not None)
-    if unknown:
-        raise InputError(f"rope_scaling: {', '.join(unknown)} of type {kind!r} cannot be taken over")
-    scaling: dict[str, Any] = {"type": kind}
-    for name in _ROPE_FIELDS:
-        # Files carry numbers of other types along, which transformers does not read either.
-        value = parameters.get(name) if name == "factor" or name in SCALING_FIELDS[kind] else None
-        scaling[name] = value if value is None or name in _ROPE_INTEGERS else float(value)
-    if kind in ("dynamic", "yarn") and scaling["original_max_position_embeddings"] is None:
-        scaling["original_max_position_embeddings"] = config["max_position_embeddings"]
-    return {**found, "rope_scaling": scaling}
+    for name, value in parameters.items():
+        if name not in _ROPE_SECTION and value is not None and value not in _ROPE_WITHOUT_EFFECT.get(name, ()):
+            raise InputError(f"rope_scaling: {name}={value!r} of type {kind!r} cannot be taken over")
+    scaling = None if kind == "default" else _decode_scaling(kind, parameters, config)
+    return {"rotary_base": float(base), "rotary_percent": float(share), "rope_scaling": scaling}
 
 
-def encode_rope(model: Mapping[str, Any], percent: tuple[str, float] | None) -> dict[str, Any]:
-    """``rope_theta`` and ``rope_scaling``, which every version of transformers reads."""
+def _decode_scaling(kind: str, parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name: parameters.get(name) for name in _ROPE_FIELDS[kind]}
+    length = config["max_position_embeddings"]
+    # transformers takes the key beside the scaling first, where there is one (Phi 3), and for ``dynamic`` no other
+    # length than that of the model.
+    trained = config.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+    trained = length if kind == "dynamic" else trained or length
+    if kind == "yarn" and given["factor"] is None:
+        given["factor"] = length / trained
+    if given["factor"] is None:
+        raise InputError(f"rope_scaling: type {kind!r} without a factor")
+    floats = {name: _as_float(given.get(name)) for name in _ROPE_SECTION}
+    return {"type": kind, **floats, "original_max_position_embeddings": None if kind == "linear" else trained}
+
+
+def encode_rope(model: Mapping[str, Any], base_key: str, share_key: str | None) -> dict[str, Any]:
+    """The base, the rotated share and ``rope_scaling``, under keys that every version of transformers reads."""
     scaling = model["rope_scaling"]
-    config: dict[str, Any] = {"rope_theta": model["rotary_base"], "rope_scaling": None}
-    if percent is not None:
-        config[percent[0]] = model["rotary_percent"]
+    config: dict[str, Any] = {base_key: model["rotary_base"], "rope_scaling": None}
+    if share_key is not None:
+        config[share_key] = model["rotary_percent"]
     if scaling is not None:
-        given = {name: scaling[name] for name in _ROPE_FIELDS if scaling[name] is not None}
+        given = {name: scaling[name] for name in _ROPE_FIELDS[scaling["type"]] if scaling[name] is not None}
         config["rope_scaling"] = {"rope_type": scaling["type"], **given}
     return config

@@ -5,6 +5,7 @@ from dataclasses import replace
 from nemo_llm.families.llama_like import (
     CONSTANTS,
     DENSE_MLP,
+    GROUPED,
     MOE_CONSTANTS,
     OUTSIDE,
     PRE_MLP_NORM,
@@ -33,8 +34,8 @@ DEEPSEEK_V2 = Family(
     fields=(
         *(field for field in SHAPE if field.theirs != "head_dim"),
         TIED,
-        Field("num_query_groups", "num_key_value_heads", default="num_attention_heads"),
-        Field("mla.q_lora_rank", "q_lora_rank", default=None),
+        GROUPED,
+        Field("mla.q_lora_rank", "q_lora_rank", default=1536, null=None),
         Field("mla.kv_lora_rank", "kv_lora_rank"),
         Field("mla.qk_head_dim", "qk_nope_head_dim"),
         Field("mla.qk_pos_emb_head_dim", "qk_rope_head_dim"),

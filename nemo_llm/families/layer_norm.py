@@ -1,7 +1,7 @@
 """Families with LayerNorm and a plain MLP: GPT-2, GPT-NeoX (Pythia), StarCoder2, Nemotron."""
 
-from nemo_llm.families.llama_like import ATTENTION, CONSTANTS, GROUPED, OUTSIDE, SHAPE, TIED
-from nemo_llm.families.spec import Family, Field, Rule
+from nemo_llm.families.llama_like import ATTENTION, CONSTANTS, GROUPED, OUTSIDE, SHAPE, TIED, grouped, windowed
+from nemo_llm.families.spec import Family, Field, Key, Rule
 
 _LAYER = "decoder.layers."
 _GPT2 = "transformer.h.{layer}."
@@ -35,7 +35,7 @@ GPT2 = Family(
     fields=(
         Field("num_layers", "n_layer"),
         Field("hidden_size", "n_embd"),
-        Field("ffn_hidden_size", "n_inner", default="4 x n_embd"),
+        Field("ffn_hidden_size", "n_inner", default=Key("n_embd", 4), null=Key("n_embd", 4)),
         Field("num_attention_heads", "n_head"),
         Field("num_query_groups", "n_head"),
         Field("vocab_size", "vocab_size"),
@@ -87,6 +87,7 @@ GPT_NEOX = Family(
         *_pairs(_LAYER + "mlp.linear_fc2.", _NEOX + "mlp.dense_4h_to_h."),
     ),
     their_constants={"attention_bias": True},
+    rotary_base=("rotary_emb_base", 10000.0),
     rotary_percent=("rotary_pct", 0.25),
     ignored=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
 )
@@ -106,12 +107,13 @@ STARCODER2 = Family(
         "position_embedding_type": "rope",
     },
     fields=(
-        *(field for field in SHAPE if field.theirs not in ("head_dim", "rms_norm_eps", "hidden_act")),
-        GROUPED,
+        *(f for f in SHAPE if f.theirs not in ("head_dim", "rms_norm_eps", "hidden_act", "initializer_range")),
+        grouped(2),
+        Field("init_method_std", "initializer_range", "float", default=0.018042),
         Field("layernorm_epsilon", "norm_epsilon", "float", default=1e-5),
         Field("activation_func", "hidden_act", "activation", default="gelu_pytorch_tanh"),
         Field("share_embeddings_and_output_weights", "tie_word_embeddings", default=True),
-        Field("window_size", "sliding_window", default=None),
+        windowed(None),
     ),
     tensors=(
         OUTSIDE[0],
@@ -135,8 +137,9 @@ NEMOTRON = Family(
         "gated_linear_unit": False,
     },
     fields=(
-        *(field for field in SHAPE if field.theirs not in ("rms_norm_eps", "hidden_act")),
+        *(field for field in SHAPE if field.theirs not in ("rms_norm_eps", "hidden_act", "initializer_range")),
         GROUPED,
+        Field("init_method_std", "initializer_range", "float", default=0.0134),
         Field("layernorm_epsilon", "norm_eps", "float", default=1e-5),
         Field("activation_func", "hidden_act", "activation", default="relu2"),
         TIED,

@@ -1,6 +1,8 @@
 """Llama and the families that share its names: Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE."""
 
-from nemo_llm.families.spec import Family, Field, Rule
+from typing import Any
+
+from nemo_llm.families.spec import Family, Field, Key, Rule
 
 _LAYER = "decoder.layers."
 _THEIRS = "model.layers.{layer}."
@@ -53,14 +55,30 @@ SHAPE = (
     Field("hidden_size", "hidden_size"),
     Field("ffn_hidden_size", "intermediate_size"),
     Field("num_attention_heads", "num_attention_heads"),
-    Field("kv_channels", "head_dim", default=None),
+    Field("kv_channels", "head_dim", default=None, null=None),
     Field("vocab_size", "vocab_size"),
     Field("max_position_embeddings", "max_position_embeddings"),
     Field("layernorm_epsilon", "rms_norm_eps", "float"),
     Field("activation_func", "hidden_act", "activation", default="silu"),
     Field("init_method_std", "initializer_range", "float", default=0.02),
 )
-GROUPED = Field("num_query_groups", "num_key_value_heads", default="num_attention_heads")
+
+
+def _without(*theirs: str) -> tuple[Field, ...]:
+    return tuple(field for field in SHAPE if field.theirs not in theirs)
+
+
+def grouped(default: Any) -> Field:
+    """Key-value heads; null stands for as many as there are query heads."""
+    return Field("num_query_groups", "num_key_value_heads", default=default, null=Key("num_attention_heads"))
+
+
+def windowed(default: int | None) -> Field:
+    """The window of attention; null stands for none."""
+    return Field("window_size", "sliding_window", default=default, null=None)
+
+
+GROUPED = grouped(Key("num_attention_heads"))
 TIED = Field("share_embeddings_and_output_weights", "tie_word_embeddings", default=False)
 
 CONSTANTS = {
@@ -90,7 +108,6 @@ LLAMA = Family(
     tensors=(*OUTSIDE, PRE_NORM, *ATTENTION, PRE_MLP_NORM, *DENSE_MLP),
 )
 
-WINDOW = Field("window_size", "sliding_window", default=None)
 _QWEN_PLAIN = {"use_sliding_window": False}
 
 MISTRAL = Family(
@@ -98,7 +115,7 @@ MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
     constants={key: value for key, value in CONSTANTS.items() if key != "window_size"},
-    fields=(*SHAPE, GROUPED, TIED, WINDOW),
+    fields=(*SHAPE, grouped(8), TIED, windowed(4096)),
     tensors=LLAMA.tensors,
 )
 
@@ -107,7 +124,7 @@ QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     constants={**CONSTANTS, "add_qkv_bias": True},
-    fields=(*SHAPE, GROUPED, TIED),
+    fields=(*SHAPE, grouped(32), TIED),
     tensors=LLAMA.tensors,
     their_constants=_QWEN_PLAIN,
 )
@@ -117,7 +134,7 @@ QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     constants={**CONSTANTS, "qk_layernorm": True, "qk_layernorm_scope": "head"},
-    fields=(*SHAPE, GROUPED, TIED),
+    fields=(*_without("head_dim"), Field("kv_channels", "head_dim", default=128), grouped(32), TIED),
     tensors=LLAMA.tensors,
     their_constants={**_QWEN_PLAIN, "attention_bias": False},
 )
@@ -155,12 +172,16 @@ MIXTRAL = Family(
     architecture="MixtralForCausalLM",
     constants={**MISTRAL.constants, **MOE_CONSTANTS, "moe.moe_router_pre_softmax": False},
     fields=(
-        *MISTRAL.fields,
+        *SHAPE,
+        grouped(8),
+        TIED,
+        windowed(None),
         *_MOE_FIELDS,
         Field("moe.num_moe_experts", "num_local_experts"),
         Field("moe.moe_ffn_hidden_size", "intermediate_size"),
     ),
     tensors=(*OUTSIDE, PRE_NORM, *ATTENTION, *expert_mlp("block_sparse_moe", "w1", "w3", "w2")),
+    rotary_base=("rope_theta", 1000000.0),
 )
 
 QWEN3_MOE = Family(
@@ -169,9 +190,11 @@ QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
     constants={**QWEN3.constants, **MOE_CONSTANTS},
     fields=(
-        *QWEN3.fields,
+        *SHAPE,
+        grouped(4),
+        TIED,
         *_MOE_FIELDS,
-        Field("moe.num_moe_experts", "num_experts", default="num_local_experts"),
+        Field("moe.num_moe_experts", "num_experts", default=Key("num_local_experts")),
         Field("moe.moe_ffn_hidden_size", "moe_intermediate_size"),
         Field("moe.moe_router_pre_softmax", "norm_topk_prob", "not", default=False),
     ),
@@ -189,12 +212,29 @@ OLMO2 = Family(
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
     constants={**CONSTANTS, "norm_placement": "post", "qk_layernorm": True, "qk_layernorm_scope": "all"},
-    fields=(*(field for field in SHAPE if field.theirs != "head_dim"), GROUPED, TIED),
+    fields=(*_without("head_dim"), GROUPED, TIED),
     tensors=(*OUTSIDE, *ATTENTION, *DENSE_MLP, *_POST_NORMS),
     their_constants={"attention_bias": False},
 )
 
-_GEMMA_SHAPE = tuple(field for field in SHAPE if field.theirs not in ("hidden_act", "head_dim"))
+_GEMMA_FIELDS = (
+    *_without("hidden_act", "head_dim"),
+    grouped(4),
+    Field("kv_channels", "head_dim", default=256),
+    Field("activation_func", "hidden_activation", "activation", default="gelu_pytorch_tanh"),
+    Field("share_embeddings_and_output_weights", "tie_word_embeddings", default=True),
+    Field("window_size", "sliding_window", default=4096),
+    Field("softmax_scale", "query_pre_attn_scalar", "inverse_root", default=256),
+    Field("embedding_multiplier", "hidden_size", "root"),
+)
+
+
+def _softcapped(attention: float | None, final: float | None) -> tuple[Field, Field]:
+    return (
+        Field("attn_logit_softcapping", "attn_logit_softcapping", "float", default=attention, null=None),
+        Field("final_logit_softcapping", "final_logit_softcapping", "float", default=final, null=None),
+    )
+
 
 GEMMA2 = Family(
     name="Gemma 2",
@@ -206,18 +246,7 @@ GEMMA2 = Family(
         "norm_placement": "both",
         "window_attn_skip_freq": 2,
     },
-    fields=(
-        *_GEMMA_SHAPE,
-        GROUPED,
-        Field("kv_channels", "head_dim", default=256),
-        Field("activation_func", "hidden_activation", "activation", default="gelu_pytorch_tanh"),
-        Field("share_embeddings_and_output_weights", "tie_word_embeddings", default=True),
-        Field("window_size", "sliding_window"),
-        Field("attn_logit_softcapping", "attn_logit_softcapping", "float", default=None),
-        Field("final_logit_softcapping", "final_logit_softcapping", "float", default=None),
-        Field("softmax_scale", "query_pre_attn_scalar", "inverse_root", default=256),
-        Field("embedding_multiplier", "hidden_size", "root"),
-    ),
+    fields=(*_GEMMA_FIELDS, *_softcapped(50.0, 30.0)),
     tensors=(
         *OUTSIDE,
         PRE_NORM,
@@ -239,12 +268,14 @@ GEMMA3 = Family(
         "qk_layernorm_scope": "head",
     },
     fields=(
-        *GEMMA2.fields,
+        *_GEMMA_FIELDS,
+        *_softcapped(None, None),
         Field("window_attn_skip_freq", "sliding_window_pattern", default=6),
         Field("rotary_local_base", "rope_local_base_freq", "float", default=10000.0),
     ),
     tensors=GEMMA2.tensors,
     their_constants={"attention_bias": False, "use_bidirectional_attention": False},
+    rotary_base=("rope_theta", 1000000.0),
 )
 
 PHI3 = Family(
@@ -252,7 +283,7 @@ PHI3 = Family(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
     constants={key: value for key, value in CONSTANTS.items() if key != "window_size"},
-    fields=(*(field for field in SHAPE if field.theirs != "head_dim"), GROUPED, TIED, WINDOW),
+    fields=(*_without("head_dim"), GROUPED, TIED, windowed(None)),
     tensors=(
         *OUTSIDE,
         PRE_NORM,

@@ -74,7 +74,7 @@ LOCAL_NAMES = {
 }
 
 # Fields that a model section has under the same name; a missing one is an error, since every default is a guess.
-_NEEDED = (
+NEEDED = (
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -87,7 +87,7 @@ _NEEDED = (
     "activation_func",
 )
 # The same, with the default that Megatron-Core has.
-_SAME: Mapping[str, Any] = {
+SAME: Mapping[str, Any] = {
     "num_query_groups": None,
     "kv_channels": None,
     "make_vocab_size_divisible_by": 128,
@@ -103,7 +103,7 @@ _SAME: Mapping[str, Any] = {
     "softmax_scale": None,
     "window_attn_skip_freq": None,
 }
-_MOE_SAME: Mapping[str, Any] = {
+MOE_SAME: Mapping[str, Any] = {
     "moe_router_topk": 2,
     "moe_ffn_hidden_size": None,
     "moe_aux_loss_coeff": 0.0,
@@ -135,7 +135,7 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None,),
 }
 # Keys of our model section that Megatron-Core has no field for.
-_OURS_ALONE: Mapping[str, Any] = {
+OURS_ALONE: Mapping[str, Any] = {
     "norm_placement": "pre",
     "parallel_residual": False,
     "rotary_local_base": None,
@@ -143,7 +143,10 @@ _OURS_ALONE: Mapping[str, Any] = {
     "final_logit_softcapping": None,
     "embedding_multiplier": None,
     "layer_spec": None,
+    "layer_spec_settings": {},
     "mla": None,
+    "head": None,
+    "mcore_overrides": {},
 }
 # Llama 3.1's rotary scaling, whose other numbers are fixed in Megatron-Core.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -155,15 +158,13 @@ def section_of_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         InputError: a field that is missing, or a value that stands for what is not built.
     """
-    missing = [name for name in _NEEDED if fields.get(name) is None]
+    missing = [name for name in NEEDED if fields.get(name) is None]
     if missing:
         raise InputError(f"{where}: says nothing of {', '.join(missing)}, without which there is no model")
     for name, values in _PLAIN.items():
         if fields.get(name) not in values:
             raise InputError(f"{where}: {name}={fields[name]!r} is not built here")
-    section = {name: fields[name] for name in _NEEDED} | {
-        name: fields.get(name, usual) for name, usual in _SAME.items()
-    }
+    section = {name: fields[name] for name in NEEDED} | {name: fields.get(name, usual) for name, usual in SAME.items()}
     section |= {name: float(section[name]) for name in _FLOATS}
     section["num_query_groups"] = section["num_query_groups"] or section["num_attention_heads"]
     section["add_qkv_bias"] = bool(section["add_qkv_bias"] or section["add_bias_linear"])
@@ -192,7 +193,7 @@ def _rope_scaling(fields: Mapping[str, Any]) -> dict[str, Any] | None:
 def _moe_section(fields: Mapping[str, Any]) -> dict[str, Any] | None:
     if not fields.get("num_moe_experts"):
         return None
-    section = {name: fields.get(name, usual) for name, usual in _MOE_SAME.items()}
+    section = {name: fields.get(name, usual) for name, usual in MOE_SAME.items()}
     section["moe_ffn_hidden_size"] = section["moe_ffn_hidden_size"] or fields["ffn_hidden_size"]
     section["moe_aux_loss_coeff"] = float(section["moe_aux_loss_coeff"])
     return {
@@ -211,7 +212,7 @@ def fields_of_section(model: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: it asks for what Megatron-Core alone cannot build.
     """
-    alone = [f"{key}={model[key]!r}" for key, plain in _OURS_ALONE.items() if model.get(key) != plain]
+    alone = [f"{key}={model[key]!r}" for key, plain in OURS_ALONE.items() if model.get(key, plain) != plain]
     if model["qk_layernorm"] and model["qk_layernorm_scope"] != "head":
         alone.append(f"qk_layernorm_scope={model['qk_layernorm_scope']!r}")
     moe = model["moe"] or {}
@@ -219,9 +220,9 @@ def fields_of_section(model: Mapping[str, Any]) -> dict[str, Any]:
         alone.append("model.moe with dense layers or shared experts")
     if alone:
         raise InputError(f"Megatron-Core has no fields for {', '.join(alone)}: this model stays in our format or hf")
-    fields = {name: model[name] for name in (*_NEEDED, *_SAME)}
+    fields = {name: model[name] for name in (*NEEDED, *SAME)}
     if moe:
-        fields |= {name: moe[name] for name in _MOE_SAME} | {"num_moe_experts": moe["num_moe_experts"]}
+        fields |= {name: moe[name] for name in MOE_SAME} | {"num_moe_experts": moe["num_moe_experts"]}
     window = model["window_size"]
     fields |= {
         "kv_channels": model["kv_channels"] or model["hidden_size"] // model["num_attention_heads"],

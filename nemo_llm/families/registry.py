@@ -9,10 +9,10 @@ from typing import Any
 from nemo_llm.errors import InputError
 from nemo_llm.families import deepseek, layer_norm, llama_like
 from nemo_llm.families.codecs import CODECS, decode_rope, encode_rope, flattened
-from nemo_llm.families.spec import Family
+from nemo_llm.families.spec import REQUIRED, Family, Field, Key
 
-# Keys that a family leaves out of its tables where it has none of what they name.
-_PLAIN: Mapping[str, Any] = {
+# Keys that a family leaves out of its tables where it has none of what they name: they must have these values.
+PLAIN: Mapping[str, Any] = {
     "moe": None,
     "mla": None,
     "attn_logit_softcapping": None,
@@ -25,8 +25,26 @@ _PLAIN: Mapping[str, Any] = {
     "parallel_residual": False,
     "qk_layernorm": False,
     "window_size": None,
+    "window_attn_skip_freq": None,
     "rotary_local_base": None,
+    "layer_spec_settings": {},
+    "mcore_overrides": {},
 }
+# Keys that are not exported: they change training, speed or where things lie, and never what the model computes.
+NOT_EXPORTED = frozenset(
+    {
+        "name",
+        "family",
+        "hf_path",
+        "checkpoint_path",
+        "transformer_impl",
+        "make_vocab_size_divisible_by",
+        "depth_scaled_init",
+        "hidden_dropout",
+        "attention_dropout",
+        "moe.moe_grouped_gemm",
+    }
+)
 
 FAMILIES = {
     family.model_type: family
@@ -104,11 +122,7 @@ def model_section(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key, value in family.constants.items():
         _put(section, key, value)
     for field in family.fields:
-        value = config.get(field.theirs)
-        if value is None:
-            value = _default(field.default, config)
-        if value == "REQUIRED":
-            raise InputError(f"{where}: {field.theirs} is missing from config.json")
+        value = _value(field, config, where)
         try:
             _put(section, field.ours, CODECS[field.codec].decode(value))
         except InputError as error:
@@ -130,13 +144,23 @@ def _check_layer_types(config: Mapping[str, Any], section: Mapping[str, Any], wh
         )
 
 
-def _default(default: Any, config: Mapping[str, Any]) -> Any:
-    """The value itself, another key's, or four times another key's."""
-    if not isinstance(default, str):
-        return default
-    key = default.removeprefix("4 x ")
-    value = config.get(key, default)
-    return 4 * value if key != default and key in config else value
+def _value(field: Field, config: Mapping[str, Any], where: str) -> Any:
+    """What ``config.json`` says for a field, or what transformers takes where it says nothing.
+
+    Raises:
+        InputError: it must say it.
+    """
+    value = config.get(field.theirs)
+    if value is not None:
+        return value
+    there = field.theirs in config
+    value = field.null if there else field.default
+    if isinstance(value, Key):
+        named = config.get(value.name)
+        value = REQUIRED if named is None else value.factor * named
+    if value is REQUIRED:
+        raise InputError(f"{where}: {field.theirs} is {'null in' if there else 'missing from'} config.json")
+    return value
 
 
 def family_for(model: Mapping[str, Any]) -> Family:
@@ -166,17 +190,35 @@ def _differing(family: Family, model: Mapping[str, Any]) -> list[str]:
         return [str(error)]
     del again["family"]
     usual = model["hidden_size"] // model["num_attention_heads"]
-    if (again.setdefault("kv_channels", usual) or usual) == (model["kv_channels"] or usual):
-        del again["kv_channels"]
-    keys = set(again) | {key for key, plain in _PLAIN.items() if model.get(key, plain) != plain}
-    return sorted(f"{key}={model.get(key)!r}" for key in keys if not _agree(again.get(key), model.get(key)))
+    again["kv_channels"] = again.get("kv_channels") or usual
+    mine = _flat({**PLAIN, **model, "kv_channels": model["kv_channels"] or usual})
+    brought = _flat({**PLAIN, **again})
+    keys = {key for key in mine | brought if key.split(".")[0] in {*again, *PLAIN}}
+    keys -= _idle(model) | NOT_EXPORTED
+    return sorted(f"{key}={mine.get(key)!r}" for key in keys if mine.get(key) != brought.get(key))
 
 
-def _agree(one: Any, other: Any) -> bool:
-    """Equal; in a section a key that is not there equals null, as for keys that a later version added."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return all(one.get(key) == other.get(key) for key in {*one, *other})
-    return bool(one == other)
+def _idle(model: Mapping[str, Any]) -> set[str]:
+    """Keys that a model does not read as it is."""
+    idle: set[str] = set()
+    if model["window_size"] is None:
+        idle.add("window_attn_skip_freq")
+    if not model["qk_layernorm"]:
+        idle.add("qk_layernorm_scope")
+    if model["position_embedding_type"] != "rope":
+        idle |= {"rotary_base", "rotary_percent", "rope_scaling"}
+    return idle
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A section with dotted keys and without null: a key that is not there equals null, as in older sections."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _put(section: dict[str, Any], dotted: str, value: Any) -> None:
@@ -198,15 +240,16 @@ def hf_config(family: Family, model: Mapping[str, Any]) -> dict[str, Any]:
         config[field.theirs] = CODECS[field.codec].encode(section[leaf])
     for name, (first, second) in family.products.items():
         config[first] = config.pop(name) // config[second]
-    if config.get("head_dim", 0) is None:
-        del config["head_dim"]
+    if config.get("head_dim", 0) is None:  # some classes have a width of their own where the key is missing
+        config["head_dim"] = model["hidden_size"] // model["num_attention_heads"]
     if model["position_embedding_type"] == "rope":
-        config.update(encode_rope(model, family.rotary_percent))
+        share = family.rotary_percent
+        config.update(encode_rope(model, family.rotary_base[0], None if share is None else share[0]))
     return config
 
 
 def _rope(family: Family, config: Mapping[str, Any], where: str) -> dict[str, Any]:
     try:
-        return decode_rope(config, family.rotary_percent)
+        return decode_rope(config, family.rotary_base, family.rotary_percent)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None

@@ -28,6 +28,18 @@ class Rule:
     layers: str | None = None
 
 
+REQUIRED = object()
+"""In place of a value that ``config.json`` must give."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """The value of another key of ``config.json``, times a factor."""
+
+    name: str
+    factor: int = 1
+
+
 @dataclass(frozen=True, slots=True)
 class Field:
     """One line of a family's table of configuration fields.
@@ -36,14 +48,16 @@ class Field:
         ours: dotted key below ``model``.
         theirs: key in ``config.json``.
         codec: how the value changes between the two (`nemo_llm.families.codecs`).
-        default: what their library takes where ``config.json`` lacks the key: a value, another key's name, ``4 x`` a
-            key; ``REQUIRED`` where it must be there.
+        default: what transformers takes where ``config.json`` lacks the key: a value or a `Key`; `REQUIRED` where we
+            refuse to guess. The tests compare each with transformers' own configuration class.
+        null: what transformers takes where the key is there and null.
     """
 
     ours: str
     theirs: str
     codec: str = "same"
-    default: Any = "REQUIRED"
+    default: Any = REQUIRED
+    null: Any = REQUIRED
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +72,7 @@ class Family:
         fields: keys that ``config.json`` decides.
         tensors: the table of names.
         their_constants: keys of ``config.json`` that can have this value alone; anything else is refused.
+        rotary_base: key of ``config.json`` for the base of the rotary wavelengths, and its default.
         rotary_percent: key of ``config.json`` that says which share of a head is rotated, and its default; None where
             all of it is.
         ignored: endings of names in Hugging Face folders that hold buffers and no weights.
@@ -72,6 +87,7 @@ class Family:
     fields: tuple[Field, ...]
     tensors: tuple[Rule, ...]
     their_constants: Mapping[str, Any] = field(default_factory=dict)
+    rotary_base: tuple[str, float] = ("rope_theta", 10000.0)
     rotary_percent: tuple[str, float] | None = None
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
     products: Mapping[str, tuple[str, str]] = field(default_factory=dict)

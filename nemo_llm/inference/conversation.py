@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 from nemo_llm.config.inference import SamplingConfig
+from nemo_llm.data.chat_template import Message
 from nemo_llm.errors import InputError
 from nemo_llm.inference.decoder import generate
 from nemo_llm.inference.model import InferenceModel
-from nemo_llm.inference.prompts import ChatTemplate, Message, encode_chat
+from nemo_llm.inference.prompts import ChatPrompts
 
 
 class Conversation:
@@ -17,9 +18,9 @@ class Conversation:
     """
 
     def __init__(
-        self, model: InferenceModel, template: ChatTemplate, sampling: SamplingConfig, system: str | None
+        self, model: InferenceModel, prompts: ChatPrompts, sampling: SamplingConfig, system: str | None
     ) -> None:
-        self.model, self.template, self.sampling = model, template, sampling
+        self.model, self.prompts, self.sampling = model, prompts, sampling
         self._start: list[Message] = [{"role": "system", "content": system}] if system is not None else []
         self.messages: list[Message] = []
         self.forgotten = 0
@@ -37,7 +38,7 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         room = self.model.max_length - self.sampling.max_new_tokens
-        ids = encode_chat(self.model.tokenizer, self.template, [*self._start, *messages])
+        ids = self.prompts.encode([*self._start, *messages])
         while len(ids) > room:
             if len(messages) < 3:
                 raise InputError(
@@ -46,7 +47,7 @@ class Conversation:
                 )
             messages = messages[2:]  # a question and its answer
             self.forgotten += 2
-            ids = encode_chat(self.model.tokenizer, self.template, [*self._start, *messages])
+            ids = self.prompts.encode([*self._start, *messages])
         (result,) = generate(self.model, [ids], self.sampling, 1, lambda _, piece: on_text(piece))
         self.messages = [*messages, {"role": "assistant", "content": result.text}]
         return result.text

@@ -8,6 +8,7 @@ import torch
 
 from nemo_llm.config.inference import SamplingConfig
 from nemo_llm.data.tokenizer import Tokenizer
+from nemo_llm.data.turn_end import turn_end_id
 from nemo_llm.errors import ConfigError, InputError, Problem
 from nemo_llm.inference.model import InferenceModel
 from nemo_llm.inference.sampling import Sampler
@@ -82,7 +83,8 @@ def stop_ids(tokenizer: Tokenizer, settings: SamplingConfig) -> frozenset[int]:
         return frozenset()
     if settings.stop_tokens is None:
         found = [tokenizer.token_id(name) for name in _TURN_ENDS]
-        return frozenset([tokenizer.eod_id, *(number for number in found if number is not None)])
+        found.append(turn_end_id(tokenizer))
+        return frozenset([*tokenizer.end_ids, *(number for number in found if number is not None)])
     known = {name: tokenizer.token_id(name) for name in settings.stop_tokens}
     if missing := [name for name, number in known.items() if number is None]:
         raise ConfigError(

@@ -17,13 +17,16 @@ from nemo_llm.config import RunConfig
 from nemo_llm.config.checks import find_problems
 from nemo_llm.config.code_paths import qkv_in_one
 from nemo_llm.config.inference import ModelPlace
-from nemo_llm.config.load import compose, decode, to_dict
-from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer_from_folder
+from nemo_llm.config.load import compose, decode, to_dict, with_younger_keys
+from nemo_llm.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer_from_folder
 from nemo_llm.errors import ConfigError, InputError, Problem
 from nemo_llm.inference.graphs import DecodeGraphs
+from nemo_llm.log import get_logger
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.models.kv_cache import KVCache, cacheable_attentions, connect_cache
 from nemo_llm.parallel.runtime import ParallelRuntime
+
+_log = get_logger(__name__)
 
 # On a GPU decoding looks at multiples of this many slots, so that few shapes (and CUDA graphs) occur.
 _GPU_SLOT_STEP = 256
@@ -44,7 +47,7 @@ def inference_config(place: ModelPlace, folder: Path, world_size: int) -> RunCon
     trained_in = saved.get("precision", {}).get("params_dtype", "fp32")
     dtype = place.dtype or trained_in
     mapping = to_dict(compose(["+model=gpt_tiny", f"precision={dtype}"]))
-    mapping["model"] = {**mapping["model"], **saved["model"], "transformer_impl": "torch"}
+    mapping["model"] = {**with_younger_keys(saved)["model"], "transformer_impl": "torch"}
     layout = place.parallelism
     mapping["parallelism"] = dataclasses.asdict(
         dataclasses.replace(
@@ -105,9 +108,16 @@ def open_checkpoint(place: ModelPlace, path: Path, world_size: int) -> LoadedFol
             f"{folder}: holds no tokenizer/ folder, so that text cannot be encoded.\n      fix: copy tokenizer/ from a "
             "checkpoint of the same run, or convert the model again with its tokenizer"
         )
-    return LoadedFolder(
-        folder, inference_config(place, folder, world_size), load_tokenizer_from_folder(folder / "tokenizer")
-    )
+    tokenizer = load_tokenizer_from_folder(folder / "tokenizer")
+    if isinstance(tokenizer, HuggingFaceTokenizer) and (bos := tokenizer.unsaved_bos()) is not None:
+        _log.warning(
+            "%s: its tokenizer.json puts %s before a text, and this checkpoint was saved without: texts are read as "
+            "they were until now. To have it, convert the model again (tools/convert_checkpoint.py, from its Hugging "
+            "Face folder; a trained one to format hf and back)",
+            folder,
+            bos,
+        )
+    return LoadedFolder(folder, inference_config(place, folder, world_size), tokenizer)
 
 
 class InferenceModel:

@@ -37,8 +37,8 @@ def position_facts(loss_mask: torch.Tensor, padding: torch.Tensor | None) -> tor
 
 def use_own_router(block: TransformerBlockSubmodules) -> None:
     """Put `Router` where these layers have Megatron's own; a router of a user's spec stays."""
-    for layer in block.layer_specs or []:
-        mlp = getattr(getattr(layer.submodules, "mlp", None), "submodules", None)
+    for layer in getattr(block, "layer_specs", None) or ():
+        mlp = getattr(getattr(getattr(layer, "submodules", None), "mlp", None), "submodules", None)
         if isinstance(mlp, MoESubmodules) and mlp.router is TopKRouter:
             mlp.router = Router
 
@@ -58,15 +58,23 @@ class Router(TopKRouter):
         """Not by Megatron."""
         return logits
 
+    def _apply_expert_bias(self, *_: Any, **_settings: Any) -> None:
+        """Not by Megatron, whose bias counts padding too."""
+
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Experts of each token, ``[s, b, E]`` -> probabilities and map ``[s * b, E]``; losses ride on the former."""
         probs, chosen = super().routing(logits)
-        if not (self.training and torch.is_grad_enabled() and self._has_loss()):
+        if not (self.training and torch.is_grad_enabled()):
             return probs, chosen
         facts = logits.new_ones(*logits.shape[:2], 2, dtype=torch.bool) if padding_mask is None else padding_mask
-        return MoEAuxLossAutoScaler.apply(probs, self._losses(logits, facts)), chosen
+        if self.enable_expert_bias:
+            with torch.no_grad():
+                self.local_tokens_per_expert += (chosen & facts[..., 0].reshape(-1, 1)).sum(0)
+        if self._has_loss():
+            probs = MoEAuxLossAutoScaler.apply(probs, self._losses(logits, facts))
+        return probs, chosen
 
     def _has_loss(self) -> bool:
         balances = self.get_aux_loss_coeff("aux_loss") or self.get_aux_loss_coeff("seq_aux_loss")

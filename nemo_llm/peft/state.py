@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 
 from nemo_llm.checkpoint.agree import raise_together
+from nemo_llm.checkpoint.safe_load import load_sharded
 from nemo_llm.checkpoint.weights import ADAPTER_FILE_NAME, check_same_tensors
 from nemo_llm.config.peft import PeftConfig
 from nemo_llm.errors import CheckpointError
@@ -63,7 +63,7 @@ def load_adapter(chunks: list[torch.nn.Module], folder: Path, base_fingerprint: 
     with raise_together():
         check_base(folder, base_fingerprint)
         check_same_tensors(state, folder)
-    apply_adapter_state(chunks, dist_checkpointing.load(state, str(folder / "state"))["adapter"])
+    apply_adapter_state(chunks, load_sharded(state, folder / "state")["adapter"])
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from nemo_llm.checkpoint.weights import load_weights
 from nemo_llm.checkpoint.writer import StateWriter
 from nemo_llm.config import RunConfig
 from nemo_llm.config.convert_tool import ConvertConfig
-from nemo_llm.config.load import compose, decode, to_dict
+from nemo_llm.config.load import compose, decode, decode_saved, to_dict, with_younger_keys
 from nemo_llm.convert.common import Outcome, appear, paths_of, write_report
 from nemo_llm.convert.convert import convert
 from nemo_llm.convert.gate import (
@@ -32,6 +32,7 @@ from nemo_llm.convert.gate import (
     load_theirs,
     saved_model,
 )
+from nemo_llm.data.chat_template import TEMPLATE_FILE_NAME, save_template
 from nemo_llm.errors import InputError
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.parallel.runtime import own_runtime
@@ -61,7 +62,7 @@ def convert_adapter(cfg: ConvertConfig) -> Outcome:
 
 def _to_peft(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
     folder = resolve_checkpoint(source)
-    run = decode({**read_config(folder), "model": saved_model(folder)})
+    run = decode_saved({**read_config(folder), "model": saved_model(folder)})
     if run.peft is None:
         raise InputError(f"{folder} was made by a run without peft; its weights are converted with target_format=hf")
     base = _base(cfg, run)
@@ -86,12 +87,12 @@ def _to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) ->
     base = resolve_checkpoint(Path(cfg.base).expanduser())
     plain = to_dict(compose(["+model=gpt_tiny", "peft=lora"]))["peft"]
     peft = {**plain, **section_of_folder(source)}
-    content: dict[str, Any] = {**read_config(base), "model": saved_model(base), "peft": peft}
+    content = {**with_younger_keys(read_config(base)), "model": saved_model(base), "peft": peft}
     content["checkpoint"] = {**content["checkpoint"], "init_from": str(base.resolve())}
     run = decode(content)
     assert run.peft is not None
     with _adapted(run, base) as (chunk, fingerprint):
-        load_hf_adapter([chunk], source, run.peft.kind)
+        load_hf_adapter([chunk], source, run.peft)
         began = time.monotonic()
         plan = StateWriter(None, threads=2).begin({"adapter": adapter_state([chunk])}, temporary / "state", copy=False)
         plan.write()
@@ -102,6 +103,8 @@ def _to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) ->
     (temporary / "config.yaml").write_text(yaml.safe_dump(to_dict(run), sort_keys=False), encoding="utf-8")
     if (base / "tokenizer").is_dir():
         shutil.copytree(base / "tokenizer", temporary / "tokenizer")
+        if (source / TEMPLATE_FILE_NAME).is_file():
+            save_template((source / TEMPLATE_FILE_NAME).read_text(encoding="utf-8"), temporary / "tokenizer")
     write_report(temporary, cfg, None, report)
     num_bytes = sum(path.stat().st_size for path in (temporary / "state").iterdir())
     commit(temporary, output)

@@ -73,9 +73,11 @@ CHANGEABLE_KEYS = (
     "data.prefetch",
     # What is measured and written on the side.
     "data.validation.*",
+    "evaluation.*",
     "checkpoint.*",
     "exp_manager.*",
     "sample.*",
+    "evaluation.*",
 )
 
 _NOT_COMPARED = ("run.dir",)

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from nemo_llm.checkpoint.optimizer_state import optimizer_parts
+from nemo_llm.config.trainer import FEWEST_SPIKE_STEPS
 from nemo_llm.data.blended import BlendedSource
 from nemo_llm.data.ledger import ledger
 from nemo_llm.log import get_logger
@@ -21,8 +22,6 @@ from nemo_llm.training.state import TrainingRun
 _log = get_logger(__name__)
 
 BAD_STEPS_FILE_NAME = "bad_steps.jsonl"
-# A median of fewer steps says little.
-_FEWEST_STEPS = 20
 _SIGMA_OF_MAD = 1.4826
 _RELATIVE_FLOOR = 0.01
 _MAX_DOCUMENTS = 1000
@@ -48,7 +47,7 @@ def find_reason(run: TrainingRun, loss: float, grad_norm: float | None) -> str |
             return f"{name} is {value}"
     sigmas = run.cfg.trainer.spike_sigmas
     recent = run.state.recent
-    if sigmas is None or len(recent) < _FEWEST_STEPS:
+    if sigmas is None or len(recent) < FEWEST_SPIKE_STEPS:
         return None
     for column, (name, value) in enumerate((("loss", loss), ("gradient norm", grad_norm)), start=1):
         if value is None:

@@ -5,6 +5,7 @@ In a thread of each rank: write and hash. In the first rank's thread: manifest, 
 ``checkpoint.async_save`` training goes on after the first.
 """
 
+import hashlib
 import json
 import shutil
 import threading
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
@@ -23,9 +23,11 @@ from nemo_llm.checkpoint.agree import raise_together
 from nemo_llm.checkpoint.folder import begin, commit, is_complete, temporary_of
 from nemo_llm.checkpoint.optimizer_state import apply_optimizer_scalars, optimizer_scalars, optimizer_tensors
 from nemo_llm.checkpoint.retention import remove_old
+from nemo_llm.checkpoint.safe_load import load_sharded
 from nemo_llm.checkpoint.weights import apply_model_state, check_same_tensors, model_state
 from nemo_llm.checkpoint.writer import StateWriter, WritePlan
-from nemo_llm.errors import CheckpointError
+from nemo_llm.data.chat_template import TEMPLATE_FILE_NAME, save_template
+from nemo_llm.errors import CheckpointError, ConfigError, Problem
 from nemo_llm.log import get_logger
 from nemo_llm.peft.adapter import adapter_state
 from nemo_llm.peft.state import apply_adapter_state, check_base, write_description
@@ -154,8 +156,9 @@ def load_checkpoint(run: TrainingRun, folder: Path) -> None:
             check_base(folder, run.base_fingerprint)
         check_same_tensors(trained_state(run), folder)
         progress = read_progress(folder)
+        _check_chat_template(run, progress, folder)
         _check_has_optimizer(state, folder)
-    loaded = dist_checkpointing.load(state, str(folder / "state"), validate_access_integrity=False)
+    loaded = load_sharded(state, folder / "state", validate_access_integrity=False)
     if run.cfg.peft is None:
         apply_model_state(run.model, loaded)
     else:
@@ -185,6 +188,21 @@ def read_progress(folder: Path) -> dict[str, Any]:
             f"{folder} holds weights and no training state (no {TRAINING_FILE_NAME}), so that nothing can be resumed "
             f"from it.\n      fix: start from its weights with checkpoint.init_from={folder}"
         ) from None
+
+
+def _check_chat_template(run: TrainingRun, progress: dict[str, Any], folder: Path) -> None:
+    """Refuse another chat template than the one of the run's earlier steps. (Checkpoints of old do not name theirs.)"""
+    present = _template_digest(run)
+    saved = progress.get("chat_template", present)
+    if saved != present and None not in (saved, present):
+        rule = f"gives another template than the one that {folder} was tuned with"
+        fix = f"make it what it was; a copy is {folder / 'tokenizer' / TEMPLATE_FILE_NAME}"
+        raise ConfigError([Problem("data.chat.template", run.cfg.data.chat.template, rule, fix)])
+
+
+def _template_digest(run: TrainingRun) -> str | None:
+    source = run.data.chat_template
+    return None if source is None else hashlib.sha256(source.encode()).hexdigest()
 
 
 def _check_has_optimizer(state: dict, folder: Path) -> None:
@@ -219,10 +237,13 @@ def _write_companions(run: TrainingRun, folder: Path) -> None:
         "consumed_tokens": state.consumed_tokens,
         "validation_loss": state.validation_loss,
         "recent": state.recent,
+        "chat_template": _template_digest(run),
     }
     (folder / TRAINING_FILE_NAME).write_text(json.dumps(progress))
     shutil.copyfile(run.run_dir / "config.yaml", folder / "config.yaml")
     run.tokenizer.save(folder / "tokenizer")
+    if run.data.chat_template is not None:
+        save_template(run.data.chat_template, folder / "tokenizer")
     if run.cfg.peft is not None:
         write_description(folder, run.cfg.peft, run.base_fingerprint)
 

@@ -79,10 +79,14 @@ def _compare_with_unigram(run: TrainingRun, name: str, loss: float) -> str:
         return f"validation {name}: loss {loss:.4f} nats; entropy of its labels {entropy:.4f} nats"
     counts = count_tokens((sample.tokens[1:][sample.loss_mask > 0] for sample in samples), run.tokenizer.vocab_size)
     entropy = unigram_entropy_nats(counts)
-    return (
-        f"validation {name}: loss {loss:.4f} nats; unigram entropy of the same tokens {entropy:.4f} nats; "
-        f"the model is better by {entropy - loss:.4f}"
-    )
+    return f"validation {name}: loss {loss:.4f} nats; {beside_unigram(loss, entropy)}"
+
+
+def beside_unigram(loss: float, entropy: float) -> str:
+    """How a loss compares with the entropy of the same tokens by their frequencies alone, both in nats."""
+    better = entropy - loss
+    told = f"better by {better:.4f}" if better >= 0 else f"worse by {-better:.4f}: it has not learned these tokens yet"
+    return f"unigram entropy of the same tokens {entropy:.4f} nats; the model is {told}"
 
 
 def _indented(text: str) -> str:

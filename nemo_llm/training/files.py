@@ -1,8 +1,9 @@
 """Small files that survive a crash: either the old content or the new one, never half of it."""
 
-import errno
 import os
 from pathlib import Path
+
+from nemo_llm.checkpoint.folder import fsync
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -20,16 +21,4 @@ def write_atomic(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_dir(path.parent)
-
-
-def fsync_dir(folder: Path) -> None:
-    """Bring `folder`'s entries (names made, renamed, removed) to the disk, where its file system can do that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems refuse fsync on a folder
-            raise
-    finally:
-        os.close(descriptor)
+    fsync(path.parent)

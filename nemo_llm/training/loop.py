@@ -16,6 +16,7 @@ from nemo_llm.training.checkpoint import finish_saving, save_checkpoint
 from nemo_llm.training.evaluation import read_evaluation
 from nemo_llm.training.experiment import ExperimentLogger, ExperimentRun, start_experiment
 from nemo_llm.training.metrics import EvaluationRow, MetricsFile, StepRow, ValidationRow, progress_line
+from nemo_llm.training.progress import Phase
 from nemo_llm.training.rollback import BadSteps
 from nemo_llm.training.rundir import to_plain
 from nemo_llm.training.signals import StopReason, StopSignals
@@ -39,12 +40,12 @@ def train(run: TrainingRun) -> Ending:
     """Take steps until ``trainer.max_steps`` or until told to stop; saves at the end either way."""
     trainer, state = run.cfg.trainer, run.state
     stop_file_folder = run.run_dir if run.runtime.is_first_rank else None
-    run.progress.enter("start", state.step)
+    run.progress.enter(Phase.START, state.step)
     evaluation = read_evaluation(run.cfg.evaluation)
     with (
         StopSignals(stop_file_folder, trainer.max_time_minutes) as signals,
         _Report(run) as report,
-        Watchdog(run.progress, run.run_dir, trainer, signals),
+        Watchdog(run.progress, run.run_dir, run.cfg, signals),
     ):
         reason: StopReason | None = None
         first_step = state.step
@@ -52,27 +53,27 @@ def train(run: TrainingRun) -> Ending:
         while state.step < trainer.max_steps and reason is None:
             began, waited = time.perf_counter(), run.loader.wait_seconds
             result = train_step(run)
-            run.progress.enter("agree", state.step)
+            run.progress.enter(Phase.AGREE, state.step)
             reason = _agree_to_stop(signals, run)  # every rank stops after the same step
-            run.progress.enter("report")
+            run.progress.enter(Phase.REPORT)
             report.step(result, time.perf_counter() - began, run.loader.wait_seconds - waited)
             bad_steps.after(result)
             if state.step == first_step + 1:
                 run.runtime.shorten_timeouts(trainer.step_timeout_minutes)
             report.stragglers()
             if _due(trainer.val_interval, state.step) or (reason is None and state.step == trainer.max_steps):
-                run.progress.enter("validation")
+                run.progress.enter(Phase.VALIDATION)
                 with report.pause():
                     report.validation(validate(run))
             if evaluation is not None and _due(run.cfg.evaluation.interval, state.step):
-                run.progress.enter("evaluation")
+                run.progress.enter(Phase.EVALUATION)
                 with report.pause():
                     report.evaluation(evaluation.measure(run))
             if _due(run.cfg.checkpoint.save_interval, state.step) and reason is None:
-                run.progress.enter("save")
+                run.progress.enter(Phase.SAVE)
                 with report.pause():
                     save_checkpoint(run, in_background=run.cfg.checkpoint.async_save)
-        run.progress.enter("end")
+        run.progress.enter(Phase.END)
         if run.cfg.checkpoint.save_final or reason is not None:
             save_checkpoint(run)
         finish_saving(run)

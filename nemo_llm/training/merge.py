@@ -9,7 +9,7 @@ import yaml
 from nemo_llm.checkpoint.fingerprint import weights_fingerprint
 from nemo_llm.checkpoint.folder import read_config, resolve_checkpoint, writing
 from nemo_llm.checkpoint.weights import save_weights
-from nemo_llm.config.load import compose, decode, to_dict
+from nemo_llm.config.load import compose, decode_saved, to_dict
 from nemo_llm.data.tokenizer import load_tokenizer_from_folder
 from nemo_llm.errors import InputError
 from nemo_llm.models.build import build_model_chunks
@@ -32,7 +32,7 @@ def merge_checkpoint(checkpoint: Path, output: Path) -> Path:
     if output.exists():
         raise InputError(f"{output}: exists already; name another folder")
     folder = resolve_checkpoint(checkpoint)
-    cfg = decode(read_config(folder))
+    cfg = decode_saved(read_config(folder))
     if cfg.peft is None:
         raise InputError(f"{folder} was made by a run without peft: there is nothing to merge")
     # Sections of one process in fp32; any model serves to compose them.

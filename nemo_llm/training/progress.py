@@ -2,8 +2,27 @@
 
 import time
 from dataclasses import dataclass, field
+from enum import StrEnum
 
-PHASES = ("start", "data", "forward and backward", "update", "agree", "report", "validation", "save", "end")
+
+class Phase(StrEnum):
+    """What a rank is at, in the order of a step; the watchdog has a time limit for each."""
+
+    START = "start"
+    DATA = "data"
+    FORWARD_BACKWARD = "forward and backward"
+    UPDATE = "update"
+    AGREE = "agree"
+    REPORT = "report"
+    VALIDATION = "validation"
+    EVALUATION = "evaluation"
+    SAVE = "save"
+    END = "end"
+
+    @property
+    def order(self) -> int:
+        """Its place within a step."""
+        return list(Phase).index(self)
 
 
 @dataclass
@@ -12,17 +31,17 @@ class Progress:
 
     Attributes:
         step: updates made.
-        phase: one of `PHASES`.
+        phase: what it is at.
         since: when the phase began, `time.monotonic` seconds.
         seconds: time spent in each phase since `take_seconds`.
     """
 
     step: int = 0
-    phase: str = "start"
+    phase: Phase = Phase.START
     since: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def enter(self, phase: str, step: int | None = None) -> None:
+    def enter(self, phase: Phase, step: int | None = None) -> None:
         """Go on to the next phase, or begin the same anew."""
         now = time.monotonic()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self.since

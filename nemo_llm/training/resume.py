@@ -6,14 +6,14 @@ import torch
 import torch.distributed as dist
 
 from nemo_llm.checkpoint.agree import raise_together
-from nemo_llm.checkpoint.folder import find_checkpoints, is_complete, resolve_checkpoint
+from nemo_llm.checkpoint.folder import find_checkpoints, is_complete, resolve_checkpoint, step_of
 from nemo_llm.checkpoint.manifest import verify
 from nemo_llm.checkpoint.weights import load_weights
 from nemo_llm.config import RunConfig
 from nemo_llm.errors import CheckpointDamagedError
 from nemo_llm.log import get_logger
 from nemo_llm.parallel.runtime import ParallelRuntime
-from nemo_llm.training.checkpoint import load_checkpoint
+from nemo_llm.training.checkpoint import TRAINING_FILE_NAME, load_checkpoint, read_progress
 from nemo_llm.training.state import TrainingRun
 
 _log = get_logger(__name__)
@@ -63,6 +63,7 @@ def newest_good(cfg: RunConfig, runtime: ParallelRuntime, candidates: list[Path]
         try:
             with raise_together():
                 verify(folder, cfg.checkpoint.verify, (runtime.rank, runtime.world_size))
+                _check_step(folder)
         except CheckpointDamagedError as error:
             damage.append(str(error))
             continue
@@ -70,6 +71,18 @@ def newest_good(cfg: RunConfig, runtime: ParallelRuntime, candidates: list[Path]
             _log.warning("passed over: %s", text)
         return folder
     raise CheckpointDamagedError("no checkpoint to resume from is whole:\n  " + "\n  ".join(damage))
+
+
+def _check_step(folder: Path) -> None:
+    """Refuse a folder whose name says another step than it holds: what is saved from there on would seem older."""
+    named = step_of(folder)
+    if named is None or not (folder / TRAINING_FILE_NAME).exists():
+        return
+    held = read_progress(folder)["step"]
+    if held != named:
+        raise CheckpointDamagedError(
+            f"{folder}: it holds step {held}, and its name says step {named}; rename it step_{held:08d}, or remove it"
+        )
 
 
 def _set_aside_later(run: TrainingRun, found: Path) -> None:

@@ -32,7 +32,7 @@ import yaml
 
 from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, find_checkpoint, read_config
 from nemo_llm.config import RunConfig
-from nemo_llm.config.load import decode_data
+from nemo_llm.config.load import decode_data, with_younger_keys
 from nemo_llm.data.history import check_blend_history
 from nemo_llm.errors import ConfigError, ExitCode, InputError
 from nemo_llm.training.agreement import Change, check_agreement
@@ -158,7 +158,7 @@ def _blend_keys(path: Path, saved: Mapping[str, Any], cfg: RunConfig) -> Sequenc
     if found is None or all(saved["data"].get(key) == to_plain(cfg)["data"][key] for key in _BLEND_KEYS):
         return ()
     try:
-        before = decode_data(saved["data"])
+        before = decode_data(with_younger_keys(saved)["data"])
         consumed = json.loads((found / "training.json").read_text(encoding="utf-8"))["consumed_samples"]
     except (ConfigError, OSError, ValueError, KeyError):  # of another version: then nothing may change
         return ()

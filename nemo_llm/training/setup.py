@@ -16,6 +16,7 @@ from megatron.core.utils import get_model_config
 
 from nemo_llm.checkpoint.fingerprint import weights_fingerprint
 from nemo_llm.checkpoint.folder import resolve_checkpoint
+from nemo_llm.checkpoint.new_tokens import new_tokens
 from nemo_llm.config import RunConfig
 from nemo_llm.log import get_logger
 from nemo_llm.models.build import build_model_chunks
@@ -95,12 +96,25 @@ def freeze_and_adapt(cfg: RunConfig, chunks: list[torch.nn.Module], runtime: Par
     if cfg.peft.init_from is not None:
         start = Path(cfg.peft.init_from)
         if (start / CONFIG_FILE).is_file():
-            load_hf_adapter(chunks, start, cfg.peft.kind)
+            load_hf_adapter(chunks, start, cfg.peft)
         else:
             load_adapter(chunks, resolve_checkpoint(start), fingerprint)
+    if cfg.checkpoint.init_from is not None:
+        _tell_of_new_tokens(resolve_checkpoint(Path(cfg.checkpoint.init_from)))
     trained = count_parameters(chunks, runtime)
     _log.info("%s: %s trained parameters beside frozen weights %s", cfg.peft.kind, f"{trained:,}", fingerprint)
     return fingerprint
+
+
+def _tell_of_new_tokens(base: Path) -> None:
+    """Say that rows which were made for new tokens are frozen: nothing else would show it."""
+    if new := new_tokens(base):
+        shown = ", ".join(new[:5]) + (", ..." if len(new) > 5 else "")
+        _log.warning(
+            "%s: %d tokens are new there (%s), and their rows of embedding and output layer stay frozen beside an "
+            "adapter. Train all weights first (peft=null) if they have to be learned",
+            *(base, len(new), shown),
+        )
 
 
 def wrap_data_parallel(cfg: RunConfig, chunks: list[torch.nn.Module]) -> list[DistributedDataParallel]:

@@ -1,16 +1,19 @@
 """tools/inspect_checkpoint.py on real checkpoints, whole and damaged."""
 
+import errno
 import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_llm.checkpoint.folder import find_checkpoint, resolve_checkpoint
 from nemo_llm.checkpoint.manifest import BLOCK_BYTES, BlockHasher, describe_file, verify
-from nemo_llm.checkpoint.unpickle import check_safe
+from nemo_llm.checkpoint.safe_load import check_safe
 from nemo_llm.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+from nemo_llm.training.resume import _check_step
 from tests.ranks import RankPool
 from tests.training.test_resume import ZERO1, _train, flip_a_byte
 from tools.inspect_checkpoint import main
@@ -123,3 +126,24 @@ def test_hash_of_a_stream_is_that_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
     assert hasher.entry() == describe_file(tmp_path / "file")
     assert len(hasher.blocks) == 2
+
+
+def test_a_file_that_cannot_be_read_is_damaged_and_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = next((copy / "state").glob("*.distcp"))
+    opened = Path.open
+
+    def failing(path: Path, *arguments: Any, **settings: Any) -> Any:
+        if path == file:
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(CheckpointDamagedError, match=rf"{file.name}: damaged; it cannot be read: Input/output"):
+        verify(copy)
+
+
+def test_a_folder_of_another_step_than_its_name_is_refused(copy: Path) -> None:
+    _check_step(copy)
+    renamed = copy.rename(copy.with_name("step_00000099"))
+    with pytest.raises(CheckpointDamagedError, match="holds step 2, and its name says step 99"):
+        _check_step(renamed)

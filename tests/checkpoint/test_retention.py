@@ -1,11 +1,12 @@
 """Which checkpoints stay: newest, multiples, best; real folders with real manifests."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from nemo_llm.checkpoint.folder import find_checkpoints, step_of, writing
+from nemo_llm.checkpoint.folder import find_checkpoints, remove, step_of, writing
 from nemo_llm.checkpoint.retention import remove_old
 from nemo_llm.config.load import compose
 
@@ -40,3 +41,16 @@ def test_what_stays(overrides: str, kept: list[int], checkpoints: Path) -> None:
     assert sorted(step_of(folder) or 0 for folder in find_checkpoints(checkpoints)) == kept
     assert not unfinished.exists()
     assert incomplete.exists()  # without a marker it is no checkpoint, and nobody's to remove
+
+
+def test_what_a_kill_leaves_of_a_removed_checkpoint_goes_later(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = compose(["+model=gpt_tiny", "checkpoint.keep_last=null"]).checkpoint
+    before = set(checkpoints.iterdir())
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before the first file is gone
+        remove(checkpoints / "step_00000020")
+    assert 20 not in [step_of(folder) for folder in find_checkpoints(checkpoints)]
+    remove_old(checkpoints, settings)
+    assert set(checkpoints.iterdir()) == before - {checkpoints / "step_00000020"}

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from nemo_llm.config.catalog import known_keys
-from nemo_llm.config.import_config import CODECS, Imported, import_file, model_file, read_arguments
+from nemo_llm.config.import_arguments import read_arguments
+from nemo_llm.config.import_config import CODECS, import_file, model_file
+from nemo_llm.config.import_rows import Imported
 from nemo_llm.config.import_tables import MEGATRON, NEMO
 from nemo_llm.config.load import compose
 from nemo_llm.config.run import RunConfig
@@ -93,8 +95,8 @@ def test_a_launcher_file(tmp_path: Path) -> None:
     assert (model.num_layers, model.ffn_hidden_size, model.num_query_groups) == (8, 2048, 4)
     assert (model.normalization, model.layernorm_zero_centered_gamma) == ("LayerNorm", True)
     assert (model.activation_func, model.gated_linear_unit, model.add_bias_linear) == ("silu", True, False)
-    assert (cfg.optim.adam_beta2, cfg.optim.sched.name, cfg.optim.sched.warmup_steps) == (0.95, "cosine", 116)
-    assert (cfg.optim.sched.decay_steps, cfg.trainer.max_time_minutes) == (3000, 1590.0)
+    assert (cfg.optim.adam_beta2, cfg.optim.sched.name, cfg.optim.sched.warmup_steps) == (0.95, "cosine", 117)
+    assert (cfg.optim.sched.decay_steps, cfg.trainer.max_time_minutes) == (3001, 1590.0)
     assert (cfg.parallelism.tensor_model_parallel_size, cfg.parallelism.use_distributed_optimizer) == (2, True)
     assert (cfg.precision.name, cfg.data.split) == ("bf16", "99990,8,2")
     became = {row.key: row for row in result.rows}
@@ -108,7 +110,7 @@ def test_a_launcher_file(tmp_path: Path) -> None:
 def test_a_megatron_script(tmp_path: Path) -> None:
     result, cfg = imported(tmp_path, "train.sh", ARGUMENTS)
     model = cfg.model
-    assert (model.num_layers, model.hidden_size, model.ffn_hidden_size, model.num_query_groups) == (12, 768, 3072, 12)
+    assert (model.num_layers, model.hidden_size, model.ffn_hidden_size, model.num_query_groups) == (12, 768, 2048, 12)
     assert (model.activation_func, model.gated_linear_unit, model.add_bias_linear) == ("silu", True, False)
     assert (model.share_embeddings_and_output_weights, model.normalization) == (False, "RMSNorm")
     assert (model.hidden_dropout, model.attention_dropout) == (0.1, 0.1)  # Megatron-LM's defaults
@@ -135,7 +137,7 @@ def test_tables_name_keys_and_codecs_that_exist(table: dict) -> None:
     keys = set(known_keys()) | {"precision"}
     for foreign, (targets, codec) in table.items():
         assert set(targets.split(", ")) <= keys, foreign
-        assert codec in CODECS or codec == "steps" or codec.startswith("flag:"), foreign
+        assert codec in CODECS or codec.startswith("flag:"), foreign
 
 
 @pytest.mark.parametrize(("name", "text", "word"), [("a.yaml", "x: 1", "no `model` section"), ("b.yaml", "[", "YAML")])
@@ -150,9 +152,19 @@ def test_the_command_writes_a_file_that_composes(tmp_path: Path) -> None:
     tool = Path(__file__).parents[2] / "tools" / "import_config.py"
     command = [sys.executable, str(tool), f"input={tmp_path}/small.yaml", f"output={tmp_path}/conf"]
     first = subprocess.run(command, capture_output=True, text=True)
-    assert first.returncode == 0, first.stderr
-    assert "mapped" in first.stdout
+    assert first.returncode == 3, first.stderr
+    assert "unmapped  model.some_new_key = 3" in first.stdout
+    assert "use it with --config-dir" in first.stdout
     assert compose(["+model=small"], tmp_path / "conf").model.hidden_size == 512
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2
     assert "exists already" in again.stderr
+    more = subprocess.run([*command, "overwrite=true", "allow_unmapped=true"], capture_output=True, text=True)
+    assert more.returncode == 0, more.stderr
+    (tmp_path / "small.yaml").write_text(LAUNCHER.replace("global_batch_size: 256", "global_batch_size: 3"))
+    wrong = subprocess.run([*command, "overwrite=true"], capture_output=True, text=True)
+    assert "to mend before training on 16 processes: trainer.global_batch_size" in wrong.stdout
+    (tmp_path / "small.yaml").write_text("model: {hidden_size: 512}")
+    broken = subprocess.run([*command, "overwrite=true"], capture_output=True, text=True)
+    assert broken.returncode == 2
+    assert "use it with" not in broken.stdout

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from nemo_llm.checkpoint.unpickle import Inert, load_inert
+from nemo_llm.checkpoint.unpickle import Record, read_torch
 from nemo_llm.convert.megatron_files import open_megatron
 from nemo_llm.convert.nemo1_ranks import RankFiles
 from nemo_llm.errors import CheckpointDamagedError, InputError
@@ -136,12 +136,12 @@ class _Harmful:
 def test_a_pickle_of_anything_is_read_and_runs_nothing(tmp_path: Path) -> None:
     content = {"args": Namespace(num_layers=2, kind=_Harmful(tmp_path / "made")), "weight": torch.arange(3.0)}
     torch.save(content, tmp_path / "common.pt")
-    read = load_inert(tmp_path / "common.pt")
-    assert read["args"].num_layers == 2
-    assert isinstance(read["args"].kind, Inert)
+    read = read_torch(tmp_path / "common.pt", None)
+    assert read["args"].state["num_layers"] == 2
+    assert isinstance(read["args"].state["kind"], Record)
     assert torch.equal(read["weight"], content["weight"])
     assert not (tmp_path / "made").exists()
     whole = (tmp_path / "common.pt").read_bytes()
     (tmp_path / "common.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointDamagedError, match="damaged"):
-        load_inert(tmp_path / "common.pt")
+        read_torch(tmp_path / "common.pt", None)

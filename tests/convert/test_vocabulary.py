@@ -78,6 +78,33 @@ def train_on(folder: str) -> tuple[float, float]:
     return losses[0], losses[-1]
 
 
+def adapt(folder: str) -> list[str]:
+    """Log lines of a run with LoRA on the checkpoint before and the one after it grew."""
+    import logging
+
+    from nemo_llm.config.load import compose
+    from nemo_llm.models.build import build_model_chunks
+    from nemo_llm.parallel.runtime import own_runtime
+    from nemo_llm.training import setup
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    setup._log.addHandler(handler)
+    for name in ("ours", "more"):
+        place = f"{folder}/{name}"
+        cfg = compose(
+            [
+                *("+model=from_checkpoint", f"model.checkpoint_path={place}", "precision=fp32"),
+                *("trainer.accelerator=cpu", "data=mock", "peft=lora", "peft.rank=2", f"checkpoint.init_from={place}"),
+            ]
+        )
+        with own_runtime(cfg) as runtime:
+            setup.freeze_and_adapt(cfg, build_model_chunks(cfg, runtime, cfg.model.vocab_size or 0), runtime)
+    setup._log.removeHandler(handler)
+    return [line for line in lines if "new" in line]
+
+
 def export(folder: str) -> None:
     """To a folder of Hugging Face's; the conversion compares logits itself."""
     from nemo_llm.config.convert_tool import ConvertConfig
@@ -108,6 +135,10 @@ def test_a_vocabulary_grows(ranks: RankPool, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(f"{TEXT} " * 40)
     first, last = ranks.run(train_on, 2, str(tmp_path))[0]
     assert last < first - 0.5
+
+    (line,) = ranks.run(adapt, 1, str(tmp_path))[0]
+    assert "3 tokens are new there (harpooneer, zzyzx, <unheard-of>)" in line
+    assert "frozen" in line
 
     ranks.run(export, 1, str(tmp_path))
     new = AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -1,6 +1,8 @@
 """Conversations as data: forms of records, templates, which tokens are learned, packing, errors."""
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_llm.config.data import BlendSource, DataConfig
 from nemo_llm.data.build import build_train_and_validation
-from nemo_llm.data.chat_format import BadChatError, to_messages
-from nemo_llm.data.chat_store import ChatEncoder
-from nemo_llm.data.chat_template import NAMED_TEMPLATES, load_template
-from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer
+from nemo_llm.data.chat_format import BadChatError, Conversation, to_conversation
+from nemo_llm.data.chat_store import ChatEncoder, open_chats
+from nemo_llm.data.chat_template import NAMED_TEMPLATES
+from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_from_folder
 from nemo_llm.errors import ConfigError, InputError
 from tests.data.conftest import CHAT, tokenizer_config
 
@@ -51,13 +53,15 @@ def chat_config(data_config: Callable[..., DataConfig], path: str, **changes: ob
     ids=["messages", "sharegpt", "alpaca", "prompt", "prompt as messages"],
 )
 def test_every_form_gives_the_same_conversation(record: dict) -> None:
-    assert [(m["role"], m["content"]) for m in to_messages(record, CHAT)] == [("user", "a\n\nb"), ("assistant", "c")]
+    chat = to_conversation(record, CHAT)
+    assert [(m["role"], m["content"]) for m in chat.messages] == [("user", "a\n\nb"), ("assistant", "c")]
 
 
 def test_two_named_fields_and_a_system_prompt() -> None:
     config = replace(CHAT, prompt_key="question", answer_key="answer", system_prompt="Be short.")
-    messages = to_messages({"question": "q", "answer": "a", "id": 3}, config)
-    assert [m["role"] for m in messages] == ["system", "user", "assistant"]
+    chat = to_conversation({"question": "q", "answer": "a", "id": 3}, config)
+    assert [m["role"] for m in chat.messages] == ["system", "user", "assistant"]
+    assert chat.unused == ("id",)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +81,7 @@ def test_two_named_fields_and_a_system_prompt() -> None:
 )
 def test_malformed_records_say_what_is_wrong(record: dict, words: list[str]) -> None:
     with pytest.raises(BadChatError) as caught:
-        to_messages(record, CHAT)
+        to_conversation(record, CHAT)
     for word in words:
         assert word in str(caught.value)
 
@@ -93,7 +97,7 @@ def encoder(config: DataConfig, tokenizer: Tokenizer) -> ChatEncoder:
 
 
 def learned_text(config: DataConfig, tokenizer: Tokenizer, messages: list[dict]) -> str:
-    chat = encoder(config, tokenizer).encode(messages)
+    chat = encoder(config, tokenizer).encode(Conversation(messages))
     return tokenizer.decode([token for token, learned in zip(chat.tokens, chat.learned, strict=True) if learned])
 
 
@@ -121,9 +125,9 @@ def test_named_templates_round_trip_and_render_as_transformers_does(
     assert "No, not two." in learned
     assert "One?" not in learned
     theirs = PreTrainedTokenizerFast(tokenizer_object=demo_tokenizer.backend)  # type: ignore[attr-defined]
-    template = load_template(name, demo_tokenizer, None)
+    template = encoder(config, demo_tokenizer).template
     expected = theirs.apply_chat_template(
-        TWO_TURNS, chat_template=template.source, tokenize=False, eod_token=template._variables["eod_token"]
+        TWO_TURNS, chat_template=template.source, tokenize=False, eod_token=template.variables["eod_token"]
     )
     assert template.render(TWO_TURNS) == expected
 
@@ -133,7 +137,7 @@ def test_a_template_that_rewrites_the_past_is_refused(data_config, demo_tokenize
     path.write_text("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
     config = data_config(chat=replace(CHAT, template=str(path)))
     with pytest.raises(BadChatError, match="does not round-trip"):
-        encoder(config, demo_tokenizer).encode(TWO_TURNS)
+        encoder(config, demo_tokenizer).encode(Conversation(TWO_TURNS))
 
 
 def test_an_unknown_template_names_the_nearest(data_config, demo_tokenizer: Tokenizer) -> None:
@@ -222,3 +226,228 @@ def test_the_tool_shows_what_is_learned(tmp_path: Path, capsys: pytest.CaptureFi
     arguments = ["chat", path, "--tokenizer", "demo", "--template", "chatml", "--records", "1", "--fields", "q,a"]
     assert main(arguments) == 0
     assert "One?<|im_end|>\n<|im_start|>assistant\n\033[32mYes.<|im_end|>\n\033[0m" in capsys.readouterr().out
+
+
+QWEN3 = "qwen3.jinja"
+CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "required": ["city"]}}}
+
+
+def published(name: str) -> str:
+    trl = pytest.importorskip("trl")
+    return str(Path(trl.__file__).parent / "chat_templates" / name)
+
+
+def encode_record(tokenizer: Tokenizer, template: str, record: dict, **changes: object) -> tuple[str, dict[str, int]]:
+    """(what is learned of a record, what of it is not used)."""
+    made = ChatEncoder(replace(CHAT, template=template, **changes), 9999, tokenizer, None, 0)  # type: ignore[arg-type]
+    chat = made.encode_record(record, "here")
+    text = tokenizer.decode([token for token, learned in zip(chat.tokens, chat.learned, strict=True) if learned])
+    return text, dict(Counter(chat.unused))
+
+
+def test_calls_reasoning_and_tools_reach_the_template(demo_tokenizer: Tokenizer) -> None:
+    calling = {
+        "messages": [
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "18 C"},
+            {"role": "assistant", "reasoning_content": "warm", "content": "18."},
+        ],
+        "tools": [TOOL],
+        "id": 7,
+    }
+    text, unused = encode_record(demo_tokenizer, published(QWEN3), calling, train_on="all")
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>' in text
+    assert "<think>\nwarm\n</think>\n\n18." in text
+    assert '<tools>\n{"type": "function", "function": {"name": "weather"' in text
+    assert unused == {"id of records": 1, "tool_call_id of tool messages": 1}
+    as_text, _ = encode_record(
+        demo_tokenizer, published(QWEN3), {**calling, "tools": json.dumps([TOOL])}, train_on="all"
+    )
+    assert as_text == text
+    # What no answer stands for is refused; what is written of nothing is counted.
+    with pytest.raises(InputError, match=r"here: message 1: .*writes nothing of the answer's tool_calls"):
+        encode_record(demo_tokenizer, "chatml", calling)
+    calling["messages"][1]["content"] = "I look."  # type: ignore[index]
+    _, unused = encode_record(demo_tokenizer, "chatml", calling)
+    assert unused == {
+        "id of records": 1,
+        "tools of records": 1,
+        "tool_calls of assistant messages": 1,
+        "tool_call_id of tool messages": 1,
+        "reasoning_content of assistant messages": 1,
+    }
+
+
+def test_reasoning_that_a_template_leaves_out_of_some_turns_is_counted(demo_tokenizer: Tokenizer) -> None:
+    turns = [{**m, "reasoning_content": f"I think {m['content']}"} if n % 2 else m for n, m in enumerate(TWO_TURNS)]
+    text, unused = encode_record(demo_tokenizer, published(QWEN3), {"messages": turns}, train_on="all")
+    assert "I think No, not two." in text
+    assert "I think Yes, one." not in text
+    assert unused == {"reasoning_content of assistant messages": 1}
+
+
+def test_messages_that_a_template_passes_over_are_counted(demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "t.jinja"
+    path.write_text(
+        "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}{{ m.role }}: {{ m.content }}\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    record = {"messages": [{"role": "system", "content": "one"}, *TWO_TURNS]}  # "one" stands in an answer too
+    assert encode_record(demo_tokenizer, str(path), record)[1] == {"content of system messages": 1}
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "gemma3.jinja", "smolvlm.jinja", QWEN3])
+def test_content_in_parts_is_content(template: str, demo_tokenizer: Tokenizer) -> None:
+    name = template if template in NAMED_TEMPLATES else published(template)
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in TWO_TURNS[:2]]
+    text, unused = encode_record(demo_tokenizer, name, {"messages": parts})
+    assert (text, unused) == encode_record(demo_tokenizer, name, {"messages": TWO_TURNS[:2]})
+    assert "Yes, one." in text
+    assert not unused
+    with pytest.raises(InputError, match="part of type 'image'"):
+        encode_record(demo_tokenizer, name, {"messages": [{"role": "user", "content": [{"type": "image"}]}]})
+
+
+@pytest.mark.parametrize(
+    ("fields", "learned"),
+    [
+        ({"weight": 0}, ""),
+        ({"weight": 1}, "Yes, one."),
+        ({"weight": 0.0}, ""),
+        ({"train": False}, ""),
+        ({"train": None}, "Yes, one."),
+        ({"train": None, "weight": None}, "Yes, one."),
+        ({"train": True, "weight": 1}, "Yes, one."),
+        ({"weight": 0.5}, "'weight' of a message must be 1 .* received 0.5"),
+        ({"weight": True}, "'weight' of a message .* received True"),
+        ({"weight": "0"}, "received '0'"),
+        ({"train": "false"}, "'train' of a message must be true or false, received 'false'"),
+        ({"train": 0}, "'train' .* received 0"),
+        ({"train": True, "weight": 0}, "contradict each other"),
+    ],
+)
+def test_which_answers_are_learned(fields: dict, learned: str, demo_tokenizer: Tokenizer) -> None:
+    record = {"messages": [TWO_TURNS[0], TWO_TURNS[1] | fields]}
+    if len(learned) > len("Yes, one."):
+        with pytest.raises(InputError, match=f"here: {learned}|{learned}"):
+            encode_record(demo_tokenizer, "chatml", record)
+        return
+    text, unused = encode_record(demo_tokenizer, "chatml", record)
+    assert text.removesuffix("<|im_end|>\n") == learned
+    assert not unused
+    marked = {"messages": [TWO_TURNS[0] | {"train": False}, TWO_TURNS[1]]}
+    assert encode_record(demo_tokenizer, "chatml", marked)[1] == {"train or weight of user messages": 1}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"system": "Be brief.", "messages": TWO_TURNS[:2]},
+        {"system": "Be brief.", "conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "Yes"}]},
+        {"system": "Be brief.", "instruction": "One?", "output": "Yes, one."},
+    ],
+)
+def test_a_system_field_is_the_system_message(record: dict, demo_tokenizer: Tokenizer) -> None:
+    text, unused = encode_record(demo_tokenizer, "chatml", record, train_on="all", system_prompt="Never seen.")
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert not unused
+    own = {"system": "Other.", "messages": [{"role": "system", "content": "Own."}, *TWO_TURNS[:2]]}
+    text, unused = encode_record(demo_tokenizer, "chatml", own, train_on="all")
+    assert "Own." in text
+    assert unused == {"system of records": 1}
+
+
+def test_what_is_left_out_is_said_in_words_at_every_start(
+    data_config, demo_tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = {"prompt": "a", "completion": "b " * 400, "id": 1}
+    records = [{"prompt": "a", "completion": "b", "id": 1, "source": "web"}] * 3 + [long] * 2
+    config = chat_config(data_config, write_lines(tmp_path / "c.jsonl", records), seq_length=128)
+    logger = logging.getLogger("nemo_llm")
+    logger.propagate, before = True, logger.propagate
+    try:
+        for _ in range(2):
+            caplog.clear()
+            build_train_and_validation(config, demo_tokenizer, 1)
+            assert "c.jsonl: of 5 conversations: 2 dropped as too long (data.chat.too_long=drop)" in caplog.text
+            assert "c.jsonl: not used: id of records (5), source of records (3)" in caplog.text
+            assert "{" not in caplog.text
+            assert "chatml writes <|im_end|>, which is no token of the tokenizer demo" in caplog.text
+    finally:
+        logger.propagate = before
+    silent = [{"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"train": False}]}]
+    config = chat_config(data_config, write_lines(tmp_path / "d.jsonl", silent))
+    with pytest.raises(InputError, match=r"of 1 conversations: 1 without learned tokens \(no answer"):
+        build_train_and_validation(config, demo_tokenizer, 1)
+
+
+def test_parquets_nulls_are_fields_that_are_not_there(data_config, demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    calls = [
+        {"function": {"name": "a", "arguments": {"city": "Paris"}}},
+        {"function": {"name": "b", "arguments": {"n": 1}}},
+    ]
+    records = [
+        {"messages": TWO_TURNS, "tools": [TOOL]},
+        {"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "train": True, "tool_calls": calls}, *TWO_TURNS[2:]]},
+        {"messages": [*TWO_TURNS[:3], {**TWO_TURNS[3], "train": False, "weight": 0}]},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "c.parquet")
+    lines = write_lines(tmp_path / "c.jsonl", records)
+    changes: dict = {"chat": replace(CHAT, template=published("qwen2_5.jinja")), "seq_length": 512}
+    stores = [
+        open_chats(path, chat_config(data_config, path, **changes), demo_tokenizer, tmp_path / "cache", 0)
+        for path in (lines, str(tmp_path / "c.parquet"))
+    ]
+    for start in range(stores[0].num_documents):
+        assert stores[0].document_start(start) == stores[1].document_start(start)
+    count = stores[0].num_tokens
+    assert (stores[0].read(0, count) == stores[1].read(0, count)).all()
+    assert (stores[0].read_learned(0, count) == stores[1].read_learned(0, count)).all()
+    records[2]["messages"][3]["train"] = "false"  # type: ignore[index]
+    records[1]["messages"][1]["train"] = "true"  # type: ignore[index]
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "d.parquet")
+    path = str(tmp_path / "d.parquet")
+    with pytest.raises(InputError, match=r"d\.parquet:2: 'train' of a message must be true or false"):
+        open_chats(path, chat_config(data_config, path), demo_tokenizer, tmp_path / "cache", 0)
+
+
+def test_the_cache_follows_what_changes_tokens(data_config, demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "c.jsonl", [{"prompt": "a", "completion": "b"}])
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{% endif %}"
+    )
+    folder = tmp_path / "tokenizer"
+    demo_tokenizer.save(folder)
+    tokenizer = load_tokenizer_from_folder(folder)
+    names = set()
+    for day, end in (("2026-11-29", "A"), ("2026-11-30", "A"), ("2026-11-30", "B")):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        chat = replace(CHAT, template=str(template), date=day)
+        config = chat_config(data_config, path, chat=chat, tokenizer=tokenizer.config)
+        names.add(open_chats(path, config, tokenizer, tmp_path / "cache", 0).prefix)
+    assert len(names) == 3
+
+
+def test_too_few_conversations_for_a_split_are_named(data_config, demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "c.jsonl", [{"prompt": "a", "completion": "b"}] * 7)
+    with pytest.raises(InputError, match=r"(?s)source c.*7 conversations.*data\.split"):
+        build_train_and_validation(chat_config(data_config, path, split="95,5"), demo_tokenizer, 1)
+
+
+def test_halves_of_characters_and_deep_nesting_are_named(
+    data_config, demo_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.jsonl"
+    for line, words in (
+        ('{"prompt": "x\\ud83d", "completion": "y"}', "lone surrogate"),
+        ("[" * 100_000, "nested too deep"),
+        ("null", "one JSON object, received a NoneType"),
+    ):
+        path.write_text(line + "\n")
+        with pytest.raises(InputError, match=rf"c\.jsonl:1: .*{words}"):
+            build_train_and_validation(chat_config(data_config, str(path)), demo_tokenizer, 1)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -244,3 +245,16 @@ def test_blend_history_tells_what_would_change_the_past(data_config) -> None:
     moved = (BlendSource(name="a", weight=0.5, mock=MockConfig(num_documents=5, mean_document_length=9)), *MOCKS[1:])
     (message,) = problems(1, blend=moved)
     assert "data.blend (a)" in message
+
+
+@pytest.mark.parametrize("kind", [f.name for f in fields(BlendSource) if f.name not in ("name", "weight")])
+def test_a_source_that_was_read_keeps_its_place(data_config, kind: str) -> None:
+    """Of every kind of source, and also when the place stays and the kind changes."""
+    here, there = ("a", "b") if kind != "mock" else (MOCKS[0].mock, MOCKS[1].mock)
+    saved = data_config(blend=(BlendSource(name="one", **{kind: here}),), packing="none")
+    assert list(check_blend_history(saved, saved, 10)) == []
+    others = [BlendSource(name="one", **{kind: there})]
+    others += [BlendSource(name="one", **{other: "a"}) for other in ("prefix", "text", "chat") if other != kind]
+    for other in others:
+        (problem,) = check_blend_history(saved, data_config(blend=(other,), packing="none"), 10)
+        assert problem.key == "data.blend (one)"

@@ -1,6 +1,7 @@
 """Tokenizers: known ids, round trips, saving with checkpoints, and errors that name the key or file."""
 
 import base64
+import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from nemo_llm.assets import resolve_path
 from nemo_llm.data.documents import read_documents
-from nemo_llm.data.tokenizer import TIKTOKEN_PATTERNS, load_tokenizer, load_tokenizer_from_folder
+from nemo_llm.data.tokenizer import SAVED_CONFIG, TIKTOKEN_PATTERNS, load_tokenizer, load_tokenizer_from_folder
 from nemo_llm.errors import ConfigError, InputError
 from tests.data.conftest import tokenizer_config
 
@@ -92,8 +93,41 @@ def test_nemo_tokenizer() -> None:
     tokenizer = load_tokenizer(tokenizer_config(type="nemo", path=None, nemo_class="ByteLevelTokenizer"))
     assert tokenizer.decode(tokenizer.encode("Hé")) == "Hé"
     assert max(tokenizer.encode(TEXT)) < tokenizer.vocab_size
-    with pytest.raises(ConfigError, match=r"nemo_class = 'NoSuch'"):
-        load_tokenizer(tokenizer_config(type="nemo", path=None, nemo_class="NoSuch"))
+    with pytest.raises(ValueError, match=r"nemo_class = 'NoSuch'"):
+        tokenizer_config(type="nemo", path=None, nemo_class="NoSuch")
+    for key in ("trust_remote_code", "chat_template"):
+        with pytest.raises(ValueError, match=f"nemo_args.{key}"):
+            tokenizer_config(type="nemo", path=None, nemo_class="AutoTokenizer", nemo_args={key: True})
+
+
+def test_a_nemo_tokenizer_of_a_folder_is_saved_and_read_in_another_place(tmp_path: Path) -> None:
+    pytest.importorskip("nemo.collections.common.tokenizers")
+    shipped = resolve_path("asset:demo", "tokenizers")
+    (tmp_path / "hf").mkdir()
+    for file in shipped.iterdir():
+        shutil.copyfile(file, tmp_path / "hf" / file.name)
+    description = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(description))
+    settings = {"pretrained_model_name": str(tmp_path / "hf"), "eos_token": "<|endoftext|>"}
+    config = tokenizer_config(type="nemo", path=None, nemo_class="AutoTokenizer", nemo_args=settings)
+    tokenizer = load_tokenizer(config)
+    tokenizer.save(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "hf")
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    again = load_tokenizer_from_folder(tmp_path / "moved")
+    assert again.encode(TEXT) == tokenizer.encode(TEXT)
+    assert again.fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("outside", ["/etc/passwd", "../secret", "link"])
+def test_a_saved_tokenizer_names_nothing_outside_of_its_folder(tmp_path: Path, outside: str) -> None:
+    load_tokenizer(tokenizer_config()).save(tmp_path / "saved")
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "saved" / "link").symlink_to(tmp_path / "secret")
+    file = tmp_path / "saved" / SAVED_CONFIG
+    file.write_text(json.dumps({**json.loads(file.read_text()), "path": outside}))
+    with pytest.raises(InputError, match="does not lie in the folder"):
+        load_tokenizer_from_folder(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(

@@ -141,10 +141,10 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     assert [record["answer"] for _, record in read_records(table, columns)] == ["B"]
     lines = tmp_path / "a.jsonl"
     lines.write_text('{"text": "x", "label": "u"}\n\n[1]\n')
-    with pytest.raises(InputError, match=r"a\.jsonl, line 3: expected a JSON object"):
+    with pytest.raises(InputError, match=r"a\.jsonl:3: a line must hold one JSON object"):
         list(read_records(lines))
     lines.write_text('{"text": "x", "label": "u"}\n')
-    with pytest.raises(InputError, match=r"line 1: no field 'body'.*text, label"):
+    with pytest.raises(InputError, match=r"line 1: the field 'body' is missing.*text, label"):
         read_examples(lines, "body", "label", None)
     with pytest.raises(ConfigError, match="no word for the label 'u'"):
         read_examples(lines, "text", "label", {"v": "w"})

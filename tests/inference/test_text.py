@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 
 from nemo_llm.config.data import TokenizerConfig
+from nemo_llm.data.chat_template import ChatTemplate
+from nemo_llm.data.template_tokens import TemplateEncoder
 from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_llm.errors import InputError
 from nemo_llm.inference.decoder import check_prompts
-from nemo_llm.inference.prompts import ChatTemplate, encode_with_special, load_chat_template, read_prompts
+from nemo_llm.inference.prompts import load_chat_prompts, read_prompts
 from nemo_llm.inference.text import TextStream
 
 TEXT = "The whale — 🐋 — breached; naïve café, 日本語 text. Stop here, stop there."
@@ -96,17 +98,23 @@ def test_files_of_prompts(tmp_path: Path) -> None:
 def test_chat_template_errors_name_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="line 2: no Jinja template"):
         ChatTemplate("a\n{% for %}", "mine.jinja", {})
-    template = ChatTemplate("a\n\n{{ nothing.here }}", "mine.jinja", {})
-    with pytest.raises(InputError, match=r"mine\.jinja, line 3.*nothing"):
-        template.render([])
+    for source, words in (
+        ("a\n\n{{ nothing.here }}", r"mine\.jinja, line 3.*nothing"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ 1 // 0 }}", "line 1.*zero"),
+        ("{{ messages + 1 }}", "line 1"),
+        ("{{ 'x' * 10 ** 18 }}", "line 1"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+    ):
+        with pytest.raises(InputError, match=words):
+            ChatTemplate(source, "mine.jinja", {}).render([])
     with pytest.raises(InputError, match="brought no chat template"):
-        load_chat_template(tmp_path, None)
-    refusing = ChatTemplate("{{ raise_exception('roles must alternate') }}", "mine.jinja", {})
-    with pytest.raises(InputError, match="roles must alternate"):
-        refusing.render([])
+        load_chat_prompts(tokenizer("gpt2_bpe"), tmp_path, None)
+    with pytest.raises(InputError, match=r"chat_template = 'chatlm'(?s:.*)did you mean chatml"):
+        load_chat_prompts(tokenizer("gpt2_bpe"), tmp_path, "chatlm")
 
 
 def test_special_tokens_are_read_only_where_asked() -> None:
     tok = tokenizer("gpt2_bpe")
-    assert encode_with_special(tok, "a<|endoftext|>") == [*tok.encode("a"), tok.eod_id]
+    assert TemplateEncoder(tok).encode("a<|endoftext|>") == [*tok.encode("a"), tok.eod_id]
     assert tok.eod_id not in tok.encode("a<|endoftext|>")

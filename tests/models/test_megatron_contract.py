@@ -48,8 +48,9 @@ def _names_are_there() -> None:
     parameters = list(inspect.signature(GPTModel._preprocess).parameters)
     assert parameters[1:3] == ["input_ids", "position_ids"]
     assert "padding_mask,\n        ) = preproc_output[:6]" in inspect.getsource(GPTModel.forward)
-    for call in ("self.apply_z_loss(", "self.is_aux_loss_enabled()"):
+    for call in ("self.apply_z_loss(", "self.is_aux_loss_enabled()", "self._apply_expert_bias("):
         assert call in inspect.getsource(router.TopKRouter.routing)
+    assert "self.local_tokens_per_expert += " in inspect.getsource(router.TopKRouter)
     assert "self.router)(hidden_states, padding_mask)" in inspect.getsource(moe_layer.MoELayer.route)
     assert "padding_mask.transpose(0, 1).bool()" in inspect.getsource(moe_layer.MoELayer.forward)
     assert "weight" in inspect.signature(ColumnParallelLinear.forward).parameters

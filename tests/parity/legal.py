@@ -6,12 +6,13 @@ steps from those of one process.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from nemo_llm.config.checks import find_problems
@@ -64,7 +65,8 @@ _AXES = (
 )
 
 
-def legal_layouts(model: str) -> list[Layout]:
+@functools.cache
+def legal_layouts(model: str) -> tuple[Layout, ...]:
     """Every layout of 1, 2 and 4 processes that the checks let this model of `MODELS` have."""
     name, extra = MODELS[model]
     cfg = compose([*model_overrides(name), "trainer.accelerator=cpu", *extra])
@@ -79,7 +81,7 @@ def legal_layouts(model: str) -> list[Layout]:
                 continue
             overrides = [f"parallelism.{key}={json.dumps(value)}" for key, value in sizes.items()]
             found.append(Layout(_named(sizes, processes), processes, tuple(overrides)))
-    return found
+    return tuple(found)
 
 
 def _named(sizes: dict, processes: int) -> str:
@@ -105,7 +107,7 @@ def figures(pool: RankPool, model: str, layout: Layout | None = None) -> list[li
     return pool.run(train_losses, layout.processes, name, (*extra, *layout.overrides), (), STEPS)
 
 
-def compare(pool: RankPool, model: str, layouts: list[Layout]) -> Iterator[tuple[Layout, float, float]]:
+def compare(pool: RankPool, model: str, layouts: Sequence[Layout]) -> Iterator[tuple[Layout, float, float]]:
     """(layout, largest relative difference of loss, of gradient norm) over all ranks, for each layout."""
     one = figures(pool, model)[0]
     for layout in layouts:

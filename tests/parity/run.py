@@ -1,6 +1,7 @@
 """Print the parity table: every layout beside one process. ``python -m tests.parity.run [--model gpt_tiny]``."""
 
 import argparse
+import math
 import time
 
 from tests.parity.layouts import DENSE, MOE, train_losses
@@ -8,9 +9,11 @@ from tests.ranks import RankPool
 
 
 def largest_difference(reference: list, other: list) -> tuple[float, float]:
-    """Largest relative difference of loss and of gradient norm over the steps."""
+    """Largest relative difference of loss and of gradient norm over the steps; infinite where one is no number."""
     pairs = list(zip(reference, other, strict=True))
-    return tuple(max(abs(a[i] - b[i]) / abs(a[i]) for a, b in pairs) for i in (0, 1))
+    differences = [[abs(a[i] - b[i]) / abs(a[i]) for a, b in pairs] for i in (0, 1)]
+    loss, norm = (math.inf if any(map(math.isnan, of_steps)) else max(of_steps) for of_steps in differences)
+    return loss, norm
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 The seed stands at the end of the run (`tests/conftest.py`) and in every failure; ``LAYOUT_SEED=n`` repeats it.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from tests.ranks import RankPool
 from tests.training.test_resume import BEFORE, _train
 
 
-def assert_equal_to_one_process(pool: RankPool, model: str, layouts: list[Layout]) -> None:
+def assert_equal_to_one_process(pool: RankPool, model: str, layouts: Sequence[Layout]) -> None:
     """All of them, so that one failure does not hide the others."""
     wrong = [
         f"{layout.name} ({layout.processes} processes): loss {loss:.1e}, gradient norm {norm:.1e}"

@@ -152,7 +152,7 @@ def compare(kind: str, folder: str) -> tuple[float, float, float]:
         _copy_p_tuning(next(adapted_modules(chunks)).adapter, adapted)
     else:
         adapted.save_pretrained(folder)
-        load_hf_adapter(chunks, Path(folder), kind)
+        load_hf_adapter(chunks, Path(folder), cfg.peft)
 
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, VOCAB, (2, LENGTH), generator=generator)

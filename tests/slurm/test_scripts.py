@@ -115,3 +115,36 @@ def test_without_slurm_a_stop_saves_and_the_same_command_goes_on(tmp_path: Path)
     subprocess.run(command, env=environment, check=True, capture_output=True)
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"loss"' in line]
     assert steps == list(range(1, step + 3))
+
+
+def _in_job(run_dir: Path, words: str) -> str:
+    """What a function of job.sh prints for a run folder."""
+    script = f'. "{ROOT}/slurm/lib.sh"; . "{ROOT}/slurm/job.sh"; RUN_DIR=$1 STATE=$1/slurm STEP_BEFORE=0; {words}'
+    command = ["bash", "-uc", script, "bash", str(run_dir)]
+    return subprocess.run(command, cwd=run_dir, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def test_nothing_that_lies_in_a_run_folder_is_evaluated(tmp_path: Path) -> None:
+    """Bash evaluates what stands within its arithmetic, commands in an array's index among it."""
+    payloads = ["0+a[$(touch made)]", "a[$(touch made)]", "$(touch made)", "9" * 40, "08", ""]
+    for name in (*payloads, "00000012"):
+        folder = tmp_path / "checkpoints" / f"step_{name}"
+        folder.mkdir(parents=True)
+        (folder / "COMPLETE").touch()
+    (tmp_path / "slurm").mkdir()
+    assert _in_job(tmp_path, "newest_checkpoint") == "12"
+    for payload in payloads:
+        for line in (f"0 {payload}", f"{payload} 1", f"{payload} {payload}"):
+            (tmp_path / "slurm" / "retries").write_text(line + "\n")
+            assert _in_job(tmp_path, "count_retries 0") in ("1", "9")
+    (tmp_path / "slurm" / "retries").write_text("0 2\n")
+    assert _in_job(tmp_path, "count_retries 0") == "3"
+    assert not (tmp_path / "made").exists()
+    assert not list(tmp_path.rglob("made"))
+
+
+@pytest.mark.parametrize("quoted", ["/a b/c", '"/a b/c"', "'/a b/c'"])
+def test_a_run_folder_in_hydras_quotes_is_the_folder_that_hydra_reads(tmp_path: Path, quoted: str) -> None:
+    script = f'. "{ROOT}/slurm/lib.sh"; OVERRIDES=("run.dir=$1"); override run.dir'
+    done = subprocess.run(["bash", "-uc", script, "bash", quoted], capture_output=True, text=True, check=True)
+    assert done.stdout == "/a b/c"

@@ -134,7 +134,7 @@ def _with_lora(theirs: Any, chunks: list, built: tuple, folder: str) -> Any:
     adapted.save_pretrained(f"{folder}/peft")
     cfg, runtime = built
     attach_peft(cfg, chunks, runtime)
-    load_hf_adapter(chunks, Path(folder) / "peft", "lora")
+    load_hf_adapter(chunks, Path(folder) / "peft", cfg.peft)
     state = {key.removeprefix(KEY_PREFIX): shard.data for key, shard in adapter_state(chunks).items()}
     again = to_hf_weights(state, {"kind": "lora"})
     saved = load_file(f"{folder}/peft/{WEIGHTS_FILE}")

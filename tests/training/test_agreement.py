@@ -40,6 +40,8 @@ def test_same_configuration_has_no_changes():
         "parallelism.tensor_model_parallel_size=2",
         "optim.lr=0.5",
         "optim.sched.decay_steps=123456",
+        "evaluation.interval=7",
+        "evaluation.limit=7",
         "checkpoint.save_interval=3",
         "exp_manager.enabled=false",
         "cluster.gpu_name=H100",

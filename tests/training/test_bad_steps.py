@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from nemo_llm.config.load import compose
+from nemo_llm.errors import ConfigError
 from nemo_llm.training.badstep import find_reason
 from tests.parity.layouts import model_overrides
 from tests.ranks import RankPool
@@ -114,3 +116,10 @@ def test_spikes_are_told_by_medians(loss: float, norm: float | None, found: str 
     run = SimpleNamespace(cfg=SimpleNamespace(trainer=trainer), state=SimpleNamespace(recent=recent))
     reason = find_reason(run, loss, norm)
     assert reason is None if found is None else reason is not None and found in reason
+
+
+def test_a_window_too_short_for_any_spike_is_refused() -> None:
+    with pytest.raises(ConfigError, match="spike_window = 19 is shorter than the 20 steps"):
+        compose(["+model=gpt_tiny", "trainer.spike_sigmas=6", "trainer.spike_window=19"])
+    compose(["+model=gpt_tiny", "trainer.spike_sigmas=6", "trainer.spike_window=20"])
+    compose(["+model=gpt_tiny", "trainer.spike_window=8"])

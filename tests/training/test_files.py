@@ -1,12 +1,15 @@
 """Atomic writing: what a reader sees when the writer is killed or fails."""
 
+import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 
 import pytest
 
+from nemo_llm.checkpoint.folder import fsync, is_complete, writing
 from nemo_llm.training.files import write_atomic
 
 WRITER = """
@@ -50,3 +53,28 @@ def test_failed_write_keeps_the_old_file_and_no_temporary_one(tmp_path):
         write_atomic(path, "new \udc80")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch, code):
+    """Writing goes on, a checkpoint's too; what fails on a file, or otherwise, is told."""
+    real = os.fsync
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_atomic(tmp_path / "file", "text")
+    with writing(tmp_path / "step_00000001") as folder:
+        (folder / "config.yaml").write_text("a: 1")
+    assert is_complete(tmp_path / "step_00000001")
+
+    def fail(descriptor):
+        raise OSError(code if not stat.S_ISDIR(os.fstat(descriptor).st_mode) else errno.EIO, "no")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(OSError, match="no"):
+            fsync(path)

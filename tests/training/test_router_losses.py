@@ -189,3 +189,26 @@ def test_every_layout_takes_the_same(layout: str, ranks: RankPool, folder: str, 
     for rank in ranks.run(train, processes, folder, overrides):
         for form in FORMS:
             assert max(largest_difference(single[form], rank[form])) < 1e-5, form
+
+
+def loads(folder: str) -> list[tuple[float, int]]:
+    """(tokens that a layer's bias counts for all experts, positions that hold something), for each layer."""
+    from nemo_llm.models.build import build_model_chunks
+    from nemo_llm.parallel.runtime import start_runtime
+    from nemo_llm.training.batches import build_loaders
+
+    bias = ("model.mcore_overrides={moe_router_enable_expert_bias:true}", "model.moe.moe_router_score_function=sigmoid")
+    cfg = _config(folder, "one conversation a sample", *bias)
+    runtime = start_runtime(cfg)
+    tokenizer, _, loader, _ = build_loaders(cfg, runtime)
+    model = build_model_chunks(cfg, runtime, tokenizer.vocab_size)[0].train()
+    batch = loader.micro_batches(0, 2)[0]
+    masks = {"loss_mask": batch["loss_mask"], "padding_mask": batch["padding"]}
+    model(batch["tokens"], batch["position_ids"], batch.get("document_ids"), labels=batch["labels"], **masks)
+    filled = int(_filled(batch["loss_mask"]).sum())
+    return [(float(layer.mlp.router.local_tokens_per_expert.sum()), filled) for layer in model.decoder.layers]
+
+
+def test_the_bias_of_experts_counts_no_padding(ranks: RankPool, folder: str) -> None:
+    for counted, filled in ranks.run(loads, 1, folder)[0]:
+        assert counted == 2 * filled < 2 * 2 * LENGTH

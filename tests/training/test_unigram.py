@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nemo_llm.errors import InputError
+from nemo_llm.training.closing import beside_unigram
 from nemo_llm.training.unigram import count_tokens, unigram_entropy_nats
 
 
@@ -41,3 +42,8 @@ def test_token_outside_of_the_vocabulary_is_named(tokens, shown):
 def test_no_tokens():
     with pytest.raises(InputError, match="no validation tokens"):
         unigram_entropy_nats(count_tokens([[]], 10))
+
+
+def test_a_model_that_is_worse_is_said_to_be_worse():
+    assert beside_unigram(2.0, 3.5).endswith("the model is better by 1.5000")
+    assert "the model is worse by 3.0792" in beside_unigram(8.0792, 5.0)

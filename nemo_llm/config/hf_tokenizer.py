@@ -1,0 +1,72 @@
+"""What the small files of a Hugging Face folder say of the tokens that begin and end a text. No torch."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_llm.errors import InputError
+
+GENERATION_CONFIG = "generation_config.json"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; empty where there is no such file.
+
+    Raises:
+        InputError: it is not readable as JSON.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def special_ids(folder: Path) -> dict[str, Any]:
+    """Ids of the tokens that begin, end and pad a text: an integer each, or a list of those that end it.
+
+    Of ``generation_config.json`` and ``config.json`` the first that names an id counts, as for transformers.
+    """
+    files = [read_json(folder / name) for name in (GENERATION_CONFIG, "config.json")]
+    found = {key: [file[key] for file in files if file.get(key) is not None] for key in SPECIAL_IDS}
+    return {key: values[0] for key, values in found.items() if values}
+
+
+def as_list(ids: Any) -> list[int]:
+    """The ids under ``eos_token_id``, which may be none, one or a list."""
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def added_in_front(backend: Any) -> list[int]:
+    """Ids that a tokenizer of the ``tokenizers`` library itself puts before a text.
+
+    Its post-processor decides. transformers 5 does not read ``add_bos_token`` where there is a tokenizer.json, and that
+    a token is named (``bos_token``) does not mean that it is added.
+    """
+    with_added = backend.encode("a", add_special_tokens=True)
+    own = [number for number, special in enumerate(with_added.special_tokens_mask) if not special]
+    return list(with_added.ids[: own[0]]) if own else []
+
+
+def bos_token(file: Path) -> str | None:
+    """The one token that a ``tokenizer.json`` puts before a text; None where it puts none, or several."""
+    from tokenizers import Tokenizer
+
+    if not file.is_file():
+        return None
+    try:
+        backend = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises a bare Exception
+        raise InputError(f"{file}: not a Hugging Face tokenizer.json ({error})") from error
+    ids = added_in_front(backend)
+    return str(backend.id_to_token(ids[0])) if len(ids) == 1 else None
+
+
+def token_text(token: Any) -> str | None:
+    """A special token of ``tokenizer_config.json``, which is written as text or as a mapping."""
+    text = token["content"] if isinstance(token, Mapping) else token
+    return None if text is None else str(text)

@@ -1,0 +1,1 @@
+"""Hostile files: what readers of foreign files do with them."""

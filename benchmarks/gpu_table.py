@@ -22,12 +22,18 @@ OURS = [
 ]  # fmt: skip
 PEER = ["-m", "benchmarks.peer_pytorch"]
 MEGATRON = ["-m", "benchmarks.peer_megatron"]
+TRANSFORMERS = ["-m", "benchmarks.peer_transformers", "--micro-batch", "2", "--micro-batches", "2"]
 SMALL = ["+model=llama3_1b", "trainer.global_batch_size=16", "trainer.micro_batch_size=8"]
 GPT = ["+model=gpt_1b", "trainer.global_batch_size=16", "trainer.micro_batch_size=8"]
 MOE = [
     "+model=mixtral_8x7b", "model.num_layers=6", "model.hidden_size=2048", "model.ffn_hidden_size=7168",
     "model.moe.moe_ffn_hidden_size=7168", "model.vocab_size=50304", "trainer.global_batch_size=8", "trainer.micro_batch_size=2",
 ]  # fmt: skip
+# Layers of many small experts, whose number is cut so that one card holds them.
+QWEN3_MOE = ["+model=qwen3_30b_a3b", "model.num_layers=6", "data.seq_length=4096"]
+DEEPSEEK_V2 = ["+model=deepseek_v2_lite", "model.num_layers=6", "data.seq_length=4096"]
+TWICE = ["model.transformer_impl=torch", "trainer.micro_batch_size=2", "trainer.global_batch_size=4"]
+ONE_BY_ONE = ["model.moe.moe_grouped_gemm=false"]
 TWO = [
     "+model=llama3_1b", "trainer.global_batch_size=32", "trainer.micro_batch_size=8", "model.transformer_impl=torch",
     "parallelism.use_distributed_optimizer=true",
@@ -93,6 +99,11 @@ ROWS = {
     "moe bf16 te": Row(
         [*OURS, *MOE, "model.transformer_impl=transformer_engine", "model.moe.moe_grouped_gemm=true"], peer="moe peer"
     ),
+    "qwen3_30b x6 peer": Row([*TRANSFORMERS, *QWEN3_MOE]),
+    "qwen3_30b x6": Row([*OURS, *QWEN3_MOE, *TWICE], peer="qwen3_30b x6 peer"),
+    "qwen3_30b x6 one by one": Row([*OURS, *QWEN3_MOE, *TWICE, *ONE_BY_ONE], peer="qwen3_30b x6 peer"),
+    "deepseek_v2_lite x6 peer": Row([*TRANSFORMERS, *DEEPSEEK_V2]),
+    "deepseek_v2_lite x6": Row([*OURS, *DEEPSEEK_V2, *TWICE], peer="deepseek_v2_lite x6 peer"),
     "1b bf16, two GPUs": Row([*OURS, *TWO], 2, "1b bf16"),
     "1b fp8, two GPUs": Row([*OURS, *TWO, "precision=fp8_tensorwise"], 2, "1b bf16, two GPUs"),
     "1b muon, two GPUs": Row([*OURS, *TWO, "optim=muon"], 2, "1b bf16, two GPUs"),

@@ -58,6 +58,9 @@ _DOCUMENTS = [
 _GEMMA = ["+model=gemma2_2b", "model.num_layers=6", _TORCH, "data.seq_length=4096", *_batch(1, 4)]
 _LONG = ["+model=llama3_1b", _TORCH, _SHARDED, "parallelism.context_parallel_size=2", "data.split=null"]
 _BY_MATRIX = "performance.flex_attention=false"
+_ONE_BY_ONE = "model.moe.moe_grouped_gemm=false"
+_QWEN3_MOE = ["+model=qwen3_30b_a3b", "model.num_layers=6", _TORCH, *_batch(2, 4)]
+_DEEPSEEK = ["+model=deepseek_v2_lite", "model.num_layers=6", _TORCH, *_batch(2, 4)]
 _OFFLOADED = "performance.offload_optimizer_moments=true"
 _FULL = [
     "parallelism.recompute_granularity=full", "parallelism.recompute_method=uniform", "parallelism.recompute_num_layers=1",
@@ -108,10 +111,10 @@ ROWS = {
     "lora 8b": _row([*_LORA, *_batch(2, 8)], 52.2, _GPT),
     "1b fp8": _row([*_SMALL, "precision=fp8_tensorwise"], 56.1, _KERNELS),
     "gpt_1b, micro-batch 16": _row(["+model=gpt_1b", _TORCH, *_batch(16, 16)], 72.9, _FLEX),
-    "qwen3 30b x6": _row(["+model=qwen3_30b_a3b", "model.num_layers=6", _TORCH, *_batch(2, 4)], 81.3, _H200, card="h200"),
-    "deepseek v2 lite x6": _row(
-        ["+model=deepseek_v2_lite", "model.num_layers=6", _TORCH, *_batch(2, 4)], 65.9, _H200, card="h200"
-    ),
+    "qwen3 30b x6": Row(_QWEN3_MOE, card="h200"),
+    "deepseek v2 lite x6": Row(_DEEPSEEK, card="h200"),
+    "qwen3 30b x6, one by one": _row([*_QWEN3_MOE, _ONE_BY_ONE], 81.3, _H200, card="h200"),
+    "deepseek v2 lite x6, one by one": _row([*_DEEPSEEK, _ONE_BY_ONE], 65.9, _H200, card="h200"),
     "1b full recomputation": Row([*_SMALL, *_FULL], card="h200"),
     "olmo2 1b": Row(["+model=olmo2_1b", _TORCH, *_batch(4, 8)], card="h200"),
     "1b fp16": Row([*_SMALL, *_batch(4, 8), "precision=fp16"], card="h200"),
@@ -120,7 +123,8 @@ ROWS = {
     "1b, MLP recomputed": Row(
         [*_SMALL, "parallelism.recompute_granularity=selective", "parallelism.recompute_modules=[mlp]"], card="h200"
     ),
-    "moe": _row([*_MOE, _TORCH, "trainer.global_batch_size=8"], 46.5, _BESIDE),
+    "moe": Row([*_MOE, _TORCH, "trainer.global_batch_size=8"], card="h200"),
+    "moe, one by one": _row([*_MOE, _TORCH, "trainer.global_batch_size=8", _ONE_BY_ONE], 46.5, _BESIDE),
     "qlora 8b": _row([*_LORA, *_batch(2, 8), "peft.base_weights=nf4"], 42.6, _BESIDE),
     "dora 8b x8": Row([*_LORA, "model.num_layers=8", *_batch(2, 2), "peft.kind=dora"], card="h200"),
     "1b muon": _row([*_SMALL, "optim=muon"], 56.6, _MUON),
@@ -147,8 +151,8 @@ ROWS = {
     "1b muon, two GPUs": _row([*_SMALL, _SHARDED, *_batch(8, 32), "optim=muon"], 51.0, _MUON, 2),
     "1b 32k cp2": _row([*_LONG, "data.seq_length=32768", *_batch(1, 4)], 35.7, _BESIDE, 2),
     "1b 128k cp2": _row([*_LONG, "data.seq_length=131072", *_batch(1, 1), *_FULL], 25.1, _BESIDE, 2),
-    "moe ep2": _row(
-        [*_MOE, _TORCH, _SHARDED, "trainer.global_batch_size=16", "parallelism.expert_model_parallel_size=2"],
+    "moe ep2, one by one": _row(
+        [*_MOE, _TORCH, _SHARDED, "trainer.global_batch_size=16", "parallelism.expert_model_parallel_size=2", _ONE_BY_ONE],
         29.4, _BESIDE, 2,
     ),
     "8b x12 4096": _row(

@@ -1,7 +1,6 @@
 """No key without an effect: overrides of Megatron's fields, and keys of ours that this model does not read."""
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 from nemo_llm.config.catalog import nearest
 from nemo_llm.config.mcore_fields import FIELDS, NOT_BUILT, OWN_KEYS, UNREAD
@@ -114,16 +113,6 @@ def _unread_by_experts(cfg: RunConfig, moe: MoeConfig) -> Iterator[Problem]:
         first = moe.moe_first_k_dense_replace
         rule = f"leaves none of the {cfg.model.num_layers} layers to the experts"
         yield Problem(f"{key}.moe_first_k_dense_replace", first, rule, "set it lower, or model.moe=null")
-    if moe.moe_grouped_gemm and _has_torch_layers(cfg):
-        rule = "joins the products of experts in Transformer Engine's layers, and the torch backend's are not joined"
-        fix = "set it to false, which gives the same numbers, or model.transformer_impl=transformer_engine"
-        yield Problem(f"{key}.moe_grouped_gemm", True, rule, fix)
-
-
-def _has_torch_layers(cfg: RunConfig) -> bool:
-    """Whether the layers are surely the torch backend's: chosen, or nothing else is installed where it runs."""
-    impl, installed = cfg.model.transformer_impl, find_spec("transformer_engine") is not None
-    return impl == "torch" or (impl == "auto" and not installed and not cfg.trainer.check_only)
 
 
 EFFECT_CHECKS = (check_overrides, check_unread_keys)

@@ -31,8 +31,11 @@ _PARTS: dict[str, tuple[Callable[[ModelConfig], bool], str]] = {
     "mla_up_proj": (lambda model: model.mla is not None, "is a part of latent attention, and the model has none"),
     "moe": (lambda model: model.moe is not None, "is recomputed in a mixture of experts, and the model has none"),
     "moe_act": (
-        lambda model: model.moe is not None and model.moe.moe_grouped_gemm,
-        "is recomputed in the grouped product of experts: needs a mixture of experts with moe_grouped_gemm",
+        lambda model: (
+            model.moe is not None and model.moe.moe_grouped_gemm and model.transformer_impl == "transformer_engine"
+        ),
+        "is recomputed in Transformer Engine's grouped product of experts: needs moe_grouped_gemm and "
+        "transformer_impl=transformer_engine (the torch layers keep no activation of experts in any case)",
     ),
     "shared_experts": (
         lambda model: model.moe is not None and model.moe.moe_shared_expert_intermediate_size is not None,

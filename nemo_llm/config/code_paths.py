@@ -59,3 +59,31 @@ def keys_of_own_layers(model: ModelConfig) -> list[str]:
         "mla": model.mla is not None,
     }
     return [f"model.{key}" for key, wanted in asked.items() if wanted]
+
+
+def keeps_tokens_here(cfg: RunConfig) -> bool:
+    """Whether one rank holds all experts, each whole, so that the torch layers send no token and copy none."""
+    parallel = cfg.parallelism
+    expert_tp = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    overrides = {"moe_expert_capacity_factor", "moe_shared_expert_overlap"} & set(cfg.model.mcore_overrides)
+    return parallel.expert_model_parallel_size == expert_tp == 1 and not overrides
+
+
+# Overrides of Megatron's fields under which an expert computes something else than plain SwiGLU.
+_OTHER_EXPERTS = {"moe_apply_probs_on_input", "moe_latent_size", "activation_func_clamp_value", "glu_linear_offset"}
+
+
+def why_not_grouped(cfg: RunConfig) -> str | None:
+    """Why the torch layers compute experts one after another; None where all experts of a rank are one product."""
+    model = cfg.model
+    assert model.moe is not None
+    overridden = sorted(_OTHER_EXPERTS & set(model.mcore_overrides))
+    reasons = {
+        "model.moe.moe_grouped_gemm=false": not model.moe.moe_grouped_gemm,
+        "experts without SwiGLU": model.activation_func != "silu" or not model.gated_linear_unit,
+        "precision.fp8": cfg.precision.fp8 is not None,
+        "performance.gradient_accumulation_fusion=false": not cfg.performance.gradient_accumulation_fusion,
+        "a width that 8 does not divide": bool(model.hidden_size % 8 or model.moe.moe_ffn_hidden_size % 8),
+        f"model.mcore_overrides.{overridden and overridden[0]}": bool(overridden),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)

@@ -49,7 +49,7 @@ _ABOVE_ZERO = (lambda value: isinstance(value, int | float) and _is_number(value
 
 
 def _given(cfg: RunConfig, name: str) -> bool:
-    return bool(cfg.model.mcore_overrides.get(name))
+    return name in cfg.model.mcore_overrides and bool(cfg.model.mcore_overrides[name])
 
 
 _GATED = (lambda cfg: cfg.model.gated_linear_unit, "model.gated_linear_unit=true")

@@ -146,7 +146,7 @@ MOE_CONSTANTS = {
     "moe.moe_token_dispatcher_type": "alltoall",
     "moe.moe_shared_expert_intermediate_size": None,
     "moe.moe_layer_freq": 1,
-    "moe.moe_grouped_gemm": False,
+    "moe.moe_grouped_gemm": True,
 }
 _MOE_FIELDS = (
     Field("moe.moe_router_topk", "num_experts_per_tok"),

@@ -202,7 +202,7 @@ def _moe_section(fields: Mapping[str, Any]) -> dict[str, Any] | None:
         "moe_token_dispatcher_type": "alltoall",
         "moe_shared_expert_intermediate_size": None,
         "moe_layer_freq": 1,
-        "moe_grouped_gemm": False,
+        "moe_grouped_gemm": True,
     }
 
 

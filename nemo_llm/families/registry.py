@@ -42,6 +42,7 @@ NOT_EXPORTED = frozenset(
         "depth_scaled_init",
         "hidden_dropout",
         "attention_dropout",
+        "moe.moe_grouped_gemm",
     }
 )
 
@@ -192,7 +193,8 @@ def _differing(family: Family, model: Mapping[str, Any]) -> list[str]:
     again["kv_channels"] = again.get("kv_channels") or usual
     mine = _flat({**PLAIN, **model, "kv_channels": model["kv_channels"] or usual})
     brought = _flat({**PLAIN, **again})
-    keys = {key for key in mine | brought if key.split(".")[0] in {*again, *PLAIN}} - _idle(model)
+    keys = {key for key in mine | brought if key.split(".")[0] in {*again, *PLAIN}}
+    keys -= _idle(model) | NOT_EXPORTED
     return sorted(f"{key}={mine.get(key)!r}" for key in keys if mine.get(key) != brought.get(key))
 
 

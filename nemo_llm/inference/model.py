@@ -48,8 +48,6 @@ def inference_config(place: ModelPlace, folder: Path, world_size: int) -> RunCon
     dtype = place.dtype or trained_in
     mapping = to_dict(compose(["+model=gpt_tiny", f"precision={dtype}"]))
     mapping["model"] = {**with_younger_keys(saved)["model"], "transformer_impl": "torch"}
-    if mapping["model"]["moe"] is not None:
-        mapping["model"]["moe"]["moe_grouped_gemm"] = False  # joined in Transformer Engine's layers alone
     layout = place.parallelism
     mapping["parallelism"] = dataclasses.asdict(
         dataclasses.replace(

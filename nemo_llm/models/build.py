@@ -16,6 +16,7 @@ from nemo_llm.config import RunConfig
 from nemo_llm.config.code_paths import fused_chunk_tokens
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.activation_offload import offload_activations
+from nemo_llm.models.experts import use_local_dispatcher
 from nemo_llm.models.initialize import InitRule, initialize_weights
 from nemo_llm.models.language_model import LanguageModel
 from nemo_llm.models.specs import build_block_spec, choose_backend
@@ -71,6 +72,7 @@ def _build_chunk(cfg, runtime, config, backend, vp_stage, vocab_size) -> Languag
     )
     _mark_split_parameters(chunk)
     _mark_experts(chunk, runtime)
+    use_local_dispatcher(chunk, cfg, runtime.groups)
     if cfg.performance.compile_layers and runtime.device.type == "cuda":
         for layer in chunk.decoder.layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)

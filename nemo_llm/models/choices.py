@@ -7,7 +7,7 @@ import torch
 from megatron.core.tensor_parallel import layers
 
 from nemo_llm.config import RunConfig
-from nemo_llm.config.code_paths import fused_chunk_tokens, used_window, why_no_flex
+from nemo_llm.config.code_paths import fused_chunk_tokens, used_window, why_no_flex, why_not_grouped
 from nemo_llm.models.attention import prefers_cudnn
 from nemo_llm.models.specs import choose_backend
 from nemo_llm.models.warm_kernels import why_no_choice
@@ -21,6 +21,9 @@ def describe_choices(cfg: RunConfig, device: torch.device) -> list[str]:
     """
     backend, own = choose_backend(cfg.model, device.type), cfg.model.layer_spec
     lines = [_layers(cfg, backend, device) if own is None else f"layers: model.layer_spec={own}"]
+    if cfg.model.moe is not None and backend == "torch" and own is None:
+        why = why_not_grouped(cfg)
+        lines.append("experts: all in one product" if why is None else f"experts: one after another ({why})")
     if device.type != "cuda":
         return lines
     if backend == "torch" and own is None:

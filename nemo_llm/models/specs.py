@@ -37,6 +37,7 @@ from nemo_llm.config import ModelConfig, RunConfig
 from nemo_llm.config.code_paths import keys_of_own_layers, why_no_flex
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.attention import CoreAttention, LocalRotaryAttention
+from nemo_llm.models.experts import experts_spec
 from nemo_llm.models.fp8 import LINEARS
 from nemo_llm.models.fused_layer import FusedLayer
 from nemo_llm.models.latent_attention import LatentAttention
@@ -151,7 +152,7 @@ def _block_spec(
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     has_experts = [model.moe is not None and model.moe.has_layer(offset + i) for i in range(count)]
-    layers = [_torch_layer_spec(parts, moe_parts if moe else None, config, groups.tp) for moe in has_experts]
+    layers = [_torch_layer_spec(cfg, parts, moe_parts if moe else None, config, groups.tp) for moe in has_experts]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=parts.layer_norm())
 
 
@@ -174,11 +175,14 @@ def _layer_class(model: ModelConfig) -> type:
 
 
 def _torch_layer_spec(
-    parts: TorchBackend, moe_parts: TorchBackend | None, config: TransformerConfig, tp_group: Any
+    cfg: RunConfig, parts: TorchBackend, moe_parts: TorchBackend | None, config: TransformerConfig, tp_group: Any
 ) -> ModuleSpec:
     """One layer; ``moe_parts`` are those of its experts, if it has any."""
     model = parts.model
     pre_norm = IdentityOp if model.norm_placement == "post" else parts.layer_norm()
+    mlp = get_mlp_module_spec_for_backend(
+        backend=moe_parts or parts, num_experts=config.num_moe_experts if moe_parts else None, moe_grouped_gemm=False
+    )
     return ModuleSpec(
         module=_layer_class(model),
         submodules=TransformerLayerSubmodules(
@@ -186,11 +190,7 @@ def _torch_layer_spec(
             self_attention=_self_attention(parts, tp_group) if model.mla is None else _latent_attention(parts),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=pre_norm,
-            mlp=get_mlp_module_spec_for_backend(
-                backend=moe_parts or parts,
-                num_experts=config.num_moe_experts if moe_parts else None,
-                moe_grouped_gemm=False,
-            ),
+            mlp=experts_spec(mlp, cfg) if moe_parts else mlp,
             mlp_bda=get_bias_dropout_add,
             # Checkpoint names as Transformer Engine's fused modules have them: one checkpoint serves both backends.
             sharded_state_dict_keys_map=_checkpoint_names(model.mla is not None, moe_parts is not None),

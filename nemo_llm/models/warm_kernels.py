@@ -17,10 +17,18 @@ from megatron.core.utils import unwrap_model
 
 from nemo_llm.config import RunConfig
 from nemo_llm.config.arithmetic import padded_vocab_size
-from nemo_llm.config.code_paths import fused_chunk_tokens, fuses_rope, splits_qkv, used_window, why_no_flex
+from nemo_llm.config.code_paths import (
+    fused_chunk_tokens,
+    fuses_rope,
+    splits_qkv,
+    used_window,
+    why_no_flex,
+    why_not_grouped,
+)
 from nemo_llm.log import get_logger
 from nemo_llm.models import flex
 from nemo_llm.models.cublaslt import Shape
+from nemo_llm.models.experts import ExpertProducts, routes_of_choices, routes_of_counts
 from nemo_llm.models.language_model import LanguageModel
 from nemo_llm.models.linear import WholeLinear, weights_with_product
 from nemo_llm.models.linear_cross_entropy import compile_for_loss
@@ -113,6 +121,8 @@ def run_kernels(cfg: RunConfig, device: torch.device, vocab_size: int) -> None:
             _run_fp8(cfg, tokens, like)
         if model.activation_func == "silu" and model.gated_linear_unit:
             _run_swiglu(cfg, tokens, like)
+    if model.moe is not None and choose_backend(model, "cuda") == "torch":
+        _run_experts(cfg, tokens, like)
     if fuses_rope(cfg):
         _run_rope(cfg, length, like)
     run_flex(cfg, like)
@@ -154,6 +164,28 @@ def _run_swiglu(cfg: RunConfig, rows: int, like: dict) -> None:
     x = torch.zeros(rows, 2 * units, **like).requires_grad_()
     bias = torch.zeros(2 * units, **like).requires_grad_() if cfg.model.add_bias_linear else None
     FusedSwiGLU.apply(x, bias).sum().backward()
+
+
+def _run_experts(cfg: RunConfig, tokens: int, like: dict) -> None:
+    """The grouped products of tokens that are here and of rows that came from other ranks, with both ways to add."""
+    if why_not_grouped(cfg) is not None:
+        return
+    model, layout = cfg.model, cfg.parallelism
+    assert model.moe is not None
+    expert_tp = layout.expert_tensor_parallel_size or layout.tensor_model_parallel_size
+    units = model.moe.moe_ffn_hidden_size // expert_tp
+    fc1, fc2 = torch.zeros(2 * units, model.hidden_size, **like), torch.zeros(model.hidden_size, units, **like)
+    weights = [weight.requires_grad_() for weight in (fc1, fc1.clone(), fc2, fc2.clone())]
+    x, share = torch.zeros(tokens, model.hidden_size, **like), torch.zeros(tokens, 2, device=like["device"])
+    here = routes_of_choices(torch.zeros_like(share, dtype=torch.int64) + torch.arange(2, device=x.device), 2)
+    sent = routes_of_counts(torch.tensor([tokens, 0]), x.device)
+    for routes, shares in ((here, share), (sent, share[:, 0].contiguous())):
+        for stale in (True, False):
+            for weight in weights:
+                weight.main_grad = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+                weight.main_grad.stale = stale
+            inputs = x.clone().requires_grad_()
+            ExpertProducts.apply(inputs, shares.clone().requires_grad_(), routes, weights).sum().backward()
 
 
 def _run_rope(cfg: RunConfig, length: int, like: dict) -> None:

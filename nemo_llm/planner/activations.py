@@ -10,7 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from nemo_llm.config.code_paths import keys_of_own_layers, splits_qkv, used_window, why_no_flex
+from nemo_llm.config.code_paths import (
+    keeps_tokens_here,
+    keys_of_own_layers,
+    splits_qkv,
+    used_window,
+    why_no_flex,
+    why_not_grouped,
+)
 from nemo_llm.config.model import MlaConfig, ModelConfig, MoeConfig
 from nemo_llm.config.run import RunConfig
 from nemo_llm.planner.adapters import Linear, keeps_inputs, kept_bytes, linears
@@ -217,8 +224,17 @@ def _moe_bytes(cfg: RunConfig, moe: MoeConfig, found: dict[str, Linear]) -> tupl
     more_inner, more_outer = _mlp_bytes(cfg, shared, tokens, found.get("mlp.shared_experts.linear_fc2"))
     first = found.get("mlp.experts.0.linear_fc1")
     inputs = routed * cfg.model.hidden_size * element * _input_share(cfg, first)
+    if _groups_experts(cfg):
+        outer = 0.0  # computed again in the backward pass, by the kernel that reads its inputs anyway
+        if keeps_tokens_here(cfg):
+            inputs = 0.0  # the experts read the tokens themselves
     scores = tokens / tp * moe.num_moe_experts * 4 * 2
     return inner + more_inner, outer + more_outer, inputs + scores
+
+
+def _groups_experts(cfg: RunConfig) -> bool:
+    """Whether the experts of the torch layers are one product; adapters at experts undo that."""
+    return why_not_grouped(cfg) is None and not uses_transformer_engine(cfg) and cfg.peft is None
 
 
 def routed_tokens(cfg: RunConfig, moe: MoeConfig) -> float:
@@ -265,7 +281,11 @@ def _gradients_in_flight(cfg: RunConfig, number: int, tensors: dict[str, float])
     if model.moe is not None and is_moe_layer(model, number):
         # Gradients of all experts' outputs and inputs; expert parallelism exchanges them, each time with a copy.
         copies = 2 if cfg.parallelism.expert_model_parallel_size == 1 else 4
-        mlp = copies * routed_tokens(cfg, model.moe) * model.hidden_size * element
+        columns: float = copies * model.hidden_size
+        if _groups_experts(cfg) and keeps_tokens_here(cfg):
+            # A copy of the tokens for each row, both gradients of the first product, the second one's input again.
+            columns = model.hidden_size + 3 * model.moe.moe_ffn_hidden_size
+        mlp = columns * routed_tokens(cfg, model.moe) * element
     else:
         width = model.ffn_hidden_size / tp
         mlp = tokens * width * element * (3 if model.gated_linear_unit else 2) - tensors["input of the second matrix"]

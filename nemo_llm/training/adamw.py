@@ -72,8 +72,10 @@ class FusedAdamW(torch.optim.Optimizer):
                 self.moments(parameters[0])  # the first time it makes those of all
                 self._host.update(parameters, partial(self._update, group))
                 continue
-            moments = [self.moments(parameter) for parameter in parameters]
-            first, second = ([each[name] for each in moments] for name in ("exp_avg", "exp_avg_sq"))
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.moments(parameter)
+            first, second = ([self.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq"))
             self._update(group, (parameters, [p.grad for p in parameters], first, second))
 
     def _by_adamw(self, _parameter: torch.Tensor, /) -> bool:

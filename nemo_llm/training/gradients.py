@@ -11,6 +11,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import unwrap_model
 
+from nemo_llm.models.experts import GroupedExperts
 from nemo_llm.models.fp8 import Fp8Linear
 from nemo_llm.models.language_model import LanguageModel
 from nemo_llm.models.linear import WholeLinear, weights_with_product
@@ -18,7 +19,13 @@ from nemo_llm.models.products import take_stale
 
 
 def mark_overwritten(chunk: DistributedDataParallel) -> None:
-    """Mark the weights of this chunk whose gradients nothing writes but our products."""
+    """Mark the weights of this chunk whose gradients nothing writes but our products.
+
+    Experts tell nobody that a weight's gradient is there where gradients are summed over ranks at the end alone.
+    """
+    for module in unwrap_model(chunk).modules():
+        if isinstance(module, GroupedExperts):
+            module.announces_gradients = chunk.ddp_config.overlap_grad_reduce
     for weight in _written_by_products(unwrap_model(chunk)):
         if hasattr(weight, "main_grad"):  # not frozen
             weight.overwrites_gradient = True
@@ -52,6 +59,9 @@ def zero_untouched(chunk: DistributedDataParallel) -> None:
 
 def _written_by_products(model: LanguageModel) -> Iterator[torch.nn.Parameter]:
     yield from weights_with_product(model, WholeLinear.product, Fp8Linear.product)
+    for module in model.modules():
+        if isinstance(module, GroupedExperts) and module.is_plain():
+            yield from module.weights()
     # One that is the embedding too gets gradients from both.
     if model.fuses_loss and not model.share_embeddings_and_output_weights:
         yield model.output_weight

@@ -181,6 +181,53 @@ def decode_case(
     return error(ours, wanted.flatten(1, 2))
 
 
+def expert_case(sizes: tuple[int, int, int, int, int], skew: str, dtype: torch.dtype, device: str) -> float:
+    """A mixture of experts, forward and backward, by the grouped kernels; ``sizes`` = (T, k, E, h, f).
+
+    ``skew``: "even" chooses at random, "one" sends every token to the same experts, so that the others have no rows.
+    """
+    from nemo_llm.models import expert_kernels as kernels
+    from nemo_llm.models.experts import routes_of_choices
+
+    tokens, choices, experts, columns, units = sizes
+    scores = torch.rand(tokens, experts, device=device)
+    chosen = (scores if skew == "even" else scores[:1].expand_as(scores)).topk(choices, -1).indices
+    x, seed = (torch.randn(tokens, columns, device=device, dtype=dtype) for _ in range(2))
+    share = torch.rand(tokens, choices, device=device)
+    fc1 = [torch.randn(2 * units, columns, device=device, dtype=dtype) / columns**0.5 for _ in range(experts)]
+    fc2 = [torch.randn(columns, units, device=device, dtype=dtype) / units**0.5 for _ in range(experts)]
+    exact = [t.double().requires_grad_() for t in (x, share, torch.stack(fc1), torch.stack(fc2))]
+    wanted = torch.zeros(tokens, columns, dtype=torch.float64, device=device)
+    for expert in range(experts):
+        token, choice = (chosen == expert).nonzero(as_tuple=True)
+        gate, up = (exact[0][token] @ exact[2][expert].t()).chunk(2, -1)
+        hidden = F.silu(gate) * up * exact[1][token, choice][:, None]
+        wanted = wanted.index_add(0, token, hidden @ exact[3][expert].t())
+    wanted.backward(seed.double())
+
+    routes = routes_of_choices(chosen, experts)
+    before = kernels.grouped_product(x, fc1, routes, transposed=True, gather=True)
+    after = kernels.weighted_swiglu(before, share, routes)
+    out = kernels.sum_of_rows(kernels.grouped_product(after, fc2, routes, transposed=True, gather=False), routes)
+    after_grad = kernels.grouped_product(seed, fc2, routes, transposed=False, gather=True)
+    before_grad, share_grad, again = kernels.weighted_swiglu_backward(after_grad, before, share, routes)
+    assert torch.equal(again, after)
+    rows_grad = kernels.grouped_product(before_grad, fc1, routes, transposed=False, gather=False)
+    pairs = [(out, wanted.detach()), (kernels.sum_of_rows(rows_grad, routes), exact[0].grad)]
+    pairs.append((share_grad, exact[1].grad))
+    for weights, left, right, gradient in (
+        (fc1, before_grad, x[routes.tokens], exact[2].grad),
+        (fc2, seed[routes.tokens], after, exact[3].grad),
+    ):
+        start = [torch.randn(w.shape, device=device) for w in weights]
+        for overwrite in (False, True):
+            buffers = [torch.full_like(s, torch.nan) if overwrite else s.clone() for s in start]
+            kernels.add_grouped_weight_gradient(buffers, left, right, routes, overwrite)
+            base = torch.zeros_like(gradient) if overwrite else torch.stack(start).double()
+            pairs.append((torch.stack(buffers), gradient + base))
+    return max(error(ours, exact_one) for ours, exact_one in pairs)
+
+
 def quantize_case(m: int, k: int, dtype: torch.dtype) -> float:
     """The FP8 kernels against the same rounding in PyTorch: share of values that differ, and exact transposes."""
     from nemo_llm.models.fp8 import quantize
@@ -312,6 +359,11 @@ def all_cases(device: str, small: bool):
     for size, window, cap, dtype in itertools.product(sizes, (None, 40), (None, 3.0), dtypes):
         name = f"decode {size} window {window} cap {cap}"
         yield name, dtype, partial(decode_case, size, (window, cap), dtype, device)
+    sizes = [(40, 2, 5, 24, 12), (7, 1, 3, 72, 40)]
+    if not small:
+        sizes += [(4096, 8, 128, 2048, 768), (1000, 6, 64, 528, 1408), (300, 2, 8, 136, 72)]
+    for size, skew, dtype in itertools.product(sizes, ("even", "one"), dtypes):
+        yield f"experts {size} {skew}", dtype, partial(expert_case, size, skew, dtype, device)
     if not small:
         yield from library_cases()
 

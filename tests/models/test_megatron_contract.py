@@ -1,5 +1,6 @@
 """The names of megatron-core that this project replaces or calls though they are private: a change there fails here."""
 
+import importlib
 import inspect
 import subprocess
 import sys
@@ -15,7 +16,7 @@ def _names_are_there() -> None:
     import megatron.core.optimizer as megatron_optimizer
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
     from megatron.core.tensor_parallel import ColumnParallelLinear, layers
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer import attention, mlp
@@ -32,10 +33,15 @@ def _names_are_there() -> None:
     assert list(inspect.signature(mlp.bias_swiglu_impl).parameters)[:2] == ["input", "bias"]
     assert hasattr(moe_utils, "te_general_gemm")
     assert hasattr(clip_grads, "l2_norm_impl")
+    parameters = inspect.signature(optimizer._multi_tensor_copy_this_to_that).parameters
+    assert list(parameters) == ["this", "that", "overflow_buf"]
     for name in ("Adam", "USING_PYTORCH_OPTIMIZER"):
         assert hasattr(megatron_optimizer, name)
     for name in ("Adam", "HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"):
         assert hasattr(distrib_optimizer, name)
+    finalize = inspect.getsource(importlib.import_module("megatron.core.distributed.finalize_model_grads"))
+    resets = finalize.partition("def reset_model_temporary_tensors")[2].partition("\n\n\n")[0]
+    assert (resets.count(" if "), "expert_bias" in resets, "global_aux_loss" in resets) == (2, True, True)
     parameters = inspect.signature(GPTModel._postprocess).parameters
     assert list(parameters)[1] == "hidden_states"
     assert {"labels", "loss_mask"} <= set(parameters)

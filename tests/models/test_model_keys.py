@@ -92,7 +92,7 @@ ALIKE: dict[str, tuple[str, Any]] = {
     "checkpoint_path": ("dense", "/where/the/shape/is/from"),
     "family": ("dense", "llama"),
 }
-# Keys whose effect has tests of its own: tests of tasks, of a layer of one's own, and the refusal below.
+# Keys whose effect has tests of its own: tests of tasks, of a layer of one's own, and of parity.
 ELSEWHERE = {"head", "layer_spec", "layer_spec_settings", "moe.moe_grouped_gemm"}
 # A model, a key that it does not read, a value and what is said.
 REFUSED: list[tuple[str, str, Any, str]] = [
@@ -111,7 +111,6 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("yarn", "rope_scaling.low_freq_factor", 1.0, "not read by type yarn"),
     ("llama3", "rope_scaling.beta_fast", 1.0, "not read by type llama3"),
     ("experts", "moe.moe_first_k_dense_replace", 2, "none of the 2 layers"),
-    ("experts", "moe.moe_grouped_gemm", True, "Transformer Engine"),
     ("sigmoid experts", "moe.moe_router_pre_softmax", True, "another kind"),
     ("sigmoid experts", "moe.moe_router_load_balancing_type", "sinkhorn", ""),
     ("dense", "layer_spec_settings", {"width": 3}, "model.layer_spec"),

@@ -50,6 +50,15 @@ def test_expert_layout_equals_one_process(layout: Layout, ranks: RankPool, singl
         _assert_close(losses, single["moe_tiny"], FP32_TOLERANCE, FP32_TOLERANCE)
 
 
+@pytest.mark.parametrize("overrides", [(), ("parallelism.expert_model_parallel_size=2",)], ids=["here", "EP2"])
+def test_experts_in_one_product_equal_experts_one_after_another(
+    overrides: tuple[str, ...], ranks: RankPool, single: dict
+) -> None:
+    one_by_one = (*overrides, "model.moe.moe_grouped_gemm=false")
+    for losses in ranks.run(train_losses, 1 + len(overrides), "moe_tiny", one_by_one):
+        _assert_close(losses, single["moe_tiny"], FP32_TOLERANCE, FP32_TOLERANCE)
+
+
 @pytest.mark.parametrize("layout", [DENSE[1], DENSE[4], DENSE[5]], ids=lambda layout: layout.name)
 def test_bf16_layout_stays_near_one_process(layout: Layout, ranks: RankPool) -> None:
     bf16 = ("precision=bf16",)

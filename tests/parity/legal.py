@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from nemo_llm.config.checks import find_problems
 from nemo_llm.config.load import compose
@@ -132,6 +133,7 @@ def main() -> None:
     """Print a row for every layout, then a summary of each model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=list(MODELS))
+    parser.add_argument("--reference", type=Path, help="only write the figures of one process to this file")
     parser.add_argument("--count", action="store_true", help="only say how many layouts there are")
     arguments = parser.parse_args()
     models = [arguments.model] if arguments.model else list(MODELS)
@@ -140,6 +142,10 @@ def main() -> None:
         print({model: len(found) for model, found in layouts.items()})
         return
     pool = RankPool(4)
+    if arguments.reference is not None:
+        arguments.reference.write_text(json.dumps({model: figures(pool, model)[0] for model in models}))
+        pool.close()
+        return
     summary = []
     for model in models:
         began, rows = time.perf_counter(), []

@@ -35,7 +35,7 @@ from nemo_llm.config import RunConfig
 from nemo_llm.config.load import decode_data, with_younger_keys
 from nemo_llm.data.history import check_blend_history
 from nemo_llm.errors import ConfigError, ExitCode, InputError
-from nemo_llm.training.agreement import Change, check_agreement
+from nemo_llm.training.agreement import Change, check_agreement, compare_configs
 from nemo_llm.training.files import write_atomic
 from nemo_llm.training.runlock import RunLock, holder_info
 
@@ -76,7 +76,8 @@ def open_run_dir(
 
     ``run.dir: null`` makes a new folder ``runs/<name>-<timestamp>-<4 hex digits>``. In a folder with a complete
     checkpoint ``checkpoint.resume: never`` is refused, and otherwise the configuration must agree with the one saved
-    there, but for `CHANGEABLE_KEYS` and the patterns in `also_allowed`. Nothing is written before all that has passed.
+    there, but for `CHANGEABLE_KEYS` and the patterns in `also_allowed`; a key that it lacks, since an earlier version
+    saved it, counts as saved with the shipped value. Nothing is written before all that has passed.
 
     Raises:
         ConfigError: a key differs that a resume may not change.
@@ -145,7 +146,11 @@ def _check_present_run(
             "two runs in one folder.\n      fix: choose another run.dir, or checkpoint.resume=auto to go on"
         )
     saved = read_config(path)
-    return check_agreement(saved, config, path / CONFIG_FILE_NAME, [*also_allowed, *_blend_keys(path, saved, cfg)])
+    patterns = [*also_allowed, *_blend_keys(path, saved, cfg)]
+    allowed, forbidden = compare_configs(saved, config, patterns)
+    if forbidden:  # but for keys younger than the run that have their shipped values, which are listed
+        check_agreement(with_younger_keys(saved), config, path / CONFIG_FILE_NAME, patterns)
+    return [*allowed, *forbidden]
 
 
 def _blend_keys(path: Path, saved: Mapping[str, Any], cfg: RunConfig) -> Sequence[str]:

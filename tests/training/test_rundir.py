@@ -93,6 +93,20 @@ def test_resume_with_another_model_is_refused_and_writes_nothing(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_a_run_of_an_earlier_version_resumes_and_its_missing_keys_are_listed(tmp_path):
+    with open_run_dir(config(tmp_path)):
+        with_checkpoint(tmp_path)
+    saved = read_config(tmp_path)
+    del saved["data"]["labelled"], saved["data"]["chat"]["train_on"], saved["performance"]["flex_attention"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    with pytest.raises(ConfigError, match=r"data\.chat\.train_on = 'all': .* was made with 'answers'"):
+        open_run_dir(config(tmp_path, "data.chat.train_on=all"))
+    with open_run_dir(config(tmp_path)) as run_dir:
+        listed = {change.key: str(change) for change in run_dir.changes}
+    assert set(listed) == {"data.labelled", "data.chat.train_on", "performance.flex_attention"}
+    assert listed["data.chat.train_on"] == "data.chat.train_on: <nothing> -> 'answers'"
+
+
 def test_start_that_left_no_checkpoint_may_be_mended(tmp_path):
     with open_run_dir(config(tmp_path)):
         (tmp_path / "checkpoints" / "step_00000010").mkdir(parents=True)  # torn: no marker

@@ -93,7 +93,7 @@ def models(on_gpu: bool) -> dict[str, tuple[str, ...]]:
         f"trainer.micro_batch_size={batch}", f"trainer.global_batch_size={batch}", "model.num_layers=4",
         f"model.hidden_size={hidden}", f"model.ffn_hidden_size={inner}", f"model.num_attention_heads={heads}",
         f"trainer.accelerator={'auto' if on_gpu else 'cpu'}", "model.transformer_impl=torch",
-        "exp_manager.enabled=false", "optim.sched.warmup_steps=0",
+        "exp_manager.enabled=false", "optim.sched.warmup_steps=0", "performance.choose_matrix_kernels=false",
     )  # fmt: skip
     grouped, alike = f"model.num_query_groups={heads // 2}", f"model.num_query_groups={heads}"
     found = {

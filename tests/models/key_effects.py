@@ -17,7 +17,7 @@ EXPERTS = (
 )
 LATENT = "model.mla={q_lora_rank:16,kv_lora_rank:16,qk_head_dim:8,qk_pos_emb_head_dim:4,v_head_dim:8}"
 YARN = (
-    "model.rope_scaling={type:yarn,factor:4.0,original_max_position_embeddings:16,beta_fast:32.0,beta_slow:1.0,"
+    "model.rope_scaling={type:yarn,factor:4.0,original_max_position_embeddings:4096,beta_fast:32.0,beta_slow:1.0,"
     "mscale:1.0,mscale_all_dim:0.5}"
 )
 LLAMA3 = (

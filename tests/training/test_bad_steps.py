@@ -39,7 +39,7 @@ def _train(overrides: tuple[str, ...], folder: str, bad_step: int | None, times:
     def poisoned(data, model):
         output, loss_function = forward_step(data, model)
         if bad_step is not None and run.state.consumed_samples == (bad_step - 1) * 8 and left > 0:
-            output = output * torch.tensor(float("nan"))
+            output = output + torch.tensor(float("nan"))  # as the fused loss wants it: no factor
         return output, loss_function
 
     def counted(*args, **kwargs):

@@ -20,10 +20,11 @@ from nemo_llm.planner.state import RankState, rank_state
 
 GIB = 2**30
 # Read off five runs on an H200 (docs/planner.md): in each 2.1 GiB between what PyTorch reserves and what the driver
-# shows; reserved and unused 1 to 5% of what is allocated, which the allocator gives back when memory is short.
+# shows; reserved and unused 1 to 5% of what is allocated. The allocator gives unused blocks back when memory is short,
+# so the least that was seen is counted.
 CONTEXT_BYTES = 2.1 * GIB
 COMMUNICATOR_BYTES = 0.2 * GIB
-RESERVE = 0.03
+RESERVE = 0.01
 # Of cuBLAS and cuBLASLt on Hopper, 32 MiB each, which PyTorch's allocator hands out.
 _WORKSPACE_BYTES = 2**26
 # How far the estimate may be above the truth: tests/planner holds measured rows within this. Expert parallelism puts as

@@ -147,7 +147,7 @@ def data_template(path: Path, out: Path) -> int:
     from nemo_llm.data.chat_template import ChatTemplate
 
     del out
-    ChatTemplate(path.read_text(), {}).render([{"role": "user", "content": "x"}])
+    ChatTemplate(path.read_text(), str(path), {}).render([{"role": "user", "content": "x"}])
     return 0
 
 

@@ -29,9 +29,12 @@ def main() -> int:
     """Print one row a layout; the exit code is 1 when one differs."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--legal", type=Path, help="figures of one process on a CPU")
+    parser.add_argument("--model", choices=list(MODELS), action="append", help="with --legal: these alone")
     arguments = parser.parse_args()
+    legal = arguments.legal is not None
+    cases = _legal_layouts(arguments.legal, arguments.model or list(MODELS)) if legal else _golden_layouts()
     worst_of_all = 0.0
-    for name, layout, wanted, call in _golden_layouts() if arguments.legal is None else _legal_layouts(arguments.legal):
+    for name, layout, wanted, call in cases:
         if layout.processes != find_process_place().world_size:
             continue
         began = time.perf_counter()
@@ -57,9 +60,10 @@ def _golden_layouts() -> Iterator[_Case]:
             yield model, layout, wanted, (model, (), len(wanted))
 
 
-def _legal_layouts(reference: Path) -> Iterator[_Case]:
+def _legal_layouts(reference: Path, models: list[str]) -> Iterator[_Case]:
     wanted = json.loads(reference.read_text())
-    for name, (model, extra) in MODELS.items():
+    for name in models:
+        model, extra = MODELS[name]
         for layout in legal_layouts(name):
             yield name, layout, wanted[name], (model, extra, STEPS)
 

@@ -252,6 +252,7 @@ def test_mistakes_in_a_tools_arguments_are_named_in_our_words(arguments: list[st
 def test_a_job_script_reads_run_dir_as_the_program_does() -> None:
     script = 'OVERRIDES=("run.dir=~/a b" "++run.dir=~/x=1 (2)"); override run.dir; cd /; [ ! -e "~" ]'
     lines = (ROOT / "slurm" / "lib.sh").read_text()
-    function = lines[lines.index("override() {") :].partition("\n}\n")[0] + "\n}\n"
+    after = lines.index("\n}\n", lines.index("override() {"))
+    function = lines[lines.index("unquoted() {") : after] + "\n}\n"
     done = subprocess.run(["bash", "-c", function + script], capture_output=True, text=True, check=True)
     assert done.stdout == f"{Path.home()}/x=1 (2)"

@@ -1,6 +1,7 @@
 """Each key of the model section changes what is computed, leaves it by design, or is refused where nothing reads it."""
 
 import dataclasses
+import random
 from typing import Any
 
 import pytest
@@ -125,8 +126,13 @@ def test_every_key_has_a_case() -> None:
     assert scaling | {"type", "factor"} == {field.name for field in dataclasses.fields(RopeScaling)}
 
 
-def test_keys_change_the_numbers_or_leave_them_by_design(ranks: RankPool) -> None:
-    cases = {**NUMBERS, **ALIKE}
+@pytest.mark.parametrize("count", [24, pytest.param(None, marks=pytest.mark.slow)], ids=["drawn", "all"])
+def test_keys_change_the_numbers_or_leave_them_by_design(count: int | None, ranks: RankPool) -> None:
+    every = {**NUMBERS, **ALIKE}
+    names = list(every) if count is None else random.Random(seed := random.randrange(10**6)).sample(list(every), count)
+    if count is not None:
+        print(f"drawn with seed {seed}: {', '.join(names)}")  # what pytest shows where the test fails
+    cases = {key: every[key] for key in names}
     models = sorted({model for model, _ in cases.values()})
     runs: list[tuple[str, dict[str, Any]]] = [(model, {}) for model in models]
     runs += [(model, _change(key, value)) for key, (model, value) in cases.items()]

@@ -29,7 +29,7 @@ _EXPERTS = (
     "model.moe={num_moe_experts:4,moe_router_topk:2,moe_ffn_hidden_size:64,moe_aux_loss_coeff:0.01,"
     "moe_z_loss_coeff:0.001,moe_router_load_balancing_type:aux_loss,moe_router_score_function:softmax,"
     "moe_router_pre_softmax:false,moe_token_dispatcher_type:alltoall,moe_shared_expert_intermediate_size:64,"
-    "moe_layer_freq:1,moe_grouped_gemm:false}"
+    "moe_layer_freq:1,moe_grouped_gemm:true}"
 )
 _LATENT = "model.mla={q_lora_rank:16,kv_lora_rank:16,qk_head_dim:16,qk_pos_emb_head_dim:8,v_head_dim:16}"
 _WIDE_EXPERTS = _EXPERTS.replace("size:64", "size:1024")
@@ -114,9 +114,8 @@ def models(on_gpu: bool) -> dict[str, tuple[str, ...]]:
         found["dense, offloaded"] = (grouped, "performance.offload_activation_layers=2")
         if find_spec("transformer_engine") is not None:
             te = "model.transformer_impl=transformer_engine"
-            joined = experts.replace("grouped_gemm:false", "grouped_gemm:true")
             found["dense, Transformer Engine"] = (grouped, te)
-            found["experts, Transformer Engine"] = (grouped, te, joined)
+            found["experts, Transformer Engine"] = (grouped, te, experts)
     fp8 = {name: "fp8_tensorwise" if "FP8" in name else precision for name in found}
     return {name: (*base, f"precision={fp8[name]}", *arguments) for name, arguments in found.items()}
 

@@ -25,6 +25,11 @@ def used_window(window: int | None, length: int) -> int | None:
     return None if window is None or window >= length else window
 
 
+def layer_has_window(skipped: int | None, layer_number: int) -> bool:
+    """Megatron's rule: with ``window_attn_skip_freq`` = k every k-th layer (from 1) attends to everything."""
+    return skipped is None or layer_number % skipped != 0
+
+
 def fused_chunk_tokens(cfg: RunConfig) -> int | None:
     """Chunk of the fused projection and loss, or None: fp16's loss scale is not known when it takes gradients."""
     fused = cfg.performance.fused_linear_cross_entropy and cfg.precision.params_dtype != "fp16"

@@ -13,12 +13,13 @@ from importlib.util import find_spec
 from nemo_llm.config.code_paths import (
     keeps_tokens_here,
     keys_of_own_layers,
+    layer_has_window,
     splits_qkv,
     used_window,
     why_no_flex,
     why_not_grouped,
 )
-from nemo_llm.config.model import MlaConfig, ModelConfig, MoeConfig
+from nemo_llm.config.model import MlaConfig, MoeConfig
 from nemo_llm.config.run import RunConfig
 from nemo_llm.planner.adapters import Linear, keeps_inputs, kept_bytes, linears
 from nemo_llm.planner.parameters import count_layer, is_moe_layer
@@ -165,19 +166,14 @@ def _score_bytes(cfg: RunConfig, number: int) -> float:
     model, length = cfg.model, cfg.data.seq_length
     _, element, tp = _sizes(cfg)
     heads, groups = model.num_attention_heads / tp, max(model.num_query_groups / tp, 1)
-    windowed = used_window(model.window_size, length) is not None and _layer_has_window(model, number)
-    masked = windowed or cfg.data.reset_attention_mask
+    windowed = layer_has_window(model.window_attn_skip_freq, number + 1)
+    masked = (windowed and used_window(model.window_size, length) is not None) or cfg.data.reset_attention_mask
     if why_no_flex(cfg) is None or uses_transformer_engine(cfg) or not (masked or model.attn_logit_softcapping):
         return heads * 4
     if model.attn_logit_softcapping is not None:  # tanh and softmax in float32, weights; keys and values for all heads
         return heads * length * (4 + 4 + element) + 2 * (heads - groups) * model.head_dim * element
     rows = 1 if cfg.data.reset_attention_mask else cfg.trainer.micro_batch_size  # that share a mask
     return heads * 4 + length * element / rows
-
-
-def _layer_has_window(model: ModelConfig, number: int) -> bool:
-    skip = model.window_attn_skip_freq
-    return skip is None or (number + 1) % skip != 0
 
 
 def _latent_attention_bytes(cfg: RunConfig, mla: MlaConfig) -> float:

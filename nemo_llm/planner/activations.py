@@ -212,7 +212,7 @@ def _moe_bytes(cfg: RunConfig, moe: MoeConfig, found: dict[str, Linear]) -> tupl
     tokens, element, tp = _sizes(cfg)
     routed = routed_tokens(cfg, moe)
     inner, outer = _mlp_bytes(
-        cfg, moe.moe_ffn_hidden_size / expert_tp(cfg), routed, found.get("mlp.experts.0.linear_fc2")
+        cfg, moe.moe_ffn_hidden_size / cfg.parallelism.expert_tp_size, routed, found.get("mlp.experts.0.linear_fc2")
     )
     if cfg.model.activation_func != "silu" or not cfg.model.gated_linear_unit:
         inner += outer  # the activated product before the router's weights are multiplied in
@@ -237,12 +237,7 @@ def routed_tokens(cfg: RunConfig, moe: MoeConfig) -> float:
     """Copies of tokens at the experts of one rank: of the busiest one where expert parallelism spreads them."""
     own_tokens = tokens_per_rank(cfg) / cfg.parallelism.tensor_model_parallel_size  # TP splits the sequence here
     busiest = BUSIEST_RANK if cfg.parallelism.expert_model_parallel_size > 1 else 1.0
-    return own_tokens * moe.moe_router_topk * expert_tp(cfg) * busiest
-
-
-def expert_tp(cfg: RunConfig) -> int:
-    """Tensor-parallel size inside an expert."""
-    return cfg.parallelism.expert_tensor_parallel_size or cfg.parallelism.tensor_model_parallel_size
+    return own_tokens * moe.moe_router_topk * cfg.parallelism.expert_tp_size * busiest
 
 
 def _adapter_bytes(cfg: RunConfig, found: Iterable[Linear]) -> float:
@@ -253,7 +248,7 @@ def _adapter_bytes(cfg: RunConfig, found: Iterable[Linear]) -> float:
             # Each local expert has matrices of its own and a share of the tokens.
             local = linear.experts / cfg.parallelism.expert_model_parallel_size
             routed = routed_tokens(cfg, cfg.model.moe)
-            total += local * kept_bytes(cfg, linear, routed / local, element, expert_tp(cfg))
+            total += local * kept_bytes(cfg, linear, routed / local, element, cfg.parallelism.expert_tp_size)
         else:
             total += kept_bytes(cfg, linear, tokens, element, tp)
     return total
@@ -265,7 +260,7 @@ def _fp8_weight_bytes(cfg: RunConfig, number: int) -> float:
         return 0.0
     layer = count_layer(cfg.model, is_moe_layer(cfg.model, number))
     parallel = cfg.parallelism
-    experts = layer.experts / (parallel.expert_model_parallel_size * expert_tp(cfg))
+    experts = layer.experts / (parallel.expert_model_parallel_size * parallel.expert_tp_size)
     return layer.split / parallel.tensor_model_parallel_size + experts
 
 

@@ -100,13 +100,13 @@ def freeze_and_adapt(cfg: RunConfig, chunks: list[torch.nn.Module], runtime: Par
         else:
             load_adapter(chunks, resolve_checkpoint(start), fingerprint)
     if cfg.checkpoint.init_from is not None:
-        _tell_of_new_tokens(resolve_checkpoint(Path(cfg.checkpoint.init_from)))
+        _warn_of_new_tokens(resolve_checkpoint(Path(cfg.checkpoint.init_from)))
     trained = count_parameters(chunks, runtime)
     _log.info("%s: %s trained parameters beside frozen weights %s", cfg.peft.kind, f"{trained:,}", fingerprint)
     return fingerprint
 
 
-def _tell_of_new_tokens(base: Path) -> None:
+def _warn_of_new_tokens(base: Path) -> None:
     """Say that rows which were made for new tokens are frozen: nothing else would show it."""
     if new := new_tokens(base):
         shown = ", ".join(new[:5]) + (", ..." if len(new) > 5 else "")

@@ -160,10 +160,10 @@ def main() -> int:
     arguments = parser.parse_args()
 
     from nemo_llm.checkpoint.folder import read_config
-    from nemo_llm.config.load import decode
+    from nemo_llm.config.load import decode_saved
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 
-    cfg = decode(read_config(arguments.ours))
+    cfg = decode_saved(read_config(arguments.ours))
     log = [json.loads(line) for line in (arguments.ours / "metrics.jsonl").read_text().splitlines()]
     ours = [(row["loss"], row["grad_norm"]) for row in log if "loss" in row]
     if len(ours) != cfg.trainer.max_steps:

@@ -46,10 +46,10 @@ def main(cfg: RunConfig) -> ExitCode:
 
 def check_only(cfg: RunConfig) -> ExitCode:
     """Print what the run would read, its plan and whether it fits; starts nothing."""
+    from nemo_llm.config.batch_ramp import build_batch_ramp
     from nemo_llm.data.check import describe_data
     from nemo_llm.data.tokenizer import load_tokenizer
     from nemo_llm.planner.check_only import report
-    from nemo_llm.training.batch_ramp import build_batch_ramp
 
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     ramp = build_batch_ramp(cfg.trainer.global_batch_size, cfg.trainer.rampup_batch_size)

@@ -155,10 +155,10 @@ def _split(options: argparse.Namespace) -> None:
 
 
 def _ledger(options: argparse.Namespace) -> None:
+    from nemo_llm.config.batch_ramp import build_batch_ramp
     from nemo_llm.config.load import decode as decode_config
     from nemo_llm.data.build import build_train_and_validation
     from nemo_llm.data.ledger import ledger
-    from nemo_llm.training.batch_ramp import build_batch_ramp
 
     path = options.run / "config.yaml"
     if not path.is_file():

@@ -68,7 +68,7 @@ def build_batch_ramp(global_batch_size: int, rampup: RampupBatchSize | None) -> 
     """Lay out the ramp up to `global_batch_size`; without `rampup` every step has that size.
 
     Raises:
-        ValueError: sizes that `check_batch_ramp` refuses.
+        ValueError: sizes that `checks_recipe.check_batch_ramp` refuses.
     """
     if rampup is None or rampup.start_global_batch_size == global_batch_size:
         return BatchRamp((RampStage(0, 0, global_batch_size),))

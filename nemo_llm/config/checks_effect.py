@@ -42,7 +42,7 @@ def _field_problems(cfg: RunConfig, name: str, value: Scalar) -> Iterator[Proble
     if not allowed(value):
         yield Problem(key, value, f"must be {values}", f"write {key}=<{values}>, or remove it")
     elif value is not False and not has_effect(cfg):
-        yield Problem(key, value, f"has an effect with {needed}", "give the run that, or remove the override")
+        yield Problem(key, value, f"has an effect with {needed} alone", f"choose that, or remove {key}")
 
 
 def check_unread_keys(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:

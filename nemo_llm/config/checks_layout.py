@@ -17,10 +17,6 @@ _ETP = "parallelism.expert_tensor_parallel_size"
 _LAYOUT = "parallelism.pipeline_model_parallel_layout"
 
 
-def _expert_tp(cfg: RunConfig) -> int:
-    return cfg.parallelism.expert_tensor_parallel_size or cfg.parallelism.tensor_model_parallel_size
-
-
 def check_tensor_parallel(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
     """Heads, query groups and the dense MLP are split by TP."""
     tp, model = cfg.parallelism.tensor_model_parallel_size, cfg.model
@@ -207,7 +203,7 @@ def _even_layout(layers: int, chunks: int) -> str:
 def check_experts(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
     """Experts are spread by EP and split by ETP; both need a mixture of experts."""
     parallel, moe = cfg.parallelism, cfg.model.moe
-    ep, etp = parallel.expert_model_parallel_size, _expert_tp(cfg)
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tp_size
     if moe is None:
         if ep > 1:
             yield Problem(_EP, ep, "the model has no mixture of experts", f"set {_EP}=1, or choose +model=moe_tiny")
@@ -250,7 +246,7 @@ def check_world_size(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
     """The processes that the launcher started are a multiple of what one copy of the model takes."""
     parallel = cfg.parallelism
     dense = parallel.model_parallel_size
-    expert = _expert_tp(cfg) * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    expert = parallel.expert_tp_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
     for unit, key, axes in (
         (dense, "parallelism", "tensor x context x pipeline parallel sizes"),
         (expert, _EP, "expert-tensor x expert x pipeline parallel sizes"),

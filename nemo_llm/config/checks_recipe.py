@@ -67,22 +67,22 @@ def check_batch_ramp(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
     if ramp is None:
         return
     key = "trainer.rampup_batch_size"
-    if ramp.start_global_batch_size > trainer.global_batch_size:
+    rise = trainer.global_batch_size - ramp.start_global_batch_size
+    if rise < 0:
         yield Problem(
             f"{key}.start_global_batch_size",
             ramp.start_global_batch_size,
             f"must be at most trainer.global_batch_size = {trainer.global_batch_size}",
             f"set it to a smaller size, or {key}=null",
         )
-    elif (trainer.global_batch_size - ramp.start_global_batch_size) % ramp.increment:
-        rise = trainer.global_batch_size - ramp.start_global_batch_size
+    elif rise % ramp.increment:
         yield Problem(
             f"{key}.increment",
             ramp.increment,
             f"must divide the rise from start to trainer.global_batch_size = {rise}",
             f"set it to {either(divisors(rise)[-8:])}",
         )
-    if copies is None:
+    if copies is None or rise == 0:
         return
     unit = trainer.micro_batch_size * copies
     if (cfg.parallelism.virtual_pipeline_model_parallel_size or 1) > 1:
@@ -211,22 +211,23 @@ def check_optimizer(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
 
 def check_loggers(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
     """Loggers that are asked for are installed, and have what they need."""
-    manager = cfg.exp_manager
-    asked = {"wandb": manager.create_wandb_logger, "mlflow": manager.create_mlflow_logger}
-    for package, wanted in asked.items():
-        if wanted and find_spec(package) is None:
-            key = f"exp_manager.create_{package}_logger"
+    for package, key in _wanted_loggers(cfg.exp_manager):
+        if find_spec(package) is None:
             rule = f"needs the package {package}, which is not installed"
             yield Problem(key, True, rule, f"install the extra {package}, or set {key}=false")
-    yield from logger_problems(manager)
+    yield from logger_problems(cfg.exp_manager)
+
+
+def _wanted_loggers(manager: ExpManagerConfig) -> Iterator[tuple[str, str]]:
+    """Package and key of each logger that is asked for beside TensorBoard's."""
+    asked = {"wandb": manager.create_wandb_logger, "mlflow": manager.create_mlflow_logger}
+    yield from ((package, f"exp_manager.create_{package}_logger") for package, wanted in asked.items() if wanted)
 
 
 def logger_problems(manager: ExpManagerConfig) -> Iterator[Problem]:
     """Loggers that the `exp_manager` section asks for and cannot have."""
-    asked = {"wandb": manager.create_wandb_logger, "mlflow": manager.create_mlflow_logger}
-    for kind, wanted in asked.items():
-        key = f"exp_manager.create_{kind}_logger"
-        if wanted and not manager.enabled:
+    for _, key in _wanted_loggers(manager):
+        if not manager.enabled:
             fix = f"set exp_manager.enabled=true, or {key}=false"
             yield Problem(key, True, "needs NeMo's exp_manager, and exp_manager.enabled is false", fix)
     if manager.create_wandb_logger and "project" not in manager.wandb_logger_kwargs:

@@ -1,5 +1,6 @@
 """Which code a configuration runs on a GPU: rules that the model builder and the memory estimate share. No torch."""
 
+from nemo_llm.config.mcore_fields import UNFUSED_ACTIVATION
 from nemo_llm.config.model import ModelConfig
 from nemo_llm.config.parallelism import ParallelismConfig
 from nemo_llm.config.run import RunConfig
@@ -23,6 +24,11 @@ def why_no_flex(cfg: RunConfig) -> str | None:
 def used_window(window: int | None, length: int) -> int | None:
     """A window that samples of this length leave: one that they never leave is none."""
     return None if window is None or window >= length else window
+
+
+def layer_has_window(skipped: int | None, layer_number: int) -> bool:
+    """Megatron's rule: with ``window_attn_skip_freq`` = k every k-th layer (from 1) attends to everything."""
+    return skipped is None or layer_number % skipped != 0
 
 
 def fused_chunk_tokens(cfg: RunConfig) -> int | None:
@@ -64,13 +70,12 @@ def keys_of_own_layers(model: ModelConfig) -> list[str]:
 def keeps_tokens_here(cfg: RunConfig) -> bool:
     """Whether one rank holds all experts, each whole, so that the torch layers send no token and copy none."""
     parallel = cfg.parallelism
-    expert_tp = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
     overrides = {"moe_expert_capacity_factor", "moe_shared_expert_overlap"} & set(cfg.model.mcore_overrides)
-    return parallel.expert_model_parallel_size == expert_tp == 1 and not overrides
+    return parallel.expert_model_parallel_size == parallel.expert_tp_size == 1 and not overrides
 
 
 # Overrides of Megatron's fields under which an expert computes something else than plain SwiGLU.
-_OTHER_EXPERTS = {"moe_apply_probs_on_input", "moe_latent_size", "activation_func_clamp_value", "glu_linear_offset"}
+_OTHER_EXPERTS = {"moe_apply_probs_on_input", *UNFUSED_ACTIVATION}
 
 
 def why_not_grouped(cfg: RunConfig) -> str | None:

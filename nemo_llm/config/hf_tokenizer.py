@@ -15,15 +15,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file; empty where there is no such file.
 
     Raises:
-        InputError: it is not readable as JSON.
+        InputError: it cannot be read, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
-    return content if isinstance(content, dict) else {}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as a JSON object ({error})") from None
 
 
 def special_ids(folder: Path) -> dict[str, Any]:
@@ -36,24 +35,33 @@ def special_ids(folder: Path) -> dict[str, Any]:
     return {key: values[0] for key, values in found.items() if values}
 
 
+def add_special_ids(folder: Path, ids: Mapping[str, Any]) -> None:
+    """Write ids into the ``generation_config.json`` of a folder, beside what it has."""
+    path = folder / GENERATION_CONFIG
+    written = read_json(path)
+    if ids and ids != {key: written.get(key) for key in ids}:
+        path.write_text(json.dumps({**written, **ids}, indent=2) + "\n", encoding="utf-8")
+
+
 def as_list(ids: Any) -> list[int]:
     """The ids under ``eos_token_id``, which may be none, one or a list."""
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def added_in_front(backend: Any) -> list[int]:
-    """Ids that a tokenizer of the ``tokenizers`` library itself puts before a text.
+def token_in_front(backend: Any) -> str | None:
+    """The one token that a tokenizer of the ``tokenizers`` library itself puts before a text; None: none, or several.
 
     Its post-processor decides. transformers 5 does not read ``add_bos_token`` where there is a tokenizer.json, and that
     a token is named (``bos_token``) does not mean that it is added.
     """
     with_added = backend.encode("a", add_special_tokens=True)
     own = [number for number, special in enumerate(with_added.special_tokens_mask) if not special]
-    return list(with_added.ids[: own[0]]) if own else []
+    ids = with_added.ids[: own[0]] if own else []
+    return str(backend.id_to_token(ids[0])) if len(ids) == 1 else None
 
 
 def bos_token(file: Path) -> str | None:
-    """The one token that a ``tokenizer.json`` puts before a text; None where it puts none, or several."""
+    """As `token_in_front`, of a ``tokenizer.json``; None also where there is no such file."""
     from tokenizers import Tokenizer
 
     if not file.is_file():
@@ -62,11 +70,10 @@ def bos_token(file: Path) -> str | None:
         backend = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises a bare Exception
         raise InputError(f"{file}: not a Hugging Face tokenizer.json ({error})") from error
-    ids = added_in_front(backend)
-    return str(backend.id_to_token(ids[0])) if len(ids) == 1 else None
+    return token_in_front(backend)
 
 
 def token_text(token: Any) -> str | None:
-    """A special token of ``tokenizer_config.json``, which is written as text or as a mapping."""
-    text = token["content"] if isinstance(token, Mapping) else token
+    """A special token of ``tokenizer_config.json``, which is written as text or as a mapping; None for null."""
+    text = token.get("content", "") if isinstance(token, Mapping) else token
     return None if text is None else str(text)

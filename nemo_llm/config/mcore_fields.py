@@ -13,7 +13,7 @@ from nemo_llm.config.section import Scalar
 
 
 @dataclass(frozen=True, slots=True)
-class Field:
+class Override:
     """A field that can be set.
 
     Attributes:
@@ -108,22 +108,22 @@ _OVERLAP = (
     "shared experts and model.moe.moe_token_dispatcher_type=alltoall",
 )
 
-FIELDS: dict[str, Field] = {
-    "activation_func_clamp_value": Field(_ABOVE_ZERO, _GATED),
-    "glu_linear_offset": Field(_NUMBER, _GATED),
-    "no_rope_freq": Field(_at_least(1), _ROTARY),
-    "moe_apply_probs_on_input": Field(_BOOL, _ONE_EXPERT),
-    "moe_expert_capacity_factor": Field(_ABOVE_ZERO, _TOP_K),
-    "moe_pad_expert_input_to_capacity": Field(_BOOL, _CAPACITY, numbers=False),
-    "moe_router_bias_update_rate": Field(_NUMBER, _BIAS),
-    "moe_router_dtype": Field(_one_of("fp32", "fp64"), _NARROW),
-    "moe_router_enable_expert_bias": Field(_BOOL, _SIGMOID),
-    "moe_router_group_topk": Field(_at_least(1), _GROUPS),
-    "moe_router_num_groups": Field(_at_least(1), _GROUPS),
-    "moe_router_topk_scaling_factor": Field(_ABOVE_ZERO, _TOP_K),
-    "moe_shared_expert_gate": Field(_BOOL, _SHARED),
-    "moe_shared_expert_overlap": Field(_BOOL, _OVERLAP, numbers=False),
-    "moe_token_drop_policy": Field(_one_of("probs", "position"), _CAPACITY),
+FIELDS: dict[str, Override] = {
+    "activation_func_clamp_value": Override(_ABOVE_ZERO, _GATED),
+    "glu_linear_offset": Override(_NUMBER, _GATED),
+    "no_rope_freq": Override(_at_least(1), _ROTARY),
+    "moe_apply_probs_on_input": Override(_BOOL, _ONE_EXPERT),
+    "moe_expert_capacity_factor": Override(_ABOVE_ZERO, _TOP_K),
+    "moe_pad_expert_input_to_capacity": Override(_BOOL, _CAPACITY, numbers=False),
+    "moe_router_bias_update_rate": Override(_NUMBER, _BIAS),
+    "moe_router_dtype": Override(_one_of("fp32", "fp64"), _NARROW),
+    "moe_router_enable_expert_bias": Override(_BOOL, _SIGMOID),
+    "moe_router_group_topk": Override(_at_least(1), _GROUPS),
+    "moe_router_num_groups": Override(_at_least(1), _GROUPS),
+    "moe_router_topk_scaling_factor": Override(_ABOVE_ZERO, _TOP_K),
+    "moe_shared_expert_gate": Override(_BOOL, _SHARED),
+    "moe_shared_expert_overlap": Override(_BOOL, _OVERLAP, numbers=False),
+    "moe_token_drop_policy": Override(_one_of("probs", "position"), _CAPACITY),
 }
 
 UNFUSED_ACTIVATION = ("activation_func_clamp_value", "glu_linear_offset")

@@ -31,3 +31,8 @@ class ParallelismConfig(Section):
     def model_parallel_size(self) -> int:
         """Processes that one copy of the dense model spans: TP x CP x PP."""
         return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def expert_tp_size(self) -> int:
+        """Processes that one expert is split over: ETP, or TP where that is not set."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size

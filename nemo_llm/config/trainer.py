@@ -53,9 +53,8 @@ class TrainerConfig(Section):
     max_bad_steps: PositiveInt
     spike_sigmas: PositiveFloat | None
     spike_window: PositiveInt
-    check_memory: bool | None = None
-    """Whether a run that needs more memory than its GPUs have is refused before anything is built; None, of runs that
-    were saved before there was this key: yes."""
+    check_memory: bool
+    """Whether a run that needs more memory than its GPUs have is refused before anything is built."""
 
     def __post_init__(self) -> None:
         if self.spike_sigmas is not None and self.spike_window < FEWEST_SPIKE_STEPS:

@@ -205,7 +205,7 @@ def their_config(folder: Path) -> dict[str, Any]:
     """What transformers makes of ``config.json``: every key of its class, those that the file lacks too."""
     from transformers import AutoConfig
 
-    return dict(AutoConfig.from_pretrained(folder, local_files_only=True).to_dict())
+    return dict(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict())
 
 
 def load_theirs(folder: Path) -> Any:

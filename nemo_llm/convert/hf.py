@@ -13,7 +13,7 @@ import torch
 
 from nemo_llm.checkpoint.folder import resolve_checkpoint
 from nemo_llm.config.convert_tool import ConvertConfig
-from nemo_llm.config.hf_tokenizer import GENERATION_CONFIG, SPECIAL_IDS, as_list, read_json, special_ids
+from nemo_llm.config.hf_tokenizer import SPECIAL_IDS, add_special_ids, as_list, special_ids
 from nemo_llm.config.load import compose, to_dict
 from nemo_llm.convert.common import (
     Outcome,
@@ -62,7 +62,7 @@ def hf_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
         written = write_ours(cfg, mapped, reader, temporary)
     finish_ours(run, temporary, has_tokenizer, source)
     if not has_tokenizer:
-        _add_ids(temporary, special_ids(source))
+        add_special_ids(temporary, special_ids(source))
     report = compare_folders(cfg, mapped, (source, temporary), temporary)
     if report is not None and has_tokenizer:
         report = replace(report, texts=compare_token_ids(source, temporary / "tokenizer", beginning=True))
@@ -128,7 +128,7 @@ def _write_hf_companions(target: Path, folder: Path, config: dict[str, Any], dty
     ids = _special_ids(folder)
     # null, not absent: some families' defaults are ids that this vocabulary need not have.
     config |= {**dict.fromkeys(SPECIAL_IDS), **ids}
-    _add_ids(target, ids)
+    add_special_ids(target, ids)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -144,14 +144,6 @@ def _special_ids(folder: Path) -> dict[str, Any]:
     if turn_end is not None and turn_end not in ends:
         ids["eos_token_id"] = [*ends, turn_end]
     return ids
-
-
-def _add_ids(folder: Path, ids: dict[str, Any]) -> None:
-    """Write ids into ``generation_config.json``, beside what it has."""
-    path = folder / GENERATION_CONFIG
-    written = read_json(path)
-    if ids and ids != {key: written.get(key) for key in ids}:
-        path.write_text(json.dumps({**written, **ids}, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_tokenizer_config(tokenizer: Path, target: Path) -> None:

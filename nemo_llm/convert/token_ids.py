@@ -32,7 +32,7 @@ def compare_token_ids(hf_folder: Path, tokenizer_folder: Path, beginning: bool) 
     from transformers import AutoTokenizer
 
     try:
-        theirs: Any = AutoTokenizer.from_pretrained(hf_folder, local_files_only=True)
+        theirs: Any = AutoTokenizer.from_pretrained(hf_folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever its classes raise for files that they do not take
         _log.warning("%s: transformers cannot load the tokenizer, so that ids are not compared (%s)", hf_folder, error)
         return 0

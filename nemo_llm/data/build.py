@@ -18,7 +18,7 @@ from nemo_llm.data.labelled import LabelRules, open_labelled
 from nemo_llm.data.packing import PackedDataset, build_packs
 from nemo_llm.data.permutation import derive_key
 from nemo_llm.data.rules import SampleRules
-from nemo_llm.data.split import Part, TokenRange, cut, split_parts
+from nemo_llm.data.split import SourcePart, TokenRange, cut, split_parts
 from nemo_llm.data.store import MockStore, TokenStore
 from nemo_llm.data.text_cache import open_text
 from nemo_llm.data.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def build_train_and_validation(
     train = builder.blend(train_entries, training, seed, finite=False)
     validation = {}
     for name, blend in config.validation.items():
-        part = Part(f"data.validation.{name}", 0.0, 1.0)
+        part = SourcePart(f"data.validation.{name}", 0.0, 1.0)
         validation[name] = builder.blend(blend_entries(blend, part.name), part, _VALIDATION_SEED, finite=True)
     for part in held_out:
         validation["split"] = builder.blend(train_entries, part, _VALIDATION_SEED, finite=True)
@@ -125,7 +125,7 @@ class _Builder:
         stores = (store for store in self._stores.values() if isinstance(store, ChatStore))
         return next((store.chat_template for store in stores if store.chat_template is not None), None)
 
-    def blend(self, entries: tuple[BlendSource, ...], part: Part, seed: int, *, finite: bool) -> BlendedSource:
+    def blend(self, entries: tuple[BlendSource, ...], part: SourcePart, seed: int, *, finite: bool) -> BlendedSource:
         """Return the blend of a part of the entries."""
         sources = [self._source(entry, part, seed) for entry in entries]
         weights = self._weights([entry.weight for entry in entries], sources)
@@ -135,7 +135,7 @@ class _Builder:
             return BlendedSource(sources, [Phase(0, tuple(weights))], seed, num_samples)
         return BlendedSource(sources, [Phase(0, tuple(weights)), *self._changes(sources)], seed)
 
-    def _source(self, entry: BlendSource, part: Part, seed: int) -> Source:
+    def _source(self, entry: BlendSource, part: SourcePart, seed: int) -> Source:
         runs_on = self._config.packing == "concatenate"
         smallest = self._text_rules.seq_length + 1 if runs_on else 1
         store, documents = cut(entry.name, self._store(entry), part, smallest)

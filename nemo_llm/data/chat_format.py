@@ -30,7 +30,7 @@ class BadChatError(ValueError):
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ChatRecord:
     """What one record says."""
 
     messages: list[Message]
@@ -43,7 +43,7 @@ class Conversation:
     """Fields of the record that are no part of the conversation."""
 
 
-def to_conversation(record: Mapping[str, Any], config: ChatConfig) -> Conversation:
+def to_conversation(record: Mapping[str, Any], config: ChatConfig) -> ChatRecord:
     """The conversation of one record, checked.
 
     Raises:
@@ -62,7 +62,7 @@ def to_conversation(record: Mapping[str, Any], config: ChatConfig) -> Conversati
     if config.system_prompt is not None and (not messages or messages[0]["role"] != "system"):
         messages.insert(0, {"role": "system", "content": config.system_prompt})
     check_order(messages)
-    return Conversation(messages, tools, documents, tuple(key for key in record if key not in used))
+    return ChatRecord(messages, tools, documents, tuple(key for key in record if key not in used))
 
 
 def _convert(record: Mapping[str, Any], config: ChatConfig) -> tuple[list[Message], set[str]]:

@@ -20,7 +20,7 @@ from nemo_llm.assets import resolve_path
 from nemo_llm.config.chat import ChatConfig
 from nemo_llm.config.data import DataConfig
 from nemo_llm.data.cache import build_once, content_key, file_sha256
-from nemo_llm.data.chat_format import BadChatError, Conversation, Message, to_conversation
+from nemo_llm.data.chat_format import BadChatError, ChatRecord, Message, to_conversation
 from nemo_llm.data.chat_template import fixed_day, load_template, saved_source
 from nemo_llm.data.documents import expand_inputs, read_records
 from nemo_llm.data.template_checks import content_form, control_text_problems
@@ -62,7 +62,7 @@ class ChatEncoder:
         self.content_form = content_form(self.template)
         self.virtual = [-1 - number for number in range(virtual_tokens)]
 
-    def encode(self, chat: Conversation) -> EncodedChat:
+    def encode(self, chat: ChatRecord) -> EncodedChat:
         """Ids of a whole conversation.
 
         Raises:
@@ -84,7 +84,7 @@ class ChatEncoder:
         ids = [*self.virtual, *(token for token, _, _ in placed)]
         return EncodedChat(ids, [False] * len(self.virtual) + learned, unused)
 
-    def _render(self, chat: Conversation, count: int | None = None, add_generation_prompt: bool = False) -> str:
+    def _render(self, chat: ChatRecord, count: int | None = None, add_generation_prompt: bool = False) -> str:
         """Text of the first ``count`` messages; None for all."""
         return self.template.render(
             _plain(chat.messages[:count]),
@@ -93,7 +93,7 @@ class ChatEncoder:
             add_generation_prompt=add_generation_prompt,
         )
 
-    def _learned_spans(self, chat: Conversation, text: str, marked: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    def _learned_spans(self, chat: ChatRecord, text: str, marked: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         """Stretches of the text that are learned, of which the template ``marked`` the answers or none."""
         if self.config.train_on == "all":
             yield 0, len(text)
@@ -109,7 +109,7 @@ class ChatEncoder:
             if chat.messages[place].get("train", by_rule):
                 yield marked[number] if marked else self._span(chat, text, place)
 
-    def _span(self, chat: Conversation, text: str, place: int) -> tuple[int, int]:
+    def _span(self, chat: ChatRecord, text: str, place: int) -> tuple[int, int]:
         """Where an answer stands: behind what the template writes before it, up to what it writes with it."""
         before = self._render(chat, place, add_generation_prompt=True)
         through = self._render(chat, place + 1)
@@ -121,7 +121,7 @@ class ChatEncoder:
             )
         return len(before), len(through)
 
-    def _unused(self, chat: Conversation, text: str) -> Iterator[str]:
+    def _unused(self, chat: ChatRecord, text: str) -> Iterator[str]:
         """What could be taken out of a conversation and its text would be the same.
 
         Raises:
@@ -148,7 +148,7 @@ class ChatEncoder:
             if "train" in message and (message["role"] != "assistant" or self.config.train_on == "all"):
                 yield f"train or weight of {message['role']} messages"
 
-    def _unused_places(self, chat: Conversation, text: str, name: str) -> Iterator[int]:
+    def _unused_places(self, chat: ChatRecord, text: str, name: str) -> Iterator[int]:
         """Numbers of the messages whose field ``name`` changes nothing of the text."""
         having = [place for place, message in enumerate(chat.messages) if message.get(name) not in _EMPTY]
         for role in dict.fromkeys(chat.messages[place]["role"] for place in having):
@@ -163,7 +163,7 @@ class ChatEncoder:
                 if isinstance(value, str) and value.strip() not in text:
                     yield from [place] if self._is_same(_without(chat, [place], name), text) else []
 
-    def _is_same(self, chat: Conversation, text: str) -> bool:
+    def _is_same(self, chat: ChatRecord, text: str) -> bool:
         try:
             return self._render(chat) == text
         except InputError:
@@ -221,7 +221,7 @@ def _plain(messages: Iterable[Message]) -> list[Message]:
     return [{key: value for key, value in message.items() if key != "train"} for message in messages]
 
 
-def _without(chat: Conversation, places: list[int], name: str) -> Conversation:
+def _without(chat: ChatRecord, places: list[int], name: str) -> ChatRecord:
     """A conversation in which some messages lack a field, or have an empty content."""
     messages = list(chat.messages)
     for place in places:

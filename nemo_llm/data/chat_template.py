@@ -16,6 +16,8 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemo_llm.config.catalog import nearest
+from nemo_llm.config.hf_tokenizer import read_json, token_text
+from nemo_llm.data.chat_format import Message
 from nemo_llm.data.template_tokens import TemplateEncoder
 from nemo_llm.errors import ConfigError, InputError, Problem
 
@@ -52,8 +54,6 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_toke
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 # They stand around what a template writes inside {% generation %}. Neither is a character: no message can hold them.
 _ANSWER_BEGINS, _ANSWER_ENDS = "\ud801", "\ud802"
-
-Message = dict[str, Any]
 
 
 class ChatTemplate:
@@ -271,7 +271,8 @@ def load_template(
         InputError: a file that cannot be read, or is no template.
     """
     settings = {} if folder is None else _tokenizer_settings(folder)
-    variables = {part: _token_text(settings[part]) for part in _SPECIAL_TOKENS if settings.get(part) is not None}
+    named = ((part, token_text(settings.get(part))) for part in _SPECIAL_TOKENS)
+    variables = {part: text for part, text in named if text is not None}
     bos_token = encoder.tokenizer.config.bos_token
     known = {} if bos_token is None else {"bos_token": bos_token}
     variables = {"eos_token": encoder.eod_text, **known, **variables, "eod_token": encoder.eod_text}
@@ -321,10 +322,9 @@ def save_template(template_source: str, folder: Path) -> None:
     """Write a template beside a saved tokenizer, in place of the one that came with it."""
     (folder / TEMPLATE_FILE_NAME).write_text(template_source, encoding="utf-8")
     config = folder / "tokenizer_config.json"
-    if config.is_file():
-        settings = _read_json(config)
-        if settings.pop("chat_template", None) is not None:
-            config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    settings = read_json(config)
+    if settings.pop("chat_template", None) is not None:
+        config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def saved_source(template: ChatTemplate, encoder: TemplateEncoder) -> str:
@@ -345,18 +345,10 @@ def _tokenizer_settings(folder: Path) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     for name in _SETTINGS_FILE_NAMES:
-        if (folder / name).is_file():
-            settings.update(_read_json(folder / name))
+        settings.update(read_json(folder / name))
     if (folder / TEMPLATE_FILE_NAME).is_file():
         settings["chat_template"] = _read(folder / TEMPLATE_FILE_NAME)
     return settings
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(_read(path)))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as a JSON object ({error})") from None
 
 
 def _read(path: Path) -> str:
@@ -364,11 +356,6 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-
-
-def _token_text(token: Any) -> str:
-    """A special token, which Hugging Face writes as text or as a mapping."""
-    return str(token.get("content", "")) if isinstance(token, dict) else str(token)
 
 
 def line_of(error: BaseException) -> str:

@@ -22,7 +22,7 @@ _log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SourcePart:
     """What a set reads of each of its sources."""
 
     name: str
@@ -34,12 +34,12 @@ class Part:
     """The value of ``data.split``; None for a set that reads its sources whole."""
 
 
-def split_parts(split: str | None) -> list[Part]:
+def split_parts(split: str | None) -> list[SourcePart]:
     """The parts that a value of ``data.split`` makes: one for training, and one for validation if that has a share."""
     if split is None:
-        return [Part("training", 0.0, 1.0)]
+        return [SourcePart("training", 0.0, 1.0)]
     train, validation = parse_split(split)
-    parts = [Part("training", 0.0, train, split), Part("validation", train, train + validation, split)]
+    parts = [SourcePart("training", 0.0, train, split), SourcePart("validation", train, train + validation, split)]
     return parts if validation > 0 else parts[:1]
 
 
@@ -67,7 +67,7 @@ class TokenRange:
         return self.store.document_at(token)
 
 
-def cut(source: str, store: TokenStore, part: Part, tokens_per_sample: int) -> tuple[TokenStore, tuple[int, int]]:
+def cut(source: str, store: TokenStore, part: SourcePart, tokens_per_sample: int) -> tuple[TokenStore, tuple[int, int]]:
     """The store and the documents ``[first, last)`` in it that a set reads of a source.
 
     Args:
@@ -104,7 +104,7 @@ def cut(source: str, store: TokenStore, part: Part, tokens_per_sample: int) -> t
     return TokenRange(store, first, last), (store.document_at(first), store.document_at(last - 1) + 1)
 
 
-def _documents(store: TokenStore, part: Part) -> tuple[int, int]:
+def _documents(store: TokenStore, part: SourcePart) -> tuple[int, int]:
     if isinstance(store, LabelledStore):
         return store.first_document(part.low), store.first_document(part.high)
     return round(part.low * store.num_documents), round(part.high * store.num_documents)
@@ -114,12 +114,12 @@ def _tokens(store: TokenStore, documents: tuple[int, int]) -> int:
     return store.document_start(documents[1]) - store.document_start(documents[0])
 
 
-def _token_range(store: TokenStore, part: Part) -> tuple[int, int]:
+def _token_range(store: TokenStore, part: SourcePart) -> tuple[int, int]:
     total = store.document_start(store.num_documents)
     return round(part.low * total), round(part.high * total)
 
 
-def _too_few_tokens(source: str, store: TokenStore, parts: Sequence[Part], needed: int) -> str:
+def _too_few_tokens(source: str, store: TokenStore, parts: Sequence[SourcePart], needed: int) -> str:
     total = store.document_start(store.num_documents)
     sizes = [last - first for first, last in (_token_range(store, part) for part in parts)]
     size, part = min(zip(sizes, parts, strict=True), key=lambda pair: pair[0])
@@ -135,7 +135,7 @@ def _too_few_tokens(source: str, store: TokenStore, parts: Sequence[Part], neede
     )
 
 
-def _too_few_documents(source: str, store: ChatStore, part: Part) -> str:
+def _too_few_documents(source: str, store: ChatStore, part: SourcePart) -> str:
     kind = "texts" if isinstance(store, LabelledStore) else "conversations"
     if part.split is None:
         return f"{_where(source, part)} holds no {kind}; give it some"
@@ -147,11 +147,11 @@ def _too_few_documents(source: str, store: ChatStore, part: Part) -> str:
     )
 
 
-def _where(source: str, part: Part) -> str:
+def _where(source: str, part: SourcePart) -> str:
     return f"source {source}" if part.name == "training" else f"{part.name}: source {source}"
 
 
-def _ways_out(found: str | None, part: Part, kind: str) -> str:
+def _ways_out(found: str | None, part: SourcePart, kind: str) -> str:
     ways = [f"set data.split={found}"] if found is not None else []
     ways.append(f"give it more {kind}")
     if part.name == "validation":
@@ -159,7 +159,9 @@ def _ways_out(found: str | None, part: Part, kind: str) -> str:
     return ", ".join(ways)
 
 
-def _fitting_split(parts: Sequence[Part], bounds: Callable[[Part], tuple[int, int]], needed: int) -> str | None:
+def _fitting_split(
+    parts: Sequence[SourcePart], bounds: Callable[[SourcePart], tuple[int, int]], needed: int
+) -> str | None:
     """The split in whole percents, nearest to the one given, that gives each part what it needs; None if none does."""
     given = 100 * parts[0].high
     for train in sorted(range(1, 100), key=lambda percent: abs(percent - given)):

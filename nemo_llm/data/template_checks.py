@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_llm.data.chat_template import ChatTemplate, Message
+from nemo_llm.data.chat_format import Message
+from nemo_llm.data.chat_template import ChatTemplate
 from nemo_llm.data.template_tokens import TemplateEncoder
 from nemo_llm.errors import InputError
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from nemo_llm.assets import resolve_path
 from nemo_llm.config.data import NEMO_PATHS, TokenizerConfig
 from nemo_llm.config.derived import with_paths_inside
-from nemo_llm.config.hf_tokenizer import GENERATION_CONFIG, added_in_front, as_list, read_json, special_ids
+from nemo_llm.config.hf_tokenizer import add_special_ids, as_list, special_ids, token_in_front
 from nemo_llm.errors import ConfigError, InputError, Problem
 
 SAVED_CONFIG = "nemo_llm_tokenizer.json"
@@ -137,11 +137,8 @@ class _FileTokenizer(abc.ABC):
         (folder / SAVED_CONFIG).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
         for companion in self._companions():
             shutil.copyfile(companion, folder / companion.name)
-        # What config.json alone names would be lost with it.
-        ids = special_ids(self.files[0].parent) if self.config.type == "huggingface" else {}
-        written = read_json(folder / GENERATION_CONFIG)
-        if ids and ids != {key: written.get(key) for key in ids}:
-            (folder / GENERATION_CONFIG).write_text(json.dumps({**written, **ids}, indent=2) + "\n", encoding="utf-8")
+        if self.config.type == "huggingface":  # what config.json alone names would be lost with it
+            add_special_ids(folder, special_ids(self.files[0].parent))
 
     def _companions(self) -> list[Path]:
         if not self.files:
@@ -197,8 +194,7 @@ class HuggingFaceTokenizer(_FileTokenizer):
 
     def unsaved_bos(self) -> str | None:
         """The token that the files put before a text, where the saved configuration says none."""
-        ids = added_in_front(self.backend) if self.bos_id is None else []
-        return self.backend.id_to_token(ids[0]) if len(ids) == 1 else None
+        return token_in_front(self.backend) if self.bos_id is None else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -16,6 +16,7 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemo_llm.config.catalog import conf_dir, nearest
+from nemo_llm.data.chat_template import line_of
 from nemo_llm.errors import InputError
 
 FOLDER = "prompts"
@@ -53,9 +54,9 @@ class PromptTemplate:
         try:
             return self._template.render(**values).rstrip()
         except TemplateError as error:
-            raise InputError(f"{self.place}{_line_of(error)}: {error}") from None
+            raise InputError(f"{self.place}{line_of(error)}: {error}") from None
         except Exception as error:  # whatever the template's expressions lead to
-            raise InputError(f"{self.place}{_line_of(error)}: {type(error).__name__}: {error}") from None
+            raise InputError(f"{self.place}{line_of(error)}: {type(error).__name__}: {error}") from None
 
 
 def load_template(name: str) -> PromptTemplate:
@@ -99,13 +100,3 @@ def choose_shots(pool: Sequence[Example], count: int, seed: int) -> list[Example
         chosen += [queue.pop() for queue in queues if queue][: count - len(chosen)]
     generator.shuffle(chosen)
     return chosen
-
-
-def _line_of(error: BaseException) -> str:
-    """``, line N`` of the template in which `error` was raised."""
-    line, trace = None, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == "<template>":
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return "" if line is None else f", line {line}"

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_llm.data.chat_template import ChatTemplate, Message, load_template
+from nemo_llm.data.chat_format import Message
+from nemo_llm.data.chat_template import ChatTemplate, load_template
 from nemo_llm.data.documents import BadRecord, file_format, read_documents, read_lines
 from nemo_llm.data.template_checks import content_form
 from nemo_llm.data.template_tokens import TemplateEncoder
@@ -48,9 +49,8 @@ class ChatPrompts:
     Names of control tokens in messages do as well. (Hugging Face's ``apply_chat_template`` reads them so too.)
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, encoder: TemplateEncoder | None = None) -> None:
-        self.template = template
-        self._encoder = TemplateEncoder(tokenizer) if encoder is None else encoder
+    def __init__(self, template: ChatTemplate, encoder: TemplateEncoder) -> None:
+        self.template, self._encoder = template, encoder
         self._form = content_form(template)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
@@ -71,4 +71,4 @@ def load_chat_prompts(tokenizer: Tokenizer, folder: Path, given: str | None) -> 
         InputError: it is no template.
     """
     encoder = TemplateEncoder(tokenizer)
-    return ChatPrompts(tokenizer, load_template(given, encoder, folder, "chat_template"), encoder)
+    return ChatPrompts(load_template(given, encoder, folder, "chat_template"), encoder)

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from nemo_llm.config.code_paths import used_window
+from nemo_llm.config.code_paths import layer_has_window, used_window
 from nemo_llm.models import flex
 from nemo_llm.models.context_parallel import gather_sequence, heads_to_sequence, sequence_to_heads
 
@@ -246,13 +246,7 @@ def _kernel_order(device: torch.device) -> Any:
 
 
 def _layer_has_window(config: TransformerConfig, layer_number: int) -> bool:
-    """Megatron's rule: with ``window_attn_skip_freq`` = k every k-th layer attends to everything."""
-    if config.window_size is None:
-        return False
-    skip = config.window_attn_skip_freq
-    if skip is None:
-        return True
-    return layer_number % skip != 0 if isinstance(skip, int) else bool(skip[layer_number - 1])
+    return config.window_size is not None and layer_has_window(config.window_attn_skip_freq, layer_number)
 
 
 def _repeat_heads(x: torch.Tensor, cp: int) -> torch.Tensor:

@@ -137,7 +137,7 @@ class LanguageModel(GPTModel):
         padding_mask: torch.Tensor | None = None,
         **settings: Any,
     ) -> torch.Tensor:
-        """As Megatron's; routers are told by both masks, ``[b, s/cp]``, over which tokens their losses are taken."""
+        """As Megatron's; both masks, ``[b, s/cp]``, say over which tokens the routers take their losses."""
         facts = position_facts(loss_mask, padding_mask) if self.routes and loss_mask is not None else None
         return super().forward(*inputs, loss_mask=loss_mask, padding_mask=facts, **settings)
 

@@ -172,8 +172,7 @@ def _run_experts(cfg: RunConfig, tokens: int, like: dict) -> None:
         return
     model, layout = cfg.model, cfg.parallelism
     assert model.moe is not None
-    expert_tp = layout.expert_tensor_parallel_size or layout.tensor_model_parallel_size
-    units = model.moe.moe_ffn_hidden_size // expert_tp
+    units = model.moe.moe_ffn_hidden_size // layout.expert_tp_size
     fc1, fc2 = torch.zeros(2 * units, model.hidden_size, **like), torch.zeros(model.hidden_size, units, **like)
     weights = [weight.requires_grad_() for weight in (fc1, fc1.clone(), fc2, fc2.clone())]
     x, share = torch.zeros(tokens, model.hidden_size, **like), torch.zeros(tokens, 2, device=like["device"])

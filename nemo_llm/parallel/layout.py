@@ -58,7 +58,7 @@ class ParallelLayout:
             vp=parallelism.virtual_pipeline_model_parallel_size or 1,
             cp=parallelism.context_parallel_size,
             ep=parallelism.expert_model_parallel_size,
-            etp=parallelism.expert_tensor_parallel_size or parallelism.tensor_model_parallel_size,
+            etp=parallelism.expert_tp_size,
         )
 
     @property

@@ -13,12 +13,13 @@ from importlib.util import find_spec
 from nemo_llm.config.code_paths import (
     keeps_tokens_here,
     keys_of_own_layers,
+    layer_has_window,
     splits_qkv,
     used_window,
     why_no_flex,
     why_not_grouped,
 )
-from nemo_llm.config.model import MlaConfig, ModelConfig, MoeConfig
+from nemo_llm.config.model import MlaConfig, MoeConfig
 from nemo_llm.config.run import RunConfig
 from nemo_llm.planner.adapters import Linear, keeps_inputs, kept_bytes, linears
 from nemo_llm.planner.parameters import count_layer, is_moe_layer
@@ -165,19 +166,14 @@ def _score_bytes(cfg: RunConfig, number: int) -> float:
     model, length = cfg.model, cfg.data.seq_length
     _, element, tp = _sizes(cfg)
     heads, groups = model.num_attention_heads / tp, max(model.num_query_groups / tp, 1)
-    windowed = used_window(model.window_size, length) is not None and _layer_has_window(model, number)
-    masked = windowed or cfg.data.reset_attention_mask
+    windowed = layer_has_window(model.window_attn_skip_freq, number + 1)
+    masked = (windowed and used_window(model.window_size, length) is not None) or cfg.data.reset_attention_mask
     if why_no_flex(cfg) is None or uses_transformer_engine(cfg) or not (masked or model.attn_logit_softcapping):
         return heads * 4
     if model.attn_logit_softcapping is not None:  # tanh and softmax in float32, weights; keys and values for all heads
         return heads * length * (4 + 4 + element) + 2 * (heads - groups) * model.head_dim * element
     rows = 1 if cfg.data.reset_attention_mask else cfg.trainer.micro_batch_size  # that share a mask
     return heads * 4 + length * element / rows
-
-
-def _layer_has_window(model: ModelConfig, number: int) -> bool:
-    skip = model.window_attn_skip_freq
-    return skip is None or (number + 1) % skip != 0
 
 
 def _latent_attention_bytes(cfg: RunConfig, mla: MlaConfig) -> float:
@@ -216,7 +212,7 @@ def _moe_bytes(cfg: RunConfig, moe: MoeConfig, found: dict[str, Linear]) -> tupl
     tokens, element, tp = _sizes(cfg)
     routed = routed_tokens(cfg, moe)
     inner, outer = _mlp_bytes(
-        cfg, moe.moe_ffn_hidden_size / expert_tp(cfg), routed, found.get("mlp.experts.0.linear_fc2")
+        cfg, moe.moe_ffn_hidden_size / cfg.parallelism.expert_tp_size, routed, found.get("mlp.experts.0.linear_fc2")
     )
     if cfg.model.activation_func != "silu" or not cfg.model.gated_linear_unit:
         inner += outer  # the activated product before the router's weights are multiplied in
@@ -241,12 +237,7 @@ def routed_tokens(cfg: RunConfig, moe: MoeConfig) -> float:
     """Copies of tokens at the experts of one rank: of the busiest one where expert parallelism spreads them."""
     own_tokens = tokens_per_rank(cfg) / cfg.parallelism.tensor_model_parallel_size  # TP splits the sequence here
     busiest = BUSIEST_RANK if cfg.parallelism.expert_model_parallel_size > 1 else 1.0
-    return own_tokens * moe.moe_router_topk * expert_tp(cfg) * busiest
-
-
-def expert_tp(cfg: RunConfig) -> int:
-    """Tensor-parallel size inside an expert."""
-    return cfg.parallelism.expert_tensor_parallel_size or cfg.parallelism.tensor_model_parallel_size
+    return own_tokens * moe.moe_router_topk * cfg.parallelism.expert_tp_size * busiest
 
 
 def _adapter_bytes(cfg: RunConfig, found: Iterable[Linear]) -> float:
@@ -257,7 +248,7 @@ def _adapter_bytes(cfg: RunConfig, found: Iterable[Linear]) -> float:
             # Each local expert has matrices of its own and a share of the tokens.
             local = linear.experts / cfg.parallelism.expert_model_parallel_size
             routed = routed_tokens(cfg, cfg.model.moe)
-            total += local * kept_bytes(cfg, linear, routed / local, element, expert_tp(cfg))
+            total += local * kept_bytes(cfg, linear, routed / local, element, cfg.parallelism.expert_tp_size)
         else:
             total += kept_bytes(cfg, linear, tokens, element, tp)
     return total
@@ -269,7 +260,7 @@ def _fp8_weight_bytes(cfg: RunConfig, number: int) -> float:
         return 0.0
     layer = count_layer(cfg.model, is_moe_layer(cfg.model, number))
     parallel = cfg.parallelism
-    experts = layer.experts / (parallel.expert_model_parallel_size * expert_tp(cfg))
+    experts = layer.experts / (parallel.expert_model_parallel_size * parallel.expert_tp_size)
     return layer.split / parallel.tensor_model_parallel_size + experts
 
 

@@ -74,7 +74,7 @@ def check_fits(cfg: RunConfig, estimate: MemoryEstimate, shown: str = "") -> Non
         ConfigError: naming the largest part and what makes it smaller.
     """
     available = cfg.cluster.gpu_memory_gib
-    if available is None or cfg.trainer.check_memory is False or estimate.peak.least <= available * GIB:
+    if available is None or not cfg.trainer.check_memory or estimate.peak.least <= available * GIB:
         return
     peak = estimate.peak
     largest = peak.parts()[peak.largest] / GIB

@@ -16,7 +16,7 @@ from nemo_llm.parallel.stages import Stage, StagePlan, format_table, plan_stages
 from nemo_llm.planner.activations import boundary_bytes, gathered_bytes, layer_activations
 from nemo_llm.planner.loss import loss_bytes
 from nemo_llm.planner.parameters import ModelParameters, count_parameters
-from nemo_llm.planner.state import RankState, rank_state
+from nemo_llm.planner.state import StateBytes, state_bytes
 
 GIB = 2**30
 # Read off five runs on an H200 (docs/planner.md): in each 2.1 GiB between what PyTorch reserves and what the driver
@@ -117,7 +117,7 @@ def estimate_memory(cfg: RunConfig, world_size: int, padded_vocab_size: int) -> 
         in_flight = _chunks_in_flight(layout, pp_rank, num_microbatches)
         loss = loss_bytes(cfg, padded_vocab_size) if any(chunk.has_loss for chunk in chunks) else 0.0
         stages.append(
-            _rank_memory(layout, rank_state(cfg, layout, chunks, counted), _kept(cfg, chunks, in_flight), loss)
+            _rank_memory(layout, state_bytes(cfg, layout, chunks, counted), _kept(cfg, chunks, in_flight), loss)
         )
     return MemoryEstimate(layout, plan, counted, tuple(stages))
 
@@ -130,7 +130,7 @@ class _Kept:
     backward: float
 
 
-def _rank_memory(layout: ParallelLayout, state: RankState, activations: _Kept, loss: float) -> RankMemory:
+def _rank_memory(layout: ParallelLayout, state: StateBytes, activations: _Kept, loss: float) -> RankMemory:
     """The moments of a step beside each other; the largest is the peak."""
     resident = state.gradients + state.optimizer
     moments = {

@@ -13,15 +13,14 @@ _ADAM_MOMENTS_BYTES = 8  # two float32 moments a parameter
 _MASTER_BYTES = 4  # a float32 copy of a two-byte parameter
 _TE_FP8_BYTES = 2  # Transformer Engine's FP8 copy of a weight and its transpose, kept from micro-batch to micro-batch
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # four bits; a byte a block of 64; a float32 for 256 of those
-_STAGING_BYTES = (
-    3 * 2 * 4 * (1 << 25)
-)  # windows of moments on their way from and to the host (training/host_moments.py)
+# Windows of moments on their way from and to the host (training/host_moments.py).
+_STAGING_BYTES = 3 * 2 * 4 * (1 << 25)
 _MUON_ROUND = 1 << 28  # elements of matrices that are under way at once (training/muon.py)
 _MUON_BATCH = 1 << 25  # and of those that are orthogonalised together
 
 
 @dataclass(frozen=True, slots=True)
-class RankState:
+class StateBytes:
     """Bytes of one rank.
 
     Attributes:
@@ -39,9 +38,9 @@ class RankState:
     start: float
 
 
-def rank_state(
+def state_bytes(
     cfg: RunConfig, layout: ParallelLayout, chunks: tuple[Stage, ...], counted: ModelParameters
-) -> RankState:
+) -> StateBytes:
     """Bytes on a rank that holds `chunks`."""
     tied = cfg.model.share_embeddings_and_output_weights and cfg.model.head is None
     dense, experts = local_parameters(layout, chunks, counted, tied)
@@ -64,7 +63,7 @@ def rank_state(
     if cfg.optim.muon is not None:
         matrices = dense + experts - outside
         update += 2 * element * min(matrices, _MUON_ROUND) + 8 * element * min(matrices, _MUON_BATCH)
-    return RankState(parameters, (dense + experts) * gradient, optimizer, update, max(start, 0.0))
+    return StateBytes(parameters, (dense + experts) * gradient, optimizer, update, max(start, 0.0))
 
 
 def _weight_bytes(cfg: RunConfig, weights: float, in_layers: float) -> float:

@@ -77,7 +77,6 @@ CHANGEABLE_KEYS = (
     "checkpoint.*",
     "exp_manager.*",
     "sample.*",
-    "evaluation.*",
 )
 
 _NOT_COMPARED = ("run.dir",)

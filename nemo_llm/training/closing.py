@@ -85,8 +85,8 @@ def _compare_with_unigram(run: TrainingRun, name: str, loss: float) -> str:
 def beside_unigram(loss: float, entropy: float) -> str:
     """How a loss compares with the entropy of the same tokens by their frequencies alone, both in nats."""
     better = entropy - loss
-    told = f"better by {better:.4f}" if better >= 0 else f"worse by {-better:.4f}: it has not learned these tokens yet"
-    return f"unigram entropy of the same tokens {entropy:.4f} nats; the model is {told}"
+    how = f"better by {better:.4f}" if better >= 0 else f"worse by {-better:.4f}: it has not learned these tokens yet"
+    return f"unigram entropy of the same tokens {entropy:.4f} nats; the model is {how}"
 
 
 def _indented(text: str) -> str:

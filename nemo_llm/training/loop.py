@@ -16,7 +16,7 @@ from nemo_llm.training.checkpoint import finish_saving, save_checkpoint
 from nemo_llm.training.evaluation import read_evaluation
 from nemo_llm.training.experiment import ExperimentLogger, ExperimentRun, start_experiment
 from nemo_llm.training.metrics import EvaluationRow, MetricsFile, StepRow, ValidationRow, progress_line
-from nemo_llm.training.progress import Phase
+from nemo_llm.training.progress import StepPhase
 from nemo_llm.training.rollback import BadSteps
 from nemo_llm.training.rundir import to_plain
 from nemo_llm.training.signals import StopReason, StopSignals
@@ -40,7 +40,7 @@ def train(run: TrainingRun) -> Ending:
     """Take steps until ``trainer.max_steps`` or until told to stop; saves at the end either way."""
     trainer, state = run.cfg.trainer, run.state
     stop_file_folder = run.run_dir if run.runtime.is_first_rank else None
-    run.progress.enter(Phase.START, state.step)
+    run.progress.enter(StepPhase.START, state.step)
     evaluation = read_evaluation(run.cfg.evaluation)
     with (
         StopSignals(stop_file_folder, trainer.max_time_minutes) as signals,
@@ -53,27 +53,27 @@ def train(run: TrainingRun) -> Ending:
         while state.step < trainer.max_steps and reason is None:
             began, waited = time.perf_counter(), run.loader.wait_seconds
             result = train_step(run)
-            run.progress.enter(Phase.AGREE, state.step)
+            run.progress.enter(StepPhase.AGREE, state.step)
             reason = _agree_to_stop(signals, run)  # every rank stops after the same step
-            run.progress.enter(Phase.REPORT)
+            run.progress.enter(StepPhase.REPORT)
             report.step(result, time.perf_counter() - began, run.loader.wait_seconds - waited)
             bad_steps.after(result)
             if state.step == first_step + 1:
                 run.runtime.shorten_timeouts(trainer.step_timeout_minutes)
             report.stragglers()
             if _due(trainer.val_interval, state.step) or (reason is None and state.step == trainer.max_steps):
-                run.progress.enter(Phase.VALIDATION)
+                run.progress.enter(StepPhase.VALIDATION)
                 with report.pause():
                     report.validation(validate(run))
             if evaluation is not None and _due(run.cfg.evaluation.interval, state.step):
-                run.progress.enter(Phase.EVALUATION)
+                run.progress.enter(StepPhase.EVALUATION)
                 with report.pause():
                     report.evaluation(evaluation.measure(run))
             if _due(run.cfg.checkpoint.save_interval, state.step) and reason is None:
-                run.progress.enter(Phase.SAVE)
+                run.progress.enter(StepPhase.SAVE)
                 with report.pause():
                     save_checkpoint(run, in_background=run.cfg.checkpoint.async_save)
-        run.progress.enter(Phase.END)
+        run.progress.enter(StepPhase.END)
         if run.cfg.checkpoint.save_final or reason is not None:
             save_checkpoint(run)
         finish_saving(run)

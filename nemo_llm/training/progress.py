@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 
-class Phase(StrEnum):
+class StepPhase(StrEnum):
     """What a rank is at, in the order of a step; the watchdog has a time limit for each."""
 
     START = "start"
@@ -22,7 +22,7 @@ class Phase(StrEnum):
     @property
     def order(self) -> int:
         """Its place within a step."""
-        return list(Phase).index(self)
+        return list(StepPhase).index(self)
 
 
 @dataclass
@@ -37,11 +37,11 @@ class Progress:
     """
 
     step: int = 0
-    phase: Phase = Phase.START
+    phase: StepPhase = StepPhase.START
     since: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def enter(self, phase: Phase, step: int | None = None) -> None:
+    def enter(self, phase: StepPhase, step: int | None = None) -> None:
         """Go on to the next phase, or begin the same anew."""
         now = time.monotonic()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self.since

@@ -18,6 +18,7 @@ from nemo_llm.checkpoint.fingerprint import weights_fingerprint
 from nemo_llm.checkpoint.folder import resolve_checkpoint
 from nemo_llm.checkpoint.new_tokens import new_tokens
 from nemo_llm.config import RunConfig
+from nemo_llm.config.batch_ramp import build_batch_ramp
 from nemo_llm.log import get_logger
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.models.choices import describe_choices
@@ -28,7 +29,6 @@ from nemo_llm.peft.four_bit import quantize_base
 from nemo_llm.peft.hf_format import CONFIG_FILE, load_hf_adapter
 from nemo_llm.peft.state import load_adapter
 from nemo_llm.tasks import pretrain
-from nemo_llm.training.batch_ramp import build_batch_ramp
 from nemo_llm.training.batches import build_loaders
 from nemo_llm.training.gradients import mark_overwritten, zero_untouched
 from nemo_llm.training.optimizer import build_optimizer
@@ -100,13 +100,13 @@ def freeze_and_adapt(cfg: RunConfig, chunks: list[torch.nn.Module], runtime: Par
         else:
             load_adapter(chunks, resolve_checkpoint(start), fingerprint)
     if cfg.checkpoint.init_from is not None:
-        _tell_of_new_tokens(resolve_checkpoint(Path(cfg.checkpoint.init_from)))
+        _warn_of_new_tokens(resolve_checkpoint(Path(cfg.checkpoint.init_from)))
     trained = count_parameters(chunks, runtime)
     _log.info("%s: %s trained parameters beside frozen weights %s", cfg.peft.kind, f"{trained:,}", fingerprint)
     return fingerprint
 
 
-def _tell_of_new_tokens(base: Path) -> None:
+def _warn_of_new_tokens(base: Path) -> None:
     """Say that rows which were made for new tokens are frozen: nothing else would show it."""
     if new := new_tokens(base):
         shown = ", ".join(new[:5]) + (", ..." if len(new) > 5 else "")

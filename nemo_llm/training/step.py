@@ -9,7 +9,7 @@ from megatron.core import tensor_parallel
 from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.training.badstep import BadStep, diagnose, find_reason, record, remember, update_weights
 from nemo_llm.training.gradients import forget_gradients
-from nemo_llm.training.progress import Phase
+from nemo_llm.training.progress import StepPhase
 from nemo_llm.training.schedule import learning_rate
 from nemo_llm.training.state import StepResult, TrainingRun
 
@@ -21,14 +21,14 @@ def train_step(run: TrainingRun) -> StepResult:
     set_hyperparameters(run, lr := learning_rate(state.step + 1, cfg.optim.lr, cfg.optim.sched))
 
     # 1. and 2. Gradients of the global batch, and its loss for the log.
-    run.progress.enter(Phase.DATA, state.step)
+    run.progress.enter(StepPhase.DATA, state.step)
     batches = run.loader.micro_batches(state.consumed_samples, samples)
-    run.progress.enter(Phase.FORWARD_BACKWARD)
+    run.progress.enter(StepPhase.FORWARD_BACKWARD)
     loss, num_tokens = forward_backward(run, batches)
 
     # 3. Clip and update, unless loss or gradient norm say that it would do harm; once a checkpoint of the weights as
     #    they are is copied. Megatron refuses the update when fp16 gradients overflow.
-    run.progress.enter(Phase.UPDATE)
+    run.progress.enter(StepPhase.UPDATE)
     if run.saver is not None:
         run.saver.copied()
     updated, grad_norm = update_weights(run.optimizer, num_tokens, lambda norm: find_reason(run, loss, norm) is None)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from nemo_llm.config import RunConfig
 from nemo_llm.errors import ExitCode
-from nemo_llm.training.progress import Phase, Progress
+from nemo_llm.training.progress import Progress, StepPhase
 from nemo_llm.training.rundir import write_exit
 from nemo_llm.training.signals import StopSignals
 
@@ -67,7 +67,7 @@ def name_late_rank(states: Sequence[RankState], world_size: int, limit_seconds: 
     if silent:
         ranks = ", ".join(map(str, silent))
         return f"hang: rank {ranks} gives no sign of life; the others wait for it since {limit_seconds:.0f} s"
-    behind = min(states, key=lambda s: (s.step, Phase(s.phase).order, s.waits_for_others, -s.seconds))
+    behind = min(states, key=lambda s: (s.step, StepPhase(s.phase).order, s.waits_for_others, -s.seconds))
     return f"hang: rank {behind.rank} is late: {_where(behind)}"
 
 
@@ -88,13 +88,13 @@ def _store_is_gone(own: RankState) -> str:
     )
 
 
-def time_limits(cfg: RunConfig) -> dict[Phase, float]:
+def time_limits(cfg: RunConfig) -> dict[StepPhase, float]:
     """Seconds that a rank may stay in each phase."""
     trainer = cfg.trainer
-    minutes = dict.fromkeys(Phase, trainer.step_timeout_minutes)
-    for slow in (Phase.START, Phase.VALIDATION, Phase.SAVE, Phase.END):
+    minutes = dict.fromkeys(StepPhase, trainer.step_timeout_minutes)
+    for slow in (StepPhase.START, StepPhase.VALIDATION, StepPhase.SAVE, StepPhase.END):
         minutes[slow] = trainer.first_step_timeout_minutes
-    minutes[Phase.EVALUATION] = cfg.evaluation.timeout_minutes
+    minutes[StepPhase.EVALUATION] = cfg.evaluation.timeout_minutes
     return {phase: 60 * limit * _SHARE_OF_LIMIT for phase, limit in minutes.items()}
 
 
@@ -194,7 +194,7 @@ class Watchdog:
             self._stood_still += now - self._looked
         self._looked = now
         first = self._progress.step <= self._first_step
-        limit = self._limits[Phase.START if first else self._progress.phase]
+        limit = self._limits[StepPhase.START if first else self._progress.phase]
         if now - self._progress.since - self._stood_still > limit or self._alarm_raised():
             self._end(limit)
 
@@ -312,7 +312,7 @@ def straggler_report(seconds: dict[str, float], steps: int) -> str | None:
     everyone: list[dict[str, float]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, seconds)
     parts = []
-    for phase in (Phase.DATA, Phase.FORWARD_BACKWARD, Phase.UPDATE, Phase.REPORT):
+    for phase in (StepPhase.DATA, StepPhase.FORWARD_BACKWARD, StepPhase.UPDATE, StepPhase.REPORT):
         times = sorted((own.get(phase, 0.0) / steps, rank) for rank, own in enumerate(everyone))
         slowest, rank = times[-1]
         median = statistics.median(taken for taken, _ in times)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_llm.config.data import BlendSource, DataConfig
 from nemo_llm.data.build import build_train_and_validation
-from nemo_llm.data.chat_format import BadChatError, Conversation, to_conversation
+from nemo_llm.data.chat_format import BadChatError, ChatRecord, to_conversation
 from nemo_llm.data.chat_store import ChatEncoder, open_chats
 from nemo_llm.data.chat_template import NAMED_TEMPLATES
 from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_from_folder
@@ -97,7 +97,7 @@ def encoder(config: DataConfig, tokenizer: Tokenizer) -> ChatEncoder:
 
 
 def learned_text(config: DataConfig, tokenizer: Tokenizer, messages: list[dict]) -> str:
-    chat = encoder(config, tokenizer).encode(Conversation(messages))
+    chat = encoder(config, tokenizer).encode(ChatRecord(messages))
     return tokenizer.decode([token for token, learned in zip(chat.tokens, chat.learned, strict=True) if learned])
 
 
@@ -137,7 +137,7 @@ def test_a_template_that_rewrites_the_past_is_refused(data_config, demo_tokenize
     path.write_text("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
     config = data_config(chat=replace(CHAT, template=str(path)))
     with pytest.raises(BadChatError, match="does not round-trip"):
-        encoder(config, demo_tokenizer).encode(Conversation(TWO_TURNS))
+        encoder(config, demo_tokenizer).encode(ChatRecord(TWO_TURNS))
 
 
 def test_an_unknown_template_names_the_nearest(data_config, demo_tokenizer: Tokenizer) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_llm.data.chat_format import Conversation
+from nemo_llm.data.chat_format import ChatRecord
 from nemo_llm.data.chat_store import ChatEncoder
 from nemo_llm.data.chat_template import ChatTemplate, fixed_day, load_template, save_template, saved_source
 from nemo_llm.data.template_checks import answer_end, content_form, control_text_problems
@@ -145,7 +145,7 @@ def test_the_end_of_an_answer_is_learned_as_its_id(name: str, tokenizer: Tokeniz
     config = replace(CHAT, template=name)
     encoder = ChatEncoder(config, 999, tokenizer, None, 0)
     turn = [HI, {"role": "assistant", "content": "Hello."}]
-    chat = encoder.encode(Conversation([*turn, *turn]))
+    chat = encoder.encode(ChatRecord([*turn, *turn]))
     learned = [token for token, is_learned in zip(chat.tokens, chat.learned, strict=True) if is_learned]
     assert learned.count(tokenizer.eod_id) == chat.tokens.count(tokenizer.eod_id) == 2
     runs = [list(run) for is_end, run in groupby(learned, key=lambda token: token == tokenizer.eod_id) if not is_end]
@@ -209,7 +209,7 @@ def test_answers_that_the_template_marks_are_learned(demo_tokenizer: Tokenizer, 
     )
     encoder = ChatEncoder(replace(CHAT, template=str(path)), 999, demo_tokenizer, None, 0)
     turns = [HI, {"role": "assistant", "content": "One."}, HI, {"role": "assistant", "content": "Two."}]
-    chat = encoder.encode(Conversation(turns))
+    chat = encoder.encode(ChatRecord(turns))
     learned = [token for token, is_learned in zip(chat.tokens, chat.learned, strict=True) if is_learned]
     assert demo_tokenizer.decode(learned) == "One.<|endoftext|>Two.<|endoftext|>"
     trimmed = ChatTemplate(

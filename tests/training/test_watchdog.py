@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nemo_llm.config.load import compose
-from nemo_llm.training.progress import Phase, Progress
+from nemo_llm.training.progress import Progress, StepPhase
 from nemo_llm.training.watchdog import RankState, Watchdog, name_late_rank, straggler_report, time_limits
 from tests.ranks import RankPool
 from tests.test_architecture import ROOT
@@ -116,7 +116,7 @@ FROZEN = """
 import os, sys, time
 import torch, torch.distributed as dist
 from nemo_llm.config.load import compose
-from nemo_llm.training.progress import Phase, Progress
+from nemo_llm.training.progress import StepPhase, Progress
 from nemo_llm.training.signals import StopSignals
 from nemo_llm.training.watchdog import Watchdog
 
@@ -126,13 +126,13 @@ cfg = compose(["+model=gpt_tiny", "trainer.step_timeout_minutes=0.05", "trainer.
 progress = Progress()
 with StopSignals(None, None) as signals, Watchdog(progress, folder, cfg, signals):
     for step in range(1, 1000):
-        progress.enter(Phase.DATA, step)
+        progress.enter(StepPhase.DATA, step)
         if step == 20:
             (folder / f"pid_{rank}.tmp").write_text(str(os.getpid()))
             (folder / f"pid_{rank}.tmp").rename(folder / f"pid_{rank}")
         if step == 20 and rank == int(sys.argv[2]):
             os.kill(os.getpid(), 19)
-        progress.enter(Phase.FORWARD_BACKWARD)
+        progress.enter(StepPhase.FORWARD_BACKWARD)
         dist.all_reduce(torch.ones(4))
         time.sleep(0.02)
 """
@@ -196,7 +196,7 @@ import sys, time
 from pathlib import Path
 from nemo_llm.config.load import compose
 import torch.distributed as dist
-from nemo_llm.training.progress import Phase, Progress
+from nemo_llm.training.progress import StepPhase, Progress
 from nemo_llm.training.signals import StopSignals
 from nemo_llm.training.watchdog import Watchdog
 
@@ -205,7 +205,7 @@ limits = ["trainer.step_timeout_minutes=0.02", "evaluation.timeout_minutes=" + s
 progress = Progress()
 cfg = compose(["+model=gpt_tiny", *limits])
 with StopSignals(None, None) as signals, Watchdog(progress, Path(sys.argv[1]), cfg, signals):
-    progress.enter(Phase[sys.argv[3]], 1)
+    progress.enter(StepPhase[sys.argv[3]], 1)
     time.sleep(4)
 print("ended")
 """
@@ -222,14 +222,14 @@ def test_an_evaluation_has_a_limit_of_its_own(tmp_path: Path, phase: str, minute
     assert done.returncode == code, done.stderr
     assert ("ended" in done.stdout) == (code == 0)
     if code:
-        assert f"it is in phase {Phase[phase].value!r}" in done.stderr
+        assert f"it is in phase {StepPhase[phase].value!r}" in done.stderr
 
 
 def test_every_phase_has_a_limit_and_an_order() -> None:
     limits = time_limits(compose(["+model=gpt_tiny"]))
-    assert limits.keys() == set(Phase)
+    assert limits.keys() == set(StepPhase)
     assert all(seconds > 0 for seconds in limits.values())
-    states = [RankState(rank, 1, phase.value, 9.0, ()) for rank, phase in enumerate(Phase)]
+    states = [RankState(rank, 1, phase.value, 9.0, ()) for rank, phase in enumerate(StepPhase)]
     assert "rank 0 is late" in name_late_rank(states, len(states), 9.0)
 
 
@@ -256,11 +256,11 @@ def _slow_data_on_rank_2() -> str | None:
     rank = int(os.environ["RANK"])
     progress = Progress()
     for step in range(2):
-        progress.enter(Phase.DATA, step)
+        progress.enter(StepPhase.DATA, step)
         time.sleep(0.5 if rank == 2 else 0.0)
-        progress.enter(Phase.UPDATE)
+        progress.enter(StepPhase.UPDATE)
         time.sleep(0.25 if rank == 1 else 0.0)
-    progress.enter(Phase.REPORT)
+    progress.enter(StepPhase.REPORT)
     return straggler_report(progress.take_seconds(), 2)
 
 

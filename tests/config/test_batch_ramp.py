@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_llm.config import RampupBatchSize
+from nemo_llm.config.batch_ramp import build_batch_ramp
+from nemo_llm.config.checks_recipe import check_batch_ramp
 from nemo_llm.config.load import compose
 from nemo_llm.errors import InputError
-from nemo_llm.training.batch_ramp import build_batch_ramp, check_batch_ramp
 
 
 def ramp(start, increment, samples):
@@ -70,8 +71,9 @@ def test_updates_are_numbered_from_one():
 
 
 @pytest.fixture(scope="module")
-def trainer():
-    return compose(["+model=gpt_tiny", "trainer.global_batch_size=16", "trainer.micro_batch_size=2"]).trainer
+def with_ramp():
+    cfg = compose(["+model=gpt_tiny", "trainer.global_batch_size=16", "trainer.micro_batch_size=2"])
+    return lambda rampup: dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, rampup_batch_size=rampup))
 
 
 @pytest.mark.parametrize(
@@ -85,23 +87,22 @@ def trainer():
         (ramp(16, 5, 100), 4, []),
     ],
 )
-def test_check_names_each_key_that_does_not_fit(trainer, config, data_parallel_size, keys):
-    trainer = dataclasses.replace(trainer, rampup_batch_size=config)
-    problems = list(check_batch_ramp(trainer, data_parallel_size))
+def test_check_names_each_key_that_does_not_fit(with_ramp, config, data_parallel_size, keys):
+    problems = list(check_batch_ramp(with_ramp(config), data_parallel_size))
     assert [problem.key for problem in problems] == [f"trainer.rampup_batch_size.{key}" for key in keys]
 
 
-def test_sizes_that_pass_the_check_are_all_multiples(trainer):
-    trainer = dataclasses.replace(trainer, rampup_batch_size=ramp(4, 4, 50))
-    assert not list(check_batch_ramp(trainer, 2))
+def test_sizes_that_pass_the_check_are_all_multiples(with_ramp):
+    cfg = with_ramp(ramp(4, 4, 50))
+    assert not list(check_batch_ramp(cfg, 2))
+    trainer = cfg.trainer
     batches = build_batch_ramp(trainer.global_batch_size, trainer.rampup_batch_size)
     assert len(batches.stages) == 4
     assert all(stage.global_batch_size % (2 * 2) == 0 for stage in batches.stages)
 
 
-def test_check_message_shows_value_unit_and_fix(trainer):
-    trainer = dataclasses.replace(trainer, rampup_batch_size=ramp(4, 12, 50))
-    problem = next(check_batch_ramp(trainer, 4))
+def test_check_message_shows_value_unit_and_fix(with_ramp):
+    problem = next(check_batch_ramp(with_ramp(ramp(4, 12, 50)), 4))
     assert "start_global_batch_size = 4" in str(problem)
-    assert "2 x 4 = 8" in str(problem)
-    assert "use 8" in str(problem)
+    assert "divisible by 8 (micro-batch x data-parallel size" in str(problem)
+    assert "set it to 8" in str(problem)

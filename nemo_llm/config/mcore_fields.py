@@ -99,6 +99,14 @@ _ROTARY = (
     lambda cfg: cfg.model.position_embedding_type == "rope" and cfg.model.mla is None,
     "rotary positions (model.position_embedding_type=rope) without latent attention",
 )
+
+
+def _skips_rotary(cfg: RunConfig) -> bool:
+    frequency = cfg.model.mcore_overrides["no_rope_freq"]
+    return _ROTARY[0](cfg) and isinstance(frequency, int) and frequency <= cfg.model.num_layers
+
+
+_SKIPS_ROTARY = (_skips_rotary, f"{_ROTARY[1]}, and at most model.num_layers, so that a layer goes without them")
 _ONE_EXPERT = (
     lambda cfg: cfg.model.moe is not None and cfg.model.moe.moe_router_topk == 1,
     "a mixture of experts with model.moe.moe_router_topk=1",
@@ -111,7 +119,7 @@ _OVERLAP = (
 FIELDS: dict[str, Field] = {
     "activation_func_clamp_value": Field(_ABOVE_ZERO, _GATED),
     "glu_linear_offset": Field(_NUMBER, _GATED),
-    "no_rope_freq": Field(_at_least(1), _ROTARY),
+    "no_rope_freq": Field(_at_least(1), _SKIPS_ROTARY),
     "moe_apply_probs_on_input": Field(_BOOL, _ONE_EXPERT),
     "moe_expert_capacity_factor": Field(_ABOVE_ZERO, _TOP_K),
     "moe_pad_expert_input_to_capacity": Field(_BOOL, _CAPACITY, numbers=False),

@@ -38,6 +38,8 @@ CASES: list[tuple[str, int, str, list[str], str | None]] = [
      ["glu_linear_offset"], "model.mcore_overrides={}"),
     ("model=moe_tiny model.mcore_overrides={moe_token_drop_policy:last}", 1,
      "model.mcore_overrides.moe_token_drop_policy", ["'last'", "probs or position"], "model.mcore_overrides={}"),
+    ("model=gpt_tiny model.mcore_overrides={no_rope_freq:9}", 1, "model.mcore_overrides.no_rope_freq",
+     ["num_layers"], "model.mcore_overrides={no_rope_freq:4}"),
     ("model=gpt_tiny optim.name=muon", 1, "optim.name", ["optim=muon"], "optim.name=adam"),
     ("model=gpt_tiny optim=muon peft=lora", 1, "optim.name", ["lora", "AdamW"], None),
     ("model=gpt_tiny optim=muon performance.offload_optimizer_moments=true", 1,

@@ -89,7 +89,7 @@ def _checkpoint_tokenizer(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{saved.parent}: no tokenizer was saved with this checkpoint; choose one with tokenizer=NAME"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged tokenizer description ({error})") from None
     try:
         return {f"data.tokenizer.{key}": value for key, value in with_paths_inside(config, saved).items()}

@@ -29,10 +29,23 @@ def special_ids(folder: Path) -> dict[str, Any]:
     """Ids of the tokens that begin, end and pad a text: an integer each, or a list of those that end it.
 
     Of ``generation_config.json`` and ``config.json`` the first that names an id counts, as for transformers.
+
+    Raises:
+        InputError: what stands there is no id.
     """
-    files = [read_json(folder / name) for name in (GENERATION_CONFIG, "config.json")]
-    found = {key: [file[key] for file in files if file.get(key) is not None] for key in SPECIAL_IDS}
-    return {key: values[0] for key, values in found.items() if values}
+    found: dict[str, Any] = {}
+    for name in (GENERATION_CONFIG, "config.json"):
+        content = read_json(folder / name)
+        for key in SPECIAL_IDS:
+            value = content.get(key)
+            several = key == "eos_token_id" and isinstance(value, list)
+            # By its type, since true and false are integers to Python.
+            if value is not None and any(type(one) is not int for one in (value if several else [value])):
+                rule = "whole numbers" if key == "eos_token_id" else "a whole number"
+                raise InputError(f"{folder / name}: {key}={value!r}: token ids are {rule}")
+            if value is not None:
+                found.setdefault(key, value)
+    return found
 
 
 def add_special_ids(folder: Path, ids: Mapping[str, Any]) -> None:
@@ -54,7 +67,12 @@ def token_in_front(backend: Any) -> str | None:
     Its post-processor decides. transformers 5 does not read ``add_bos_token`` where there is a tokenizer.json, and that
     a token is named (``bos_token``) does not mean that it is added.
     """
-    with_added = backend.encode("a", add_special_tokens=True)
+    try:
+        with_added = backend.encode("a", add_special_tokens=True)
+    except BaseException as error:  # the library raises a bare Exception, or what its Rust code panics with
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise InputError(f"a tokenizer.json that cannot encode a text: {error}") from None
+        raise
     own = [number for number, special in enumerate(with_added.special_tokens_mask) if not special]
     ids = with_added.ids[: own[0]] if own else []
     return str(backend.id_to_token(ids[0])) if len(ids) == 1 else None
@@ -70,10 +88,19 @@ def bos_token(file: Path) -> str | None:
         backend = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises a bare Exception
         raise InputError(f"{file}: not a Hugging Face tokenizer.json ({error})") from error
-    return token_in_front(backend)
+    try:
+        return token_in_front(backend)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
 
 
 def token_text(token: Any) -> str | None:
-    """A special token of ``tokenizer_config.json``, which is written as text or as a mapping; None for null."""
-    text = token.get("content", "") if isinstance(token, Mapping) else token
-    return None if text is None else str(text)
+    """A special token of ``tokenizer_config.json``, which is written as text or as a mapping; None for null.
+
+    Raises:
+        InputError: it is neither.
+    """
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(text, str) and token is not None:
+        raise InputError(f"tokenizer_config.json: {token!r} is no token: expected a text, or a mapping with content")
+    return text

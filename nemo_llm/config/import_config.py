@@ -1,7 +1,6 @@
 """Configuration of NeMo's launcher or of Megatron-LM becomes a model file of ours, and no key goes missing unsaid."""
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from nemo_llm.config.catalog import known_keys, nearest
 from nemo_llm.config.import_arguments import mentions
 from nemo_llm.config.import_rows import Imported, Row, short
 from nemo_llm.config.import_schedule import MEGATRON_SCHEDULE, NEMO_SCHEDULE, megatron_schedule, nemo_schedule
+from nemo_llm.config.import_yaml import check_yaml, flatten, read_yaml
 from nemo_llm.errors import InputError
 
 
@@ -151,7 +151,7 @@ def import_file(path: Path, kind: str) -> Imported:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"input={path}: cannot be read: {error}") from None
     if kind == "nemo" or (kind == "auto" and path.suffix in (".yaml", ".yml")):
-        return _import_nemo(_flatten(_read_yaml(text, path)))
+        return _import_nemo(flatten(read_yaml(text, path)))
     return _import_megatron(list(mentions(text)))
 
 
@@ -168,10 +168,11 @@ def import_nemo_model(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
+        check_yaml(text, path.name)
         tree = {"model": OmegaConf.to_container(OmegaConf.create(text), resolve=False)}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise InputError(f"{path.name}: not readable as YAML: {error}") from None
-    result = _import_nemo(_flatten(tree))
+    result = _import_nemo(flatten(tree))
     of_model = [row for row in result.rows if row.became == "unmapped" and _changes_the_model(row.key)]
     if of_model:
         raise InputError(f"{path.name}: cannot be taken over:\n  " + "\n  ".join(map(str, of_model)) + _ELSEWHERE)
@@ -446,51 +447,3 @@ def model_file(result: Imported, name: str, source: str) -> str:
     defaults += ["_self_", *({f"override /{group}": choice} for group, choice in result.groups.items())]
     body = yaml.safe_dump({"defaults": defaults, **tree}, sort_keys=False, width=120)
     return f"# @package _global_\n# Imported from {source}; tokenizer and data files have to be named anew.\n{body}"
-
-
-def _read_yaml(text: str, path: Path) -> dict[str, Any]:
-    """Nested mappings, with the launcher's arithmetic done and paths that cannot be resolved left as they stand."""
-    try:
-        tree = OmegaConf.create(text)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise InputError(f"input={path}: not readable as YAML: {error}") from None
-    plain: Any = OmegaConf.to_container(tree, resolve=False)
-    if not isinstance(plain, dict) or "model" not in plain:
-        raise InputError(f"input={path}: no `model` section; expected a training file of NeMo-Framework-Launcher")
-    return {str(key): value for key, value in plain.items()}
-
-
-_ARITHMETIC = re.compile(r"\$\{(multiply|divide_ceil|divide_floor):\s*([^,]+),\s*(.+)\}$")
-
-
-def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-
-    def walk(node: Any, prefix: str) -> None:
-        if isinstance(node, Mapping) and node:
-            for key, value in node.items():
-                walk(value, f"{prefix}{key}.")
-        else:
-            flat[prefix[:-1]] = node
-
-    walk(tree, "")
-    return {key: _resolve(value, key, flat) for key, value in flat.items()}
-
-
-def _resolve(value: Any, key: str, flat: Mapping[str, Any]) -> Any:
-    """``${multiply:4, ${.hidden_size}}`` and references to other keys of the file; the rest stays as it stands."""
-    if not isinstance(value, str):
-        return value
-    if found := re.fullmatch(r"\$\{([.\w]+)\}", value):
-        name = found[1].removeprefix("training.")
-        target = f"{key.rpartition('.')[0]}{name}" if name.startswith(".") else name
-        return _resolve(flat[target], target, flat) if target in flat else value
-    if found := _ARITHMETIC.match(value):
-        try:
-            first, second = (int(_resolve(part.strip(), key, flat)) for part in found.groups()[1:])
-        except ValueError:
-            return value
-        return {"multiply": first * second, "divide_ceil": -(-first // second), "divide_floor": first // second}[
-            found[1]
-        ]
-    return value

@@ -62,6 +62,19 @@ _SHARED = (
     lambda cfg: cfg.model.moe is not None and cfg.model.moe.moe_shared_expert_intermediate_size is not None,
     "shared experts (model.moe.moe_shared_expert_intermediate_size)",
 )
+
+
+def _limits_experts(cfg: RunConfig) -> bool:
+    moe, factor = cfg.model.moe, cfg.model.mcore_overrides["moe_expert_capacity_factor"]
+    if moe is None or not _TOP_K[0](cfg) or not isinstance(factor, int | float):
+        return False
+    return factor * moe.moe_router_topk <= moe.num_moe_experts
+
+
+_BELOW_ALL_TOKENS = (
+    _limits_experts,
+    f"{_TOP_K[1]}, and at most num_moe_experts / moe_router_topk: an expert cannot take more tokens than there are",
+)
 _CAPACITY = (
     lambda cfg: _TOP_K[0](cfg) and _given(cfg, "moe_expert_capacity_factor"),
     "a mixture of experts and moe_expert_capacity_factor in model.mcore_overrides",
@@ -99,6 +112,14 @@ _ROTARY = (
     lambda cfg: cfg.model.position_embedding_type == "rope" and cfg.model.mla is None,
     "rotary positions (model.position_embedding_type=rope) without latent attention",
 )
+
+
+def _skips_rotary(cfg: RunConfig) -> bool:
+    frequency = cfg.model.mcore_overrides["no_rope_freq"]
+    return _ROTARY[0](cfg) and isinstance(frequency, int) and frequency <= cfg.model.num_layers
+
+
+_SKIPS_ROTARY = (_skips_rotary, f"{_ROTARY[1]}, and at most model.num_layers, so that a layer goes without them")
 _ONE_EXPERT = (
     lambda cfg: cfg.model.moe is not None and cfg.model.moe.moe_router_topk == 1,
     "a mixture of experts with model.moe.moe_router_topk=1",
@@ -111,9 +132,9 @@ _OVERLAP = (
 FIELDS: dict[str, Override] = {
     "activation_func_clamp_value": Override(_ABOVE_ZERO, _GATED),
     "glu_linear_offset": Override(_NUMBER, _GATED),
-    "no_rope_freq": Override(_at_least(1), _ROTARY),
+    "no_rope_freq": Override(_at_least(1), _SKIPS_ROTARY),
     "moe_apply_probs_on_input": Override(_BOOL, _ONE_EXPERT),
-    "moe_expert_capacity_factor": Override(_ABOVE_ZERO, _TOP_K),
+    "moe_expert_capacity_factor": Override(_ABOVE_ZERO, _BELOW_ALL_TOKENS),
     "moe_pad_expert_input_to_capacity": Override(_BOOL, _CAPACITY, numbers=False),
     "moe_router_bias_update_rate": Override(_NUMBER, _BIAS),
     "moe_router_dtype": Override(_one_of("fp32", "fp64"), _NARROW),

@@ -1,6 +1,7 @@
 """Turns what pydantic and Hydra say into problems in the project's own words: key, value, what is allowed, the fix."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,8 @@ def _problem(path: Path, error: Mapping[str, Any], mapping: Mapping[str, Any], s
         return Problem(key, NO_VALUE, f"missing; it takes {allowed}", f"add {key}=<value>")
     if value == _TO_BE_GIVEN:
         return Problem(key, NO_VALUE, f"has no value yet; it takes {allowed}", f"add {key}=<value>")
+    if isinstance(value, float) and not math.isfinite(value):
+        return Problem(key, value, "must be a finite number", f"write {key}=<{allowed}>")
     return Problem(key, value, f"must be {allowed}", _fix_for_value(key, value, annotation))
 
 

@@ -7,10 +7,10 @@ from annotated_types import Ge, Gt, Interval, MinLen
 
 
 class Section:
-    """Base of the configuration dataclasses: tells the decoder to refuse keys that are not fields."""
+    """Base of the configuration dataclasses: the decoder refuses keys that are not fields, and numbers without end."""
 
     __slots__ = ()
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
 
 
 Scalar = bool | int | float | str | None

@@ -112,9 +112,13 @@ def _shards(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            paths = [folder / name for name in names]
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(f"{index}: not readable as an index of shards: {error}") from None
-        return [folder / name for name in names]
+        for name, path in zip(names, paths, strict=True):
+            if Path(name).is_absolute() or ".." in path.relative_to(folder).parts:
+                raise InputError(f"{index}: refused; the shard {name!r} lies outside of the folder")
+        return paths
     found = sorted(folder.glob("*.safetensors"))
     if not found:
         pickled = sorted(path.name for path in folder.glob("*.bin"))

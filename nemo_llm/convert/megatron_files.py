@@ -17,6 +17,7 @@ import yaml
 
 from nemo_llm.checkpoint.unpickle import Record, read_torch
 from nemo_llm.config.import_config import import_nemo_model
+from nemo_llm.config.import_yaml import check_yaml
 from nemo_llm.config.load import compose, to_dict
 from nemo_llm.convert.hf_files import TensorInfo
 from nemo_llm.convert.native_files import NativeReader, NativeWriter
@@ -233,7 +234,9 @@ def _open_nemo2(folder: Path, vocab_size: int | None, named: Path) -> Source:
 def _fields_of_yaml(path: Path, section: str) -> dict[str, Any]:
     """Fields in a section of Hydra's form, classes and functions by their dotted names."""
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))[section]
+        text = path.read_text(encoding="utf-8")
+        check_yaml(text, str(path))
+        fields = yaml.safe_load(text)[section]
         target = str(fields["_target_"]).rpartition(".")[2]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not readable as a model's configuration: {error}") from None

@@ -184,6 +184,8 @@ class HuggingFaceTokenizer(_FileTokenizer):
         self.backend.no_padding()
         self.backend.encode_special_tokens = not config.parse_special_tokens
         ids = self.backend.get_vocab(with_added_tokens=True)
+        if not ids:
+            raise InputError(f"{self.files[0]}: has no tokens")
         self.vocab_size = max(ids.values()) + 1
         self._set_special_ids(ids)
 
@@ -374,7 +376,7 @@ def read_saved_config(folder: Path) -> TokenizerConfig:
         return TokenizerConfig(**with_paths_inside(saved, folder))
     except FileNotFoundError as error:
         raise InputError(f"{folder}: holds no tokenizer ({SAVED_CONFIG} is missing)") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{file}: damaged tokenizer description ({error})") from error
 
 

@@ -19,6 +19,7 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemo_llm.config.catalog import nearest
+from nemo_llm.config.import_yaml import check_yaml
 from nemo_llm.errors import InputError
 from nemo_llm.evaluation.records import is_table, read_records
 from nemo_llm.evaluation.scorer import Scorer
@@ -223,7 +224,9 @@ def _specification(kind: str) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"tasks: {path}: there is no such file")
     try:
-        specification = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        check_yaml(text, str(path))
+        specification = dict(yaml.safe_load(text))
         metrics = [str(metric["metric"]) for metric in specification.get("metric_list") or []]
     except (yaml.YAMLError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: no task in lm-eval's form ({' '.join(str(error).split())})") from None

@@ -113,7 +113,10 @@ def decode_rope(
     Raises:
         InputError: a way of scaling that is not known, or a part of one that is not built.
     """
-    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        raise InputError(f"rope_scaling: {given!r} is no mapping of a way of scaling")
+    parameters = dict(given)
     base = parameters.pop("rope_theta", None) or config.get(base_key[0]) or base_key[1]
     old_kind = parameters.pop("type", None)
     kind = parameters.pop("rope_type", None) or old_kind or "default"

@@ -80,9 +80,9 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         what = "there is no such folder" if not folder.is_dir() else "the folder holds no config.json"
         raise InputError(f"{folder}: {what}; expected a model folder as Hugging Face's libraries save it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise InputError(f"{path}: says no model_type; expected the config.json of a Hugging Face model")
     return config
 

@@ -205,10 +205,10 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     try:
         settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         saved = load_file(folder / WEIGHTS_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise InputError(f"{folder}: not readable as an adapter of Hugging Face PEFT: {error}") from None
     peft_type = settings.get("peft_type") if isinstance(settings, dict) else None
-    if peft_type not in _KINDS:
+    if not isinstance(peft_type, str) or peft_type not in _KINDS:
         raise InputError(
             f"{folder / CONFIG_FILE}: peft_type={peft_type!r} is not built here; known are {', '.join(_KINDS)}.\n"
             f"      fix: {_MERGE}"

@@ -130,3 +130,14 @@ def test_problem_shows_its_value_and_cuts_long_ones() -> None:
     assert len(text) < 300
     assert str(Problem("a.b", NO_VALUE, "missing", "add it")).startswith("a.b: missing")
     assert "None" in str(Problem("a.b", None, "must be a number", "write one"))
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e400"])
+@pytest.mark.parametrize(
+    "key",
+    ["optim.lr", "optim.clip_grad", "model.moe.moe_z_loss_coeff", "model.mcore_overrides.moe_expert_capacity_factor"],
+)
+def test_numbers_without_end_are_refused(key: str, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(["+model=moe_tiny", f"{key}={value}"])
+    assert [(problem.key, problem.rule) for problem in caught.value.problems] == [(key, "must be a finite number")]

@@ -9,6 +9,7 @@ the name and what it was given; plain values are then built from the records by 
 import io
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Collection
@@ -121,10 +122,25 @@ class _Storage:
         self.words = words
 
 
+def _check_memo(file: BinaryIO) -> None:
+    """Refuse a pickle that numbers its objects beyond its own length; the file stands where it stood.
+
+    Python's unpickler makes room for twice the largest number as soon as it reads it: six bytes take 64 GiB.
+    """
+    begin = file.tell()
+    numbers = (argument for code, argument, _ in pickletools.genops(file) if code.name in ("PUT", "LONG_BINPUT"))
+    largest = max((int(number) for number in numbers if number is not None), default=0)
+    length = file.tell() - begin
+    file.seek(begin)
+    if largest > length:
+        raise CheckpointRefusedError(f"it gives an object the number {largest}, in {length} bytes")
+
+
 class _Unpickler(pickle.Unpickler):
     """Args: names: what the file may ask for; None for anything (it gets a `Record` either way)."""
 
     def __init__(self, file: BinaryIO, names: Collection[str] | None) -> None:
+        _check_memo(file)
         super().__init__(file, encoding="utf-8")
         self._names = names
         self._records: dict[str, Any] = {}

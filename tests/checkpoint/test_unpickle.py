@@ -96,6 +96,12 @@ def test_damaged_files_are_named(tmp_path: Path, keep: int) -> None:
         read_torch(path)
 
 
+@pytest.mark.parametrize("put", [b"r" + (2**31).to_bytes(4, "little"), b"p2147483648\n"], ids=["binary", "text"])
+def test_a_number_beyond_the_file_takes_no_memory(put: bytes, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointRefusedError, match="the number 2147483648"):
+        read_pickle(io.BytesIO(b"\x80\x02N" + put + b"."), tmp_path / "common.pt", set())
+
+
 def test_a_tensor_that_repeats_numbers_is_refused(tmp_path: Path) -> None:
     """It would take more memory than the file has bytes."""
     torch.save(torch.ones(1).expand(1 << 40), tmp_path / "file.pt")

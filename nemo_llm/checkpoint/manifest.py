@@ -104,7 +104,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         schema = manifest["schema"]
     except FileNotFoundError:
         raise CheckpointDamagedError(f"{path}: missing") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointDamagedError(f"{path}: damaged; not readable as a manifest ({error})") from None
     if schema not in (1, SCHEMA):
         raise CheckpointError(

@@ -11,7 +11,7 @@ from nemo_llm.checkpoint.agree import raise_together
 from nemo_llm.checkpoint.safe_load import load_sharded
 from nemo_llm.checkpoint.weights import ADAPTER_FILE_NAME, check_same_tensors
 from nemo_llm.config.peft import PeftConfig
-from nemo_llm.errors import CheckpointError
+from nemo_llm.errors import CheckpointDamagedError, CheckpointError
 from nemo_llm.models.head import HEAD_PREFIX
 from nemo_llm.peft.adapter import KEY_PREFIX, adapted_modules, adapter_state, heads
 
@@ -27,10 +27,13 @@ def read_description(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: ``folder`` holds no adapter.
+        CheckpointDamagedError: what stands there is no description.
     """
     path = folder / ADAPTER_FILE_NAME
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointDamagedError(f"{path}: damaged; not readable as a description ({error})") from None
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} holds no adapter (no {ADAPTER_FILE_NAME}).\n      fix: name a checkpoint of a run with "

@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_llm.checkpoint.manifest import read_manifest
+from nemo_llm.checkpoint.new_tokens import new_tokens
 from nemo_llm.checkpoint.safe_load import FilePart, read_metadata, stored_object
 from nemo_llm.checkpoint.unpickle import TENSOR_NAMES, Record, read_pickle, read_torch, read_torch_part
 from nemo_llm.errors import CheckpointDamagedError, CheckpointRefusedError
+from nemo_llm.peft.state import read_description
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -132,3 +135,12 @@ def test_metadata_of_another_kind_is_refused(tmp_path: Path) -> None:
         (tmp_path / ".metadata").write_bytes(pickle.dumps(content))
         with pytest.raises(CheckpointRefusedError, match=r"\.metadata: refused"):
             read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize("read", [new_tokens, read_description, read_manifest])
+@pytest.mark.parametrize("text", ["[" * 100_000, "5", "{"], ids=["deep", "number", "cut"])
+def test_small_files_of_a_checkpoint_that_are_damaged_are_named(read: Any, text: str, tmp_path: Path) -> None:
+    for name in ("new_tokens.json", "adapter.json", "manifest.json"):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointDamagedError, match=r"\.json: damaged"):
+        read(tmp_path)

@@ -1,7 +1,6 @@
 """Sources of few documents: cut by tokens where documents would leave a set empty, and never otherwise."""
 
 import json
-import logging
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import pytest
 
 from nemo_llm.config.data import BlendSource, DataConfig, MockConfig, parse_split
 from nemo_llm.config.labelled import LabelledConfig
+from nemo_llm.data import split as split_module
 from nemo_llm.data.build import DataSets, build_train_and_validation
 from nemo_llm.data.dataset import TokenWindowDataset
 from nemo_llm.data.index_build import build_index
@@ -77,19 +77,15 @@ def test_a_text_of_few_files_gives_both_sets_and_shares_no_token(
 
 
 def test_an_indexed_dataset_of_few_documents_is_cut_and_the_log_says_so(
-    data_config: Config,
-    demo_tokenizer: Tokenizer,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    data_config: Config, demo_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(split_module._log, "info", lambda text, *values: said.append(text % values))
     source = write_jsonl(tmp_path / "big.jsonl", ["the whale and the sea " * 400] * 3)
     build_index(job([source], tmp_path / "d"))
     blend = (BlendSource(name="books", prefix=str(tmp_path / "d")),)
-    monkeypatch.setattr(logging.getLogger("nemo_llm"), "propagate", True)
-    with caplog.at_level(logging.INFO, logger="nemo_llm"):
-        sets = opened(data_config(blend=blend, split="95,5"), demo_tokenizer)
-    (line,) = [record.getMessage() for record in caplog.records if "data.split" in record.getMessage()]
+    sets = opened(data_config(blend=blend, split="95,5"), demo_tokenizer)
+    (line,) = said
     (training,), (held_out,) = sets.train.sources, sets.validation["split"].sources
     for wanted in ("source books", "data.split=95,5", f"{training.num_tokens:,} for training", "3 documents"):
         assert wanted in line

@@ -252,7 +252,7 @@ class GroupedExperts(SequentialMLP):
             return super().forward(hidden, routes, share)
         assert routes.tokens is not None
         rows, _ = super().forward(hidden[routes.tokens], routes.starts.diff(), share.flatten()[routes.places])
-        return rows[routes.rows_of_token].sum(1), None
+        return _Loops.sum_of_rows(rows, routes), None
 
     def is_plain(self) -> bool:
         """Whether nothing is attached to the linear layers of the experts."""

@@ -17,7 +17,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from nemo_llm.config import RunConfig
-from nemo_llm.config.checks.run_all import find_problems
+from nemo_llm.config.checks import find_problems
 from nemo_llm.config.compose.load import compose
 from nemo_llm.parallel.runtime import ParallelRuntime, start_runtime
 from nemo_llm.training.setup import build_training_run

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _import(wanted: ImportConfig) -> ExitCode:
-    from nemo_llm.config.checks.run_all import find_problems
+    from nemo_llm.config.checks import find_problems
     from nemo_llm.config.compose.load import compose
     from nemo_llm.migrate.configs import import_file, model_file
 

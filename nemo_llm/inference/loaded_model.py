@@ -14,8 +14,8 @@ from nemo_llm.checkpoint.folder import read_config, resolve_checkpoint
 from nemo_llm.checkpoint.manifest import verify
 from nemo_llm.checkpoint.weights import load_weights
 from nemo_llm.config import RunConfig
+from nemo_llm.config.checks import find_problems
 from nemo_llm.config.checks.code_paths import qkv_in_one
-from nemo_llm.config.checks.run_all import find_problems
 from nemo_llm.config.commands.generate import ModelPlace
 from nemo_llm.config.compose.load import compose, decode, to_dict, with_younger_keys
 from nemo_llm.errors import ConfigError, InputError, Problem

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+from nemo_llm.config.checks import find_problems
 from nemo_llm.config.checks.recompute import UNUSED_MODULES
-from nemo_llm.config.checks.run_all import find_problems
 from nemo_llm.config.sections.parallelism import ParallelismConfig
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.planner.memory import GIB, estimate_memory

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from benchmarks import gpu_table, many_gpus
-from nemo_llm.config.checks.run_all import find_problems
+from nemo_llm.config.checks import find_problems
 from nemo_llm.config.compose.load import compose
 
 ROWS = {**gpu_table.ROWS, **many_gpus.ROWS}

@@ -8,7 +8,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from nemo_llm.config import RunConfig
-from nemo_llm.config.checks.run_all import CHECKS, check, find_problems
+from nemo_llm.config.checks import CHECKS, check, find_problems
 from nemo_llm.config.compose.load import compose, decode, to_dict
 from nemo_llm.errors import ConfigError
 

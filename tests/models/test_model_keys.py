@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from nemo_llm.config.checks import find_problems
 from nemo_llm.config.checks.effect import DEFAULTS
-from nemo_llm.config.checks.run_all import find_problems
 from nemo_llm.config.compose.load import compose
 from nemo_llm.config.sections.model import SCALING_FIELDS, MlaConfig, ModelConfig, MoeConfig, RopeScaling
 from tests.models.key_effects import changed, effects

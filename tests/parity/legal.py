@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nemo_llm.config.checks.run_all import find_problems
+from nemo_llm.config.checks import find_problems
 from nemo_llm.config.compose.load import compose
 from tests.parity.layouts import Layout, model_overrides, train_losses
 from tests.parity.run import largest_difference

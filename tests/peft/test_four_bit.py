@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_llm.config.checks.run_all import check
+from nemo_llm.config.checks import check
 from nemo_llm.config.compose.load import compose
 from nemo_llm.errors import ConfigError
 from tests.ranks import RankPool

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nemo_llm.config.checks.run_all import check
+from nemo_llm.config.checks import check
 from nemo_llm.config.compose.load import compose
 from nemo_llm.data.build import build_train_and_validation
 from nemo_llm.data.sources.labelled_texts import place_of

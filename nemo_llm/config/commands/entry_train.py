@@ -63,7 +63,7 @@ def load(overrides: Sequence[str], extra_folder: Path | None = None) -> RunConfi
         ConfigError: with every problem found.
     """
     # Hydra and pydantic take half a second to import, which --help need not pay.
-    from nemo_llm.config.checks.run_all import check
+    from nemo_llm.config.checks import check
     from nemo_llm.config.compose.load import compose
 
     cfg = compose(overrides, extra_folder)

@@ -11,8 +11,8 @@ from typing import Any
 
 from nemo_llm.config.commands.entry import run_tool
 from nemo_llm.config.commands.generate import GenerateConfig
-from nemo_llm.errors import InputError
 from nemo_llm.log import configure_logging, is_first_rank, launched_world_size
+from nemo_llm.storage.atomic_files import write_output
 
 
 def main(cfg: GenerateConfig) -> None:
@@ -56,7 +56,8 @@ def main(cfg: GenerateConfig) -> None:
         for row in rows:
             print(row["prompt"], row["text"], sep="\n" if cfg.chat else "", end="\n\n")
     if cfg.output is not None:
-        write_rows(Path(cfg.output).expanduser(), rows)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_output("output", Path(cfg.output).expanduser(), lines)
 
 
 def encode(cfg: GenerateConfig, opened: Any, texts: list[str]) -> list[list[int]]:
@@ -67,19 +68,6 @@ def encode(cfg: GenerateConfig, opened: Any, texts: list[str]) -> list[list[int]
         return [encode_prompt(opened.tokenizer, text) for text in texts]
     prompts = load_chat_prompts(opened.tokenizer, opened.folder / "tokenizer", cfg.chat_template)
     return [prompts.encode([{"role": "user", "content": text}]) for text in texts]
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write JSON lines; the folder is made where it is missing.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"output={path}: cannot be written ({error.strerror or error})") from None
 
 
 if __name__ == "__main__":

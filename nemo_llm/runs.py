@@ -6,7 +6,6 @@ where it is there. Nothing is imported that takes time, and nothing is written.
 
 import argparse
 import contextlib
-import fcntl
 import json
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_llm.errors import ExitCode
+from nemo_llm.storage.locks import LOCK_FILE_NAME, is_locked
 
 _COLUMNS = ("run", "state", "step", "loss", "tokens/s", "time left", "starts", "job", "why")
 _TAIL_BYTES = 1 << 16
@@ -94,7 +94,7 @@ def read_run(run_dir: Path, jobs: dict[str, str]) -> RunStatus:
     last: dict[str, Any] = rows[-1] if rows else {}
     attempts = tail_rows(run_dir / "slurm/attempts.jsonl")
     exit_info = read_json(run_dir / "exit.json")
-    holder = read_json(run_dir / ".lock")
+    holder = read_json(run_dir / LOCK_FILE_NAME)
     job = newest_job(run_dir, attempts, holder, exit_info)
     state = find_state(run_dir, exit_info, jobs.get(job or ""))
     step, max_steps = int(last.get("step", 0)), configured_steps(run_dir)
@@ -130,18 +130,6 @@ def find_state(run_dir: Path, exit_info: dict[str, Any], slurm_state: str | None
     if slurm_state is None and time.time() - last_written(run_dir) < 60:
         return "running"  # on another node of a file system whose locks do not reach here
     return "gone"
-
-
-def is_locked(run_dir: Path) -> bool:
-    """True while a process on this machine (or any, where the file system's locks reach) holds the folder."""
-    try:
-        with (run_dir / ".lock").open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def newest_job(run_dir: Path, attempts: Sequence[dict[str, Any]], *owners: dict[str, Any]) -> str | None:

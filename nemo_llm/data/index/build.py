@@ -8,7 +8,6 @@ much more than the result: a shard's file goes as soon as it is appended.
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -17,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,9 +27,10 @@ from nemo_llm.corpus.shards import Shard, read_shard
 from nemo_llm.data.index.format import token_dtype, write_index
 from nemo_llm.data.index.plan import IndexPlan, IndexSettings, make_plan
 from nemo_llm.data.index.worker import ShardReport, ShardTokeniser, run_in_worker, start_worker
-from nemo_llm.errors import InputError, NemoLlmError
-from nemo_llm.storage.build_cache import file_sha256, write_json_atomically
-from nemo_llm.storage.build_lock import build_lock
+from nemo_llm.errors import InputError
+from nemo_llm.storage.atomic_files import sync_stream, write_json
+from nemo_llm.storage.build_cache import file_sha256
+from nemo_llm.storage.unfinished_work import one_at_a_time, open_work
 from nemo_llm.tokenizers.document_encoder import build_encoder
 from nemo_llm.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
@@ -73,17 +72,8 @@ def build_index(job: IndexJob, on_progress: Callable[[Progress], None] | None = 
     """
     tokenizer = load_tokenizer(job.settings.tokenizer)
     plan = make_plan(job.inputs, job.settings, tokenizer.fingerprint)
-    try:
-        job.prefix.parent.mkdir(parents=True, exist_ok=True)
-        with build_lock(Path(f"{job.prefix}.lock")):
-            return _build(job, plan, tokenizer, on_progress)
-    except OSError as error:
-        raise InputError(_disk_message(job, error)) from error
-    except BrokenProcessPool as error:
-        raise NemoLlmError(
-            "a worker was killed, most likely for want of memory; what is done is kept: run the same command again, "
-            f"with fewer workers than {job.workers} if it was memory"
-        ) from error
+    with one_at_a_time("output_prefix", job.prefix, job.workers):
+        return _build(job, plan, tokenizer, on_progress)
 
 
 def _build(
@@ -103,7 +93,7 @@ def _build(
             f"{job.prefix} was made from other inputs or settings; pass overwrite=true to replace it, or choose "
             "another prefix"
         )
-    _prepare_partial(partial, identity, job.restart)
+    open_work(partial, identity, job.restart)
     if not (partial / "publish.json").exists():
         began = time.monotonic()
         journal = _Journal(partial)
@@ -206,11 +196,10 @@ class _Journal:
                     stream.write(block)
                     if kind == "bin":
                         self._hash.update(block)
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync_stream(stream)
         self.report.add(report)
         self.committed += 1
-        write_json_atomically(
+        write_json(
             self._path,
             {
                 "committed": self.committed,
@@ -236,22 +225,6 @@ class _Journal:
             )
         self.committed = note["committed"]
         self.report = ShardReport(**note["report"])
-
-
-def _prepare_partial(partial: Path, identity: dict[str, Any], restart: bool) -> None:
-    """Make the folder of a new run, or make sure that an interrupted one was the same."""
-    plan_path = partial / "plan.json"
-    if restart and partial.exists():
-        shutil.rmtree(partial)
-    if plan_path.exists():
-        if json.loads(plan_path.read_text(encoding="utf-8")) != identity:
-            raise InputError(
-                f"{partial} holds an interrupted run with other inputs or settings; rerun with those, or pass "
-                "restart=true to throw it away"
-            )
-        return
-    partial.mkdir(exist_ok=True)
-    write_json_atomically(plan_path, identity)
 
 
 def _samples(plan: IndexPlan) -> list[str]:
@@ -317,7 +290,7 @@ def _write_manifest(partial: Path, plan: IndexPlan, tokenizer: Tokenizer, journa
         ],
         "identity": plan.identity(),
     }
-    write_json_atomically(partial / "publish.json", manifest)
+    write_json(partial / "publish.json", manifest)
 
 
 def _publish(prefix: Path, partial: Path) -> dict[str, Any]:
@@ -332,7 +305,7 @@ def _publish(prefix: Path, partial: Path) -> dict[str, Any]:
     for suffix in (".bin", ".idx"):
         if (partial / f"data{suffix}").exists():
             (partial / f"data{suffix}").replace(f"{prefix}{suffix}")
-    write_json_atomically(Path(f"{prefix}.manifest.json"), manifest)
+    write_json(Path(f"{prefix}.manifest.json"), manifest)
     shutil.rmtree(partial)
     return manifest
 
@@ -345,14 +318,3 @@ def _published(prefix: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return manifest if whole and "identity" in manifest else None
-
-
-def _disk_message(job: IndexJob, error: OSError) -> str:
-    where = error.filename or job.prefix.parent
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (
-            f"{where}: no space left ({error.strerror}). What is done is kept: free some space and run the same command"
-        )
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return f"{where}: cannot be written ({error.strerror}); choose an output_prefix in a folder you may write to"
-    return f"{where}: {error.strerror or error}"

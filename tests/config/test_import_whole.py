@@ -170,7 +170,7 @@ def _megatron_rates(cfg: RunConfig, samples: dict[str, float], consumed: list[in
 def test_rates_are_those_of_megatrons_scheduler(
     tmp_path: Path, style: str, more: str, samples: dict[str, float]
 ) -> None:
-    from nemo_llm.optim.schedule import learning_rate
+    from nemo_llm.config.sections.optim import learning_rate
 
     text = f"{SHORT} --global-batch-size 8 --train-iters 500 --lr-decay-style {style} {more}"
     cfg = imported(tmp_path, text)[1]
@@ -243,7 +243,7 @@ def test_rates_are_those_of_nemos_schedulers(tmp_path: Path, sched: dict[str, An
     import torch
     from nemo.core.optim import lr_scheduler
 
-    from nemo_llm.optim.schedule import learning_rate
+    from nemo_llm.config.sections.optim import learning_rate
 
     result, cfg = imported(tmp_path, nemo_yaml({"optim": {"lr": 1e-3, "sched": sched}}), "a.yaml")
     assert "unmapped" not in became(result).values()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_llm.errors import ExitCode
+from nemo_llm.report.text import aligned, duration
 from nemo_llm.storage.locks import LOCK_FILE_NAME, is_locked
 
 _COLUMNS = ("run", "state", "step", "loss", "tokens/s", "time left", "starts", "job", "why")
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for status in found:
             print(json.dumps({field: getattr(status, field) for field in status.__dataclass_fields__}))
     else:
-        print(table(found) if found else "no runs")
+        print("\n".join(aligned([_COLUMNS, *(status.cells() for status in found)])) if found else "no runs")
     return ExitCode.DONE
 
 
@@ -178,22 +179,6 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
     return {}
-
-
-def table(found: Sequence[RunStatus]) -> str:
-    rows = [_COLUMNS, *(status.cells() for status in found)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    return "\n".join(
-        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours:02d}h"
-    return f"{hours}h {rest // 60:02d}m" if hours else f"{rest // 60}m {rest % 60:02d}s"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from nemo_llm.corpus.documents import text_of
 from nemo_llm.data.sources.labelled_texts import text_ids
@@ -165,16 +164,3 @@ def figures_as_rows(figures: ClassificationFigures) -> list[tuple[str, str]]:
         for name, part in figures.classes.items()
     ]
     return rows
-
-
-def as_plain(value: Any) -> Any:
-    """Dataclasses, nested in anything, as what JSON can hold."""
-    import dataclasses
-
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: as_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): as_plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_plain(part) for part in value]
-    return value

@@ -41,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     import torch.distributed as dist
 
-    from nemo_llm.parallel.runtime import ProcessPlace, start_runtime, stop_runtime
+    from nemo_llm.launcher import ProcessPlace
+    from nemo_llm.parallel.runtime import own_runtime
     from nemo_llm.training.setup import build_training_run
 
     cfg = _configuration(launched_world_size())
-    runtime = start_runtime(cfg)
-    try:
+    with own_runtime(cfg) as runtime:
         place, device = runtime.place, runtime.device
         _say(f"{place.world_size} ranks on {place.num_nodes} nodes, {dist.get_backend()}, torch {torch.__version__}")
         peers = {"within a node": 1, "across nodes": place.local_world_size}
@@ -63,15 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     seconds = _seconds(partial(_send, payload, peer), device)
                     _say(f"rank 0 to {peer}, {name}, {mib:4} MiB: {mib / 1024 / seconds:8.2f} GiB/s")
         losses, resumed = _train_and_resume(cfg, runtime, arguments.folder)
-    finally:
-        stop_runtime()
     if not is_first_rank():
         return ExitCode.DONE  # the first rank's verdict is the job's
-    alone = start_runtime(cfg, ProcessPlace(0, 1, 0, 1, "single"))
-    try:
+    with own_runtime(cfg, ProcessPlace(0, 1, 0, 1, "single")) as alone:
         wanted = _losses(build_training_run(cfg, alone), _STEPS)
-    finally:
-        stop_runtime()
     worst = max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True))
     allowed = _TOLERANCE[device.type]
     again = resumed == losses[_SAVED_AT:]

@@ -5,11 +5,9 @@ import fcntl
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from nemo_llm.corpus.prepare.pipeline import build_steps
 from nemo_llm.corpus.prepare.plan import PreparePlan, Stage
 from nemo_llm.corpus.prepare.publish import published
 from nemo_llm.errors import InputError
-from nemo_llm.processes import end_with
+from nemo_llm.processes import worker_pool
 from nemo_llm.storage.locks import flock
 from nemo_llm.storage.unfinished_work import one_at_a_time, open_work
 
@@ -75,12 +73,8 @@ def _run_here(plan: PreparePlan, workers: int, on_progress: OnProgress) -> None:
     with contextlib.ExitStack() as stack:
         pool = None
         if workers:
-            context = get_context(
-                "spawn"
-            )  # a forked process would inherit the libraries' threads as locks nobody opens
-            arguments = (plan, os.getpid())
             workers = min(workers, max(stage.tasks for stage in plan.stages()))
-            pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments)
+            pool = worker_pool(workers, _start_worker, plan)
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         steps: list[StepCounts] = []
         for stage in plan.stages():
@@ -115,9 +109,8 @@ def _run_task(plan: PreparePlan, stage: Stage, rank: int) -> None:
 _worker: list[PreparePlan] = []  # one entry in each worker process, set by its initialiser
 
 
-def _start_worker(plan: PreparePlan, parent: int) -> None:
-    """Prepare a worker process; it ends when its parent does, and holds a lock that a rerun waits for."""
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+def _start_worker(plan: PreparePlan) -> None:
+    """Prepare a worker process, which holds a lock that a rerun waits for."""
     lock = os.open(plan.work / _LOCK, os.O_RDWR | os.O_CREAT)
     flock(lock, fcntl.LOCK_SH)  # never closed: it goes with the process
     _worker.append(plan)

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from nemo_llm.data.index.format import token_dtype, write_index
 from nemo_llm.data.index.plan import IndexPlan, IndexSettings, make_plan
 from nemo_llm.data.index.worker import ShardReport, ShardTokeniser, run_in_worker, start_worker
 from nemo_llm.errors import InputError
+from nemo_llm.processes import worker_pool
 from nemo_llm.storage.atomic_files import sync_stream, write_json
 from nemo_llm.storage.build_cache import file_sha256
 from nemo_llm.storage.unfinished_work import one_at_a_time, open_work
@@ -141,10 +141,7 @@ def _start_pool(job: IndexJob, tasks: int, fast: bool) -> ProcessPoolExecutor | 
     """Start the worker processes; None when this process is to do the work itself."""
     if job.workers == 0:
         return None
-    context = get_context("spawn")  # a forked process would inherit the libraries' threads as locks nobody opens
-    arguments = (job.settings, job.cache, fast, os.getpid())
-    workers = min(job.workers, tasks)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=arguments)
+    pool = worker_pool(min(job.workers, tasks), start_worker, job.settings, job.cache, fast)
     pool.submit(os.getpid)  # the processes start with the first task
     return pool
 

@@ -1,7 +1,6 @@
 """Tokenises one shard into a file of tokens and a file of document lengths."""
 
 import os
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,6 @@ from nemo_llm.corpus.shards import Shard, is_stream, read_shard
 from nemo_llm.data.index.format import token_dtype
 from nemo_llm.data.index.plan import IndexSettings
 from nemo_llm.errors import InputError
-from nemo_llm.processes import end_with
 from nemo_llm.storage.atomic_files import replacing
 from nemo_llm.tokenizers.document_encoder import DocumentEncoder, build_encoder
 from nemo_llm.tokenizers.tokenizer import load_tokenizer
@@ -166,10 +164,9 @@ class _Counted:
 _worker: list[ShardTokeniser] = []  # one entry in each worker process, set by its initialiser
 
 
-def start_worker(settings: IndexSettings, cache: Path, fast: bool, parent: int) -> None:
-    """Prepare a worker process; it ends when its parent does, however that ends."""
+def start_worker(settings: IndexSettings, cache: Path, fast: bool) -> None:
+    """Prepare a worker process."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     encoder = build_encoder(load_tokenizer(settings.tokenizer), cache, fast=fast)
     _worker.append(ShardTokeniser(settings, encoder))
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import nemo_llm
-from nemo_llm.corpus.documents import as_path
+from nemo_llm.corpus.documents import as_path, check_bad_share
 from nemo_llm.corpus.shards import Shard, read_shard
 from nemo_llm.data.index.format import token_dtype, write_index
 from nemo_llm.data.index.plan import IndexPlan, IndexSettings, make_plan
@@ -108,7 +108,8 @@ def _build(
                 if on_progress is not None:
                     seconds = time.monotonic() - began
                     on_progress(Progress(journal.committed, len(plan.inputs.shards), journal.report, seconds))
-        _check_bad(journal.report, job.max_bad_fraction)
+        found = journal.report
+        check_bad_share(found.bad, found.documents, job.max_bad_fraction, found.bad_examples[:3])
         _write_manifest(partial, plan, tokenizer, journal, way)
     return _publish(job.prefix, partial)
 
@@ -239,19 +240,6 @@ def _samples(plan: IndexPlan) -> list[str]:
             if wanted <= 0:
                 break
     return texts
-
-
-def _check_bad(report: ShardReport, max_bad_fraction: float) -> None:
-    bad = sum(report.bad.values())
-    if bad > max_bad_fraction * (bad + report.documents):
-        counts = ", ".join(f"{count} x {reason}" for reason, count in report.bad.items())
-        raise InputError(
-            f"{bad} of {bad + report.documents} records are bad ({counts}), more than max_bad_fraction = "
-            f"{max_bad_fraction}; nothing is published. The first: {'; '.join(report.bad_examples[:3])}. Mend them, or "
-            "raise max_bad_fraction and run again (what is done is kept)"
-        )
-    if not report.documents:
-        raise InputError("the inputs hold no document")
 
 
 def _write_manifest(partial: Path, plan: IndexPlan, tokenizer: Tokenizer, journal: _Journal, way: str) -> None:

@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping
+from typing import TextIO
 
 from nemo_llm.launcher import find_process_place
 
@@ -23,6 +24,12 @@ def launched_world_size(environ: Mapping[str, str] | None = None) -> int:
 def is_first_rank(environ: Mapping[str, str] | None = None) -> bool:
     """True on the one process of a run that prints."""
     return launched_rank(environ) == 0
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print on the first rank alone: a launcher starts a program once per process."""
+    if is_first_rank():
+        print(text, file=stream, flush=True)
 
 
 def get_logger(name: str) -> logging.Logger:

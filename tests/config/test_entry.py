@@ -1,5 +1,6 @@
 """The command line around a program: help, exit codes, one message and no traceback, quick imports."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 import nemo_llm
 from nemo_llm.config import RunConfig
-from nemo_llm.config.commands.entry import help_text, intended_world_size, run_entry_point
+from nemo_llm.config.commands.entry import help_text, intended_world_size, run_command, run_entry_point
 from nemo_llm.config.compose.catalog import known_keys
 from nemo_llm.config.compose.load import compose
 from nemo_llm.errors import CheckpointError, ConfigError, ExitCode, InputError, NemoLlmError
@@ -69,7 +70,45 @@ def test_errors_end_in_one_message_and_their_code(
         raise error
 
     assert run_entry_point(main, ["+model=gpt_tiny"]) == code
-    assert str(error) in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_an_interrupt_ends_every_command_with_the_code_of_shells(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_cfg: object = None) -> None:
+        raise KeyboardInterrupt
+
+    assert run_command(main) == run_entry_point(main, ["+model=gpt_tiny"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+COMPOSED = ("convert_checkpoint", "import_config", "index_dataset", "prepare_data", "train_tokenizer")
+WITH_OPTIONS = {
+    "inspect_checkpoint": ["verify", "/no/such/folder"],
+    "inspect_dataset": ["counts", "/no/such/dataset"],
+    "extend_vocabulary": ["/no/such/run", "/none", "--tokens", "/no/such/file"],
+    "peft_adapter": ["merge", "/no/such/run", "/none"],
+}
+
+
+@pytest.mark.parametrize("tool", COMPOSED)
+def test_tools_show_what_they_do_and_every_key(tool: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = importlib.import_module(f"tools.{tool}")
+    for flag in ("-h", "--help"):
+        assert module.main(["input=x", flag]) == 0
+        shown = capsys.readouterr().out
+        assert module.__doc__ in shown
+        assert (ROOT / "conf" / f"{tool}.yaml").read_text(encoding="utf-8") in shown
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"), [*((tool, ["no_such_key=1"]) for tool in COMPOSED), *WITH_OPTIONS.items()]
+)
+def test_tools_end_in_one_message(tool: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert importlib.import_module(f"tools.{tool}").main(arguments) == ExitCode.BAD_INPUT
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("error: ") == 1
+    assert arguments[-1].partition("=")[0] in told or arguments[1] in told
 
 
 def test_our_own_bugs_keep_their_traceback() -> None:

@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TypeVar
 
 from nemo_llm.config.compose.catalog import conf_dir, group_choices, known_keys
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import NO_VALUE, ConfigError, ExitCode, InputError, NemoLlmError, Problem
-from nemo_llm.log import configure_logging, is_first_rank, launched_world_size
+from nemo_llm.log import configure_logging, is_first_rank, launched_world_size, say
 
 _FIRST_RANK_GRACE_SECONDS = 10.0
 _INTERRUPTED = 130
@@ -36,7 +36,7 @@ def run_command(work: Callable[[], int | None]) -> int:
     try:
         code = work()
     except NemoLlmError as error:
-        _say(f"error: {error}", sys.stderr)
+        say(f"error: {error}", sys.stderr)
         if not is_first_rank():
             # A launcher ends all processes as soon as one has failed: the first rank must get to print before that.
             time.sleep(_FIRST_RANK_GRACE_SECONDS)
@@ -57,12 +57,12 @@ def run_entry_point(main: Callable[[RunConfig], int | None], argv: Sequence[str]
 
     def work() -> int | None:
         if any(flag in arguments for flag in _HELP_FLAGS):
-            _say(help_text("python -m nemo_llm.train", "Train a language model."))
+            say(help_text("python -m nemo_llm.train", "Train a language model."))
             return None
         overrides, folder, only_print = _read_flags(arguments)
         cfg = load(overrides, folder)
         if only_print:
-            _say(_as_yaml(cfg))
+            say(_as_yaml(cfg))
         return None if only_print else main(cfg)
 
     return run_command(work)
@@ -74,7 +74,7 @@ def run_tool(name: str, schema: type[T], main: Callable[[T], int | None], argv: 
 
     def work() -> int | None:
         if any(flag in arguments for flag in _HELP_FLAGS):
-            _say(f"{sys.modules[main.__module__].__doc__}\n{(conf_dir() / f'{name}.yaml').read_text(encoding='utf-8')}")
+            say(f"{sys.modules[main.__module__].__doc__}\n{(conf_dir() / f'{name}.yaml').read_text(encoding='utf-8')}")
             return None
         configure_logging()
         # Hydra and pydantic take half a second to import, which --help need not pay.
@@ -190,9 +190,3 @@ def _as_yaml(cfg: RunConfig) -> str:
     from nemo_llm.config.compose.load import to_dict
 
     return yaml.safe_dump(to_dict(cfg), sort_keys=False, width=120).rstrip()
-
-
-def _say(text: str, stream: TextIO | None = None) -> None:
-    """Print on the first rank alone: the launcher starts this program once per process."""
-    if is_first_rank():
-        print(text, file=stream, flush=True)

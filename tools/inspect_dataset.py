@@ -18,13 +18,14 @@ from pathlib import Path
 
 import yaml
 
+from nemo_llm.checkpoint.saved_run import TOKENIZER_FILE_NAME
 from nemo_llm.config.catalog import conf_dir
 from nemo_llm.config.chat import ChatConfig
 from nemo_llm.config.data import TokenizerConfig
 from nemo_llm.data import inspect
 from nemo_llm.data.chat_store import list_unused, show_chats
 from nemo_llm.data.indexed import IndexedDataset
-from nemo_llm.data.tokenizer import SAVED_CONFIG, Tokenizer, load_tokenizer, load_tokenizer_from_folder
+from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_from_folder
 from nemo_llm.errors import ExitCode, InputError, NemoLlmError
 
 
@@ -188,7 +189,7 @@ def _tokenizer(name: str | None, prefix: str) -> Tokenizer:
     group = conf_dir() / "tokenizer" / f"{name}.yaml"
     if group.is_file():
         return load_tokenizer(TokenizerConfig(**yaml.safe_load(group.read_text(encoding="utf-8"))))
-    if (Path(name) / SAVED_CONFIG).is_file():
+    if (Path(name) / TOKENIZER_FILE_NAME).is_file():
         return load_tokenizer_from_folder(Path(name))
     demo = yaml.safe_load((conf_dir() / "tokenizer" / "demo.yaml").read_text(encoding="utf-8"))
     return load_tokenizer(TokenizerConfig(**(demo | {"name": name, "path": name})))

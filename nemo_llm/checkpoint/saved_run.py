@@ -21,9 +21,9 @@ from nemo_llm.checkpoint.folder import (
     step_of,
 )
 from nemo_llm.config.compose.decode import decode, key_problems
-from nemo_llm.config.data import NEMO_PATHS, TokenizerConfig
 from nemo_llm.config.migrations import SAVED_BY, migrate
-from nemo_llm.config.run import RunConfig
+from nemo_llm.config.sections.data import NEMO_PATHS, TokenizerConfig
+from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import NO_VALUE, ConfigError, InputError, Problem
 
 TEMPLATE_FILE_NAME = "chat_template.jinja"

@@ -16,9 +16,9 @@ from nemo_llm import __version__
 from nemo_llm.checkpoint.folder import read_config
 from nemo_llm.checkpoint.saved_run import SavedRun
 from nemo_llm.config import migrations
-from nemo_llm.config.catalog import known_keys
+from nemo_llm.config.compose.catalog import known_keys
 from nemo_llm.config.compose.decode import decode, key_problems, to_dict
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 from nemo_llm.config.migrations import Migration, migrate, saved_by
 from nemo_llm.errors import ConfigError, InputError
 

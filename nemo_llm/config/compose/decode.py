@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from nemo_llm.config.messages import problems_of_validation
-from nemo_llm.config.run import RunConfig
+from nemo_llm.config.compose.messages import problems_of_validation
+from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import ConfigError, Problem
 
 

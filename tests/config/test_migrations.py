@@ -52,8 +52,8 @@ def complaint(saved: dict[str, Any], known: list[Migration] | None = None) -> st
         if not keys
         else (
             f"saved runs and RunConfig differ in {', '.join(keys)}, and no migration says why.\n"
-            "Add nemo_llm/config/migrations/mYYYY_MM_DD_slug.py with ADDED = {KEY: the value that leaves an earlier run "
-            "as it was}, RENAMED = {OLD: NEW}, DROPPED = (KEY,) or def change(saved)"
+            "Add nemo_llm/config/migrations/mYYYY_MM_DD_slug.py with ADDED = {KEY: the value that leaves earlier runs "
+            "as they were}, RENAMED = {OLD: NEW}, DROPPED = (KEY,) or def change(saved)"
         )
     )
 

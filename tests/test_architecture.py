@@ -30,12 +30,15 @@ LAYERS = {
     4: {"tasks", "peft", "inference", "evaluation", "run", "resilience"},
     5: {"training", "convert"},
 }
+# Modules that stand lower than their room: they know files, and no tensors.
+FILES_ALONE = ("checkpoint/folder.py", "checkpoint/manifest.py", "checkpoint/saved_run.py")
 # Rooms of the same layer that must not know each other.
 APART = ({"tasks", "peft", "inference", "evaluation", "planner"}, {"training", "convert"})
 # Rooms that could be a library of their own: they know nothing of the house but its errors and its log.
 ALONE = {"kernels", "storage"}
 MOST_MODULES = 22
 TORCH_FREE = (
+    *FILES_ALONE,
     "config",
     "families",
     "migrate",
@@ -101,25 +104,27 @@ def test_package_has_modules() -> None:
 
 
 def test_a_folder_is_small_enough_to_be_read() -> None:
-    folders = Counter(path.parent for path in MODULES if path.name != "__init__.py")
+    # Of migrations there is one more with every change of the configuration.
+    folders = Counter(path.parent for path in MODULES if path.name != "__init__.py" and "migrations" not in path.parts)
     assert not {relative(folder): number for folder, number in folders.items() if number > MOST_MODULES}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_imports_go_down(path: Path) -> None:
     part = part_of(path)
+    own_layer = 0 if relative(path) in FILES_ALONE else layer_of(part)
     wrong = []
     for name in imported_names(TREES[path]):
         pieces = name.split(".")
         if pieces[0] != "nemo_llm" or len(pieces) < 2 or pieces[1].startswith("__"):
             continue
         target = pieces[1]
-        upward = layer_of(target) > layer_of(part)
+        upward = layer_of(target) > own_layer and "/".join(pieces[1:3]) + ".py" not in FILES_ALONE
         sideways = target != part and any({target, part} <= rooms for rooms in APART)
         leaves = part in ALONE and target not in {part, "errors", "log"}
         if (upward or sideways or leaves) and part != "__init__":
             wrong.append(name)
-    assert not wrong, f"{relative(path)} (layer {layer_of(part)}) imports {sorted(set(wrong))}"
+    assert not wrong, f"{relative(path)} (layer {own_layer}) imports {sorted(set(wrong))}"
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if relative(p).startswith(TORCH_FREE)], ids=relative)

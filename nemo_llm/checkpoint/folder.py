@@ -28,6 +28,10 @@ from nemo_llm.storage.atomic_files import fsync
 __all__ = ["verify"]  # defined beside the manifest; users of a folder look for it here
 
 CONFIG_FILE_NAME = "config.yaml"
+TRAINING_FILE_NAME = "training.json"
+TOKENIZER_FOLDER_NAME = "tokenizer"
+ADAPTER_FILE_NAME = "adapter.json"
+"""In checkpoints that hold an adapter alone; nemo_llm.peft.state writes it."""
 
 
 def begin(final: Path) -> Path:
@@ -183,6 +187,6 @@ def remove_old(checkpoints: Path, settings: CheckpointConfig) -> list[Path]:
 
 def _validation_loss(folder: Path) -> float | None:
     try:
-        return json.loads((folder / "training.json").read_text())["validation_loss"]
+        return json.loads((folder / TRAINING_FILE_NAME).read_text())["validation_loss"]
     except (OSError, ValueError, KeyError):
         return None

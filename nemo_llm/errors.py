@@ -115,6 +115,6 @@ class CheckpointDamagedError(CheckpointError, InputError):
 
 
 class CheckpointRefusedError(CheckpointError, InputError):
-    """A file of a checkpoint asks for what no checkpoint needs, or points out of its folder; it is not read."""
+    """A newer version wrote it, or one of its files asks for what no checkpoint needs or points out of its folder."""
 
     exit_code = ExitCode.BAD_INPUT

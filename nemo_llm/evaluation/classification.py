@@ -10,7 +10,6 @@ from nemo_llm.data.sources.labelled_texts import text_ids
 from nemo_llm.errors import ConfigError, InputError, Problem
 from nemo_llm.evaluation.metrics import (
     ClassificationFigures,
-    Interval,
     classification_figures,
     holm_adjusted,
     mcnemar_p_value,
@@ -151,13 +150,8 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 def figures_as_rows(figures: ClassificationFigures) -> list[tuple[str, str]]:
     """Name and value of each figure, for tables."""
     rows: list[tuple[str, str]] = [("examples", str(figures.num_examples))]
-    named: dict[str, Interval] = {
-        "accuracy": figures.accuracy,
-        "macro precision": figures.macro_precision,
-        "macro recall": figures.macro_recall,
-        "macro F1": figures.macro_f1,
-    }
-    rows += [(name, str(value)) for name, value in named.items()]
+    for name in ("accuracy", "macro precision", "macro recall", "macro F1"):
+        rows.append((name, str(getattr(figures, name.lower().replace(" ", "_")))))
     rows.append(("micro precision, recall, F1", f"{figures.micro_f1:.3f}"))
     rows += [
         (name, f"precision {part.precision:.3f}, recall {part.recall:.3f}, F1 {part.f1:.3f} ({part.support} examples)")

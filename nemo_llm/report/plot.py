@@ -25,7 +25,8 @@ def columns(
         series: values by name, one for each group; the groups of a single series have a colour each.
     """
     width, height = size
-    low, high = (end(0.0, *(v for values in series.values() for v in values)) for end in (min, max))
+    ends = [0.0, *(value for values in series.values() for value in values)]
+    low, high = min(ends), max(ends)
     axis = _Axis(low, high if high > low else low + 1.0, height)
     slot = (width - _LEFT - 8) / max(1, len(groups))
     thick = slot * 0.8 / len(series)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, TRAINING_FILE_NAME, read_config, resolve_checkpoint
+from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, read_config, resolve_checkpoint
 from nemo_llm.checkpoint.manifest import read_manifest
 from nemo_llm.checkpoint.safe_load import check_safe, read_metadata, reader
 
@@ -74,7 +74,7 @@ def show(path: Path, with_norms: bool) -> Iterator[str]:
     manifest = read_manifest(folder)
     total = sum(entry["bytes"] for entry in manifest["files"].values())
     yield f"{folder}: format {manifest['schema']}, {len(manifest['files'])} files, {total / 2**20:,.1f} MiB"
-    progress = folder / TRAINING_FILE_NAME
+    progress = folder / "training.json"
     if progress.exists():
         state = json.loads(progress.read_text())
         yield (

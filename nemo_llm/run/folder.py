@@ -30,7 +30,7 @@ from typing import Any, Self
 
 import yaml
 
-from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, TRAINING_FILE_NAME, find_checkpoint, read_config
+from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, find_checkpoint, read_config
 from nemo_llm.config import RunConfig
 from nemo_llm.config.compose.load import decode_data, with_younger_keys
 from nemo_llm.data.sampling.blend_history import check_blend_history
@@ -164,7 +164,7 @@ def _blend_keys(path: Path, saved: Mapping[str, Any], cfg: RunConfig) -> Sequenc
         return ()
     try:
         before = decode_data(with_younger_keys(saved)["data"])
-        consumed = json.loads((found / TRAINING_FILE_NAME).read_text(encoding="utf-8"))["consumed_samples"]
+        consumed = json.loads((found / "training.json").read_text(encoding="utf-8"))["consumed_samples"]
     except (ConfigError, OSError, ValueError, KeyError):  # of another version: then nothing may change
         return ()
     if problems := list(check_blend_history(before, cfg.data, consumed)):

@@ -5,6 +5,7 @@
 What conversion makes has the same form, at step 0 and with weights alone.
 """
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,6 @@ try:
     from yaml import CSafeLoader as _SafeLoader  # twenty times as fast
 except ImportError:  # PyYAML without libyaml
     from yaml import SafeLoader as _SafeLoader  # type: ignore[assignment]
-
-import json
 
 from nemo_llm.checkpoint.manifest import COMPLETE, manifest_digest, verify, write_manifest
 from nemo_llm.config.sections.run_services import CheckpointConfig

@@ -55,6 +55,7 @@ TO_BE_MERGED = {
     "models/layers/norm_recomputation.py",
     "models/layers/swiglu.py",
     "models/layers/vocab_parallel_cross_entropy.py",
+    "planner/loss.py",
     "training/unigram.py",
 }
 TORCH_FREE = (

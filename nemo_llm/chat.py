@@ -4,32 +4,27 @@ All keys with their defaults: conf/chat.yaml.
 """
 
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 from nemo_llm.config.commands.entry import run_tool
 from nemo_llm.config.commands.generate import ChatConfig
 from nemo_llm.errors import InputError
-from nemo_llm.log import configure_logging, is_first_rank, launched_world_size
+from nemo_llm.log import is_first_rank, launched_world_size
 
 _END, _RESET = "/quit", "/reset"
 
 
 def main(cfg: ChatConfig) -> None:
     """Load the model; then answer line after line until the input ends."""
-    configure_logging()
-    # Megatron says at every start what is not installed.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
     from nemo_llm.inference.conversation import Conversation
     from nemo_llm.inference.loaded_model import load_model, open_checkpoint
     from nemo_llm.inference.prompts import load_chat_prompts
-    from nemo_llm.parallel.runtime import start_runtime, stop_runtime
+    from nemo_llm.parallel.runtime import own_runtime
 
     opened = open_checkpoint(cfg, Path(cfg.checkpoint).expanduser(), launched_world_size())
     prompts = load_chat_prompts(opened.tokenizer, opened.folder / "tokenizer", cfg.chat_template)
-    runtime = start_runtime(opened.cfg)
-    try:
+    with own_runtime(opened.cfg) as runtime:
         model = load_model(opened, runtime, cfg.verify)
         conversation = Conversation(model, prompts, cfg.sampling, cfg.system)
         if is_first_rank() and sys.stdin.isatty():
@@ -39,8 +34,6 @@ def main(cfg: ChatConfig) -> None:
                 conversation.reset()
             elif text:
                 answer(conversation, text)
-    finally:
-        stop_runtime()
 
 
 def answer(conversation: Any, text: str) -> None:

@@ -115,18 +115,6 @@ class CheckpointDamagedError(CheckpointError, InputError):
 
 
 class CheckpointRefusedError(CheckpointError, InputError):
-    """A file of a checkpoint asks for what no checkpoint needs, or points out of its folder; it is not read."""
+    """A newer version wrote it, or one of its files asks for what no checkpoint needs or points out of its folder."""
 
     exit_code = ExitCode.BAD_INPUT
-
-
-class PreemptedError(NemoLlmError):
-    """The run was told to stop, saved what it had, and wants to be queued again."""
-
-    exit_code = ExitCode.PREEMPTED
-
-
-class HangError(NemoLlmError):
-    """A collective or a step did not end within its time limit."""
-
-    exit_code = ExitCode.HANG

@@ -20,6 +20,8 @@ LAYERS = {
         "storage",
         "assets",
         "environment",
+        "report",
+        "launcher",
         "errors",
         "log",
         "processes",
@@ -35,14 +37,34 @@ FILES_ALONE = ("checkpoint/folder.py", "checkpoint/manifest.py", "checkpoint/sav
 # Rooms of the same layer that must not know each other.
 APART = ({"tasks", "peft", "inference", "evaluation", "planner"}, {"training", "convert"})
 # Rooms that could be a library of their own: they know nothing of the house but its errors and its log.
-ALONE = {"kernels", "storage"}
+ALONE = {"kernels", "storage", "report"}
 MOST_MODULES = 22
+# A module of less than these lines that one module alone imports is no room of its own: it belongs into that module.
+FEWEST_LINES = 60
+# Folders of which each module is an entry of a kind, such as a section, a family or a task, however short it is.
+ENTRIES = (
+    *("config/sections", "config/commands", "config/migrations", "data/sources"),
+    *("families", "kernels", "migrate", "peft", "tasks"),
+)
+TO_BE_MERGED = {
+    # Into rooms that are being rewritten.
+    "data/check.py",
+    "data/sampling/virtual_tokens.py",
+    "inference/conversation.py",
+    "models/layers/fused_residual_layer.py",
+    "models/layers/norm_recomputation.py",
+    "models/layers/swiglu.py",
+    "models/layers/vocab_parallel_cross_entropy.py",
+    "planner/loss.py",
+    "training/unigram.py",
+}
 TORCH_FREE = (
     *FILES_ALONE,
     "config",
     "families",
     "migrate",
     "planner",
+    "report",
     "parallel/layout.py",
     "parallel/stages.py",
     "environment.py",
@@ -107,6 +129,22 @@ def test_a_folder_is_small_enough_to_be_read() -> None:
     # Of migrations there is one more with every change of the configuration.
     folders = Counter(path.parent for path in MODULES if path.name != "__init__.py" and "migrations" not in path.parts)
     assert not {relative(folder): number for folder, number in folders.items() if number > MOST_MODULES}
+
+
+def test_a_short_module_has_several_importers() -> None:
+    """Commands, the modules of the package itself, are started and not imported."""
+    importers: Counter[str] = Counter()
+    for path in [*MODULES, *sorted((ROOT / "tools").glob("*.py"))]:
+        tree = TREES.get(path) or ast.parse(path.read_text(encoding="utf-8"))
+        importers.update(set(imported_names(tree)))
+    short = {
+        relative(path)
+        for path in MODULES
+        if path.name != "__init__.py" and len(path.read_text(encoding="utf-8").splitlines()) < FEWEST_LINES
+    }
+    lonely = {place for place in short if importers["nemo_llm." + place.removesuffix(".py").replace("/", ".")] < 2}
+    rooms = {place for place in lonely if "/" in place and place.rpartition("/")[0] not in ENTRIES}
+    assert not rooms - TO_BE_MERGED, "merge them into the module that imports them"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)

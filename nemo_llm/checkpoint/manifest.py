@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import xxhash
 
-from nemo_llm.errors import CheckpointDamagedError, CheckpointError
+from nemo_llm.errors import CheckpointDamagedError, CheckpointRefusedError
 
 SCHEMA = 2
 BLOCK_BYTES = 32 << 20
@@ -96,7 +96,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointDamagedError: it is missing, or does not agree with ``COMPLETE``.
-        CheckpointError: a newer version wrote it.
+        CheckpointRefusedError: a newer version wrote it.
     """
     path = folder / MANIFEST_FILE_NAME
     try:
@@ -107,7 +107,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointDamagedError(f"{path}: damaged; not readable as a manifest ({error})") from None
     if schema not in (1, SCHEMA):
-        raise CheckpointError(
+        raise CheckpointRefusedError(
             f"{folder}: written in format {schema} by a newer version of nemo_llm; this version reads formats up to "
             f"{SCHEMA}.\n      fix: update nemo_llm"
         )
@@ -126,7 +126,7 @@ def verify(folder: Path, how: Verification = "full", share: tuple[int, int] = (0
 
     Raises:
         CheckpointDamagedError: names the first file that is missing or differs.
-        CheckpointError: a newer version wrote the checkpoint.
+        CheckpointRefusedError: a newer version wrote the checkpoint.
     """
     manifest = read_manifest(folder)
     work = list(_checks(folder, manifest, how))[share[0] :: share[1]]

@@ -6,6 +6,10 @@ owns, a range of each flattened parameter, as boxes of the parameter's global te
 second, as free as the first, and the same on the disk as what an optimizer that is not distributed writes. Loading
 fills the optimizer's own memory.
 
+Where a range is cut depends on the number of data-parallel ranks. Boxes (an offset and a size in each dimension) can be
+read by any other layout. Every range is a few boxes: the end of one row, whole rows, the beginning of another, and the
+same again inside those rows.
+
 Names of Megatron that are private to it, of 0.16.1: ``gbuf_ranges``, ``_get_model_param_range_map`` and
 ``_get_main_param_and_optimizer_states`` of `DistributedOptimizer`; ``float16_groups`` and its siblings of
 `Float16OptimizerWithFloat16Params`. tests/models/test_megatron_contract.py fails when they are gone.
@@ -14,6 +18,7 @@ Names of Megatron that are private to it, of 0.16.1: ``gbuf_ranges``, ``_get_mod
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
+from math import prod
 from typing import Any
 
 import torch
@@ -23,8 +28,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
-
-from nemo_llm.checkpoint.hyperrectangles import boxes_of_range
 
 
 def optimizer_tensors(optimizer: MegatronOptimizer, model: dict) -> list[ShardedTensor]:
@@ -149,3 +152,31 @@ def _pieces(place: ShardedTensor | ShardedTensorFactory, parameter: torch.nn.Par
         assert all(piece.data.is_contiguous() for piece in pieces), f"{place.key}: pieces are no slices of rows"
         return pieces
     return [replace(place, data=template)]
+
+
+def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yield (offset, size) of boxes that make up elements ``[start, stop)`` of a row-major ``shape``, in order."""
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield (((start,), (stop - start,)) if shape else ((), ()))
+        return
+    inner = prod(shape[1:])
+    first_whole, end_whole = -(-start // inner), stop // inner
+    if first_whole > end_whole:  # inside one row
+        yield from _in_row(shape, start // inner, start % inner, stop - (start // inner) * inner)
+        return
+    if start % inner:
+        yield from _in_row(shape, first_whole - 1, start % inner, inner)
+    if first_whole < end_whole:
+        rest = shape[1:]
+        yield (first_whole, *(0 for _ in rest)), (end_whole - first_whole, *rest)
+    if stop % inner:
+        yield from _in_row(shape, end_whole, 0, stop % inner)
+
+
+def _in_row(
+    shape: tuple[int, ...], row: int, start: int, stop: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    for offset, size in boxes_of_range(shape[1:], start, stop):
+        yield (row, *offset), (1, *size)

@@ -53,7 +53,6 @@ def _given(cfg: RunConfig, name: str) -> bool:
 
 
 _GATED = (lambda cfg: cfg.model.gated_linear_unit, "model.gated_linear_unit=true")
-_EXPERTS = (lambda cfg: cfg.model.moe is not None, "a mixture of experts (model.moe)")
 _TOP_K = (
     lambda cfg: cfg.model.moe is not None and cfg.model.moe.moe_router_load_balancing_type != "sinkhorn",
     "a mixture of experts (model.moe) that is not balanced by sinkhorn",

@@ -68,6 +68,28 @@ def raise_bad(record: BadRecord) -> None:
     raise BadRecordError(record)
 
 
+def check_bad_share(bad: Mapping[str, int], good: int, allowed: float, examples: Iterable[str]) -> None:
+    """Refuse to go on where a larger share than allowed of the records is bad, or none is good.
+
+    Args:
+        bad: numbers by reason.
+        examples: the first bad ones; read only where they are shown.
+
+    Raises:
+        InputError: with the reasons and the examples.
+    """
+    number = sum(bad.values())
+    if number > allowed * (number + good):
+        counts = ", ".join(f"{count} x {reason}" for reason, count in bad.items())
+        raise InputError(
+            f"{number} of {number + good} records are bad ({counts}), more than max_bad_fraction = {allowed}; nothing "
+            f"is published. The first: {'; '.join(examples)}. Mend them, or raise max_bad_fraction and run again (what "
+            "is done is kept)"
+        )
+    if not good:
+        raise InputError("the inputs hold no document")
+
+
 def as_path(name: str) -> Path:
     """Return a local path, or one in object storage for a URL such as ``s3://bucket/folder``, by fsspec's file systems.
 
@@ -220,14 +242,37 @@ def read_documents(
 
     Raises InputError when the file itself cannot be read (a broken compressed stream, not a Parquet file).
     """
+    for result in parse_documents(path, text_key, encoding, keep):
+        if isinstance(result, BadRecord):
+            on_bad(result)
+        else:
+            yield result
+
+
+def parse_documents(
+    path: Path, text_key: str, encoding: str = "utf-8", keep: tuple[str, ...] = ()
+) -> Iterator[Document | BadRecord]:
+    """As `read_documents`, with the records that cannot be read where they stand."""
     with reading(path):
         match file_format(path):
             case "jsonl":
-                yield from _json_lines(path, text_key, on_bad, encoding, keep)
+                with open_stream(path) as stream:
+                    for number, line in enumerate(stream, start=1):
+                        if result := parse_json_line(line, str(path), number, text_key, encoding, keep):
+                            yield result
             case "parquet":
-                yield from _parquet_rows(path, text_key, on_bad, keep)
+                for number, row in _parquet_rows(path, (text_key, *keep)):
+                    text = row.pop(text_key)
+                    if isinstance(text, str):
+                        yield _checked(text, str(path), number, row)
+                    else:
+                        detail = f"{text_key!r} holds {text!r:.40}"
+                        yield BadRecord(str(path), number, "field is not text", detail)
             case _:
-                yield from _plain_text(path, on_bad, encoding)
+                try:
+                    yield _checked("".join(plain_text_blocks(path, encoding)), str(path), 1)
+                except BadRecordError as error:
+                    yield error.record
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -238,7 +283,7 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     with reading(path):
         if file_format(path) == "parquet":
-            yield from _parquet_records(path)
+            yield from ((number, _without_nulls(row)) for number, row in _parquet_rows(path))
             return
         with open_stream(path) as stream:
             for number, line in enumerate(stream, start=1):
@@ -351,53 +396,22 @@ def _lone_surrogate(text: str) -> int | None:
     return None
 
 
-def _json_lines(path: Path, text_key: str, on_bad: OnBad, encoding: str, keep: tuple[str, ...]) -> Iterator[Document]:
-    with open_stream(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            result = parse_json_line(line, str(path), number, text_key, encoding, keep)
-            if isinstance(result, BadRecord):
-                on_bad(result)
-            elif result is not None:
-                yield result
-
-
-def _parquet_rows(path: Path, text_key: str, on_bad: OnBad, keep: tuple[str, ...]) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with open_bytes(path) as stream, pyarrow.parquet.ParquetFile(stream) as parquet:
-            if text_key not in parquet.schema_arrow.names:
-                raise InputError(f"{path}: no column {text_key!r}, it has {', '.join(parquet.schema_arrow.names)}")
-            columns = [text_key, *(name for name in keep if name in parquet.schema_arrow.names)]
-            number = 0
-            for batch in parquet.iter_batches(batch_size=256, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    value = row.pop(text_key)
-                    if not isinstance(value, str):
-                        on_bad(BadRecord(str(path), number, "field is not text", f"{text_key!r} holds {value!r:.40}"))
-                        continue
-                    result = _checked(value, str(path), number, row)
-                    if isinstance(result, BadRecord):
-                        on_bad(result)
-                    else:
-                        yield result
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: not a readable Parquet file ({error})") from error
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet_rows(path: Path, columns: tuple[str, ...] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (row from 1, its cells); of `columns` the first must be there (None: all of the file's)."""
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
         with open_bytes(path) as stream, pyarrow.parquet.ParquetFile(stream) as parquet:
-            for batch in parquet.iter_batches(batch_size=256):
-                for record in batch.to_pylist():
+            names = parquet.schema_arrow.names
+            if columns is not None and columns[0] not in names:
+                raise InputError(f"{path}: no column {columns[0]!r}, it has {', '.join(names)}")
+            wanted = None if columns is None else [name for name in columns if name in names]
+            for batch in parquet.iter_batches(batch_size=256, columns=wanted):
+                for row in batch.to_pylist():
                     number += 1
-                    yield number, _without_nulls(record)
+                    yield number, row
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a readable Parquet file ({error})") from error
 
@@ -428,16 +442,3 @@ def plain_text_blocks(path: Path, encoding: str) -> Iterator[str]:
                 return
             lines += block.count(b"\n")
             position += len(block)
-
-
-def _plain_text(path: Path, on_bad: OnBad, encoding: str) -> Iterator[Document]:
-    try:
-        text = "".join(plain_text_blocks(path, encoding))
-    except BadRecordError as error:
-        on_bad(error.record)
-        return
-    result = _checked(text, str(path), 1)
-    if isinstance(result, BadRecord):
-        on_bad(result)
-    else:
-        yield result

@@ -4,14 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from nemo_llm.corpus.documents import text_of
 from nemo_llm.data.sources.labelled_texts import text_ids
 from nemo_llm.errors import ConfigError, InputError, Problem
 from nemo_llm.evaluation.metrics import (
     ClassificationFigures,
-    Interval,
     classification_figures,
     holm_adjusted,
     mcnemar_p_value,
@@ -152,29 +150,11 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 def figures_as_rows(figures: ClassificationFigures) -> list[tuple[str, str]]:
     """Name and value of each figure, for tables."""
     rows: list[tuple[str, str]] = [("examples", str(figures.num_examples))]
-    named: dict[str, Interval] = {
-        "accuracy": figures.accuracy,
-        "macro precision": figures.macro_precision,
-        "macro recall": figures.macro_recall,
-        "macro F1": figures.macro_f1,
-    }
-    rows += [(name, str(value)) for name, value in named.items()]
+    for name in ("accuracy", "macro precision", "macro recall", "macro F1"):
+        rows.append((name, str(getattr(figures, name.lower().replace(" ", "_")))))
     rows.append(("micro precision, recall, F1", f"{figures.micro_f1:.3f}"))
     rows += [
         (name, f"precision {part.precision:.3f}, recall {part.recall:.3f}, F1 {part.f1:.3f} ({part.support} examples)")
         for name, part in figures.classes.items()
     ]
     return rows
-
-
-def as_plain(value: Any) -> Any:
-    """Dataclasses, nested in anything, as what JSON can hold."""
-    import dataclasses
-
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: as_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): as_plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_plain(part) for part in value]
-    return value

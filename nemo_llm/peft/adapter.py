@@ -4,7 +4,7 @@ A layer gets its adapter by a change of class in place, so that names of weights
 Megatron's own code see what they saw before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.utils import unwrap_model
 from torch import nn
 
+from nemo_llm.errors import InputError
 from nemo_llm.models.layers.classification_head import HEAD_PREFIX, ScoreHead
 
 KEY_PREFIX = "adapter."
@@ -140,3 +141,34 @@ def adapter_state(chunks: list[torch.nn.Module]) -> dict[str, ShardedTensor]:
 def heads(chunks: list[torch.nn.Module]) -> list[ScoreHead]:
     """The head in place of the output layer, where these chunks have one."""
     return [whole.score for whole in map(unwrap_model, chunks) if whole.score is not None]
+
+
+@torch.no_grad()
+def merge_adapters(chunks: list[torch.nn.Module]) -> Callable[[], None]:
+    """Write into each adapted layer the weight that does the same alone; returns what undoes it, bit by bit.
+
+    Raises:
+        InputError: adapters that are no change of weights (bottlenecks, virtual tokens).
+    """
+    before = []
+    for module in adapted_modules(chunks):
+        merged = module.adapter.merge() if hasattr(module.adapter, "merge") else None
+        if merged is None:
+            kind = type(module.adapter).__name__
+            raise InputError(f"a {kind} cannot be merged: it is no change of weights; keep it beside the model")
+        weight, bias = merged
+        before.append((module, module.weight.clone(), None if module.bias is None else module.bias.clone()))
+        module.weight.copy_(weight)
+        if bias is not None:
+            module.bias.copy_(bias)
+        module.adapter_active = False
+
+    @torch.no_grad()
+    def unmerge() -> None:
+        for module, weight, bias in before:
+            module.weight.copy_(weight)
+            if bias is not None:
+                module.bias.copy_(bias)
+            module.adapter_active = True
+
+    return unmerge

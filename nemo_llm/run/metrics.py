@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_llm.log import get_logger
+from nemo_llm.report.text import duration
 from nemo_llm.run.throughput import Throughput
 from nemo_llm.storage.atomic_files import write_atomic
 
@@ -148,7 +149,7 @@ def progress_line(
         _mfu(throughput),
         None if memory_gib is None else f"{memory_gib:.1f} GiB",
         f"data wait {throughput.data_wait_fraction:.1%}",
-        None if throughput.eta_seconds is None else f"ETA {_duration(throughput.eta_seconds)}",
+        None if throughput.eta_seconds is None else f"ETA {duration(throughput.eta_seconds)}",
     ]
     line = " | ".join(part for part in parts if part is not None)
     marks = [mark for mark, on in ((" (warm-up)", throughput.warm_up), (" (update skipped)", row.skipped)) if on]
@@ -167,17 +168,6 @@ def _short(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{letter}" if number < 1000 * size else f"{number / size:.0f}{letter}"
     return f"{number:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours:02d}h"
-    if hours:
-        return f"{hours}h {minutes:02d}m"
-    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
 
 
 def _encode(row: StepRow | ValidationRow | EvaluationRow) -> str:

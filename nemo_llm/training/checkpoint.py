@@ -20,9 +20,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from nemo_llm.checkpoint.collective_errors import raise_together
-from nemo_llm.checkpoint.folder import TRAINING_FILE_NAME, begin, commit, is_complete, temporary_of
+from nemo_llm.checkpoint.folder import TRAINING_FILE_NAME, begin, commit, is_complete, remove_old, temporary_of
 from nemo_llm.checkpoint.optimizer_state import apply_optimizer_scalars, optimizer_scalars, optimizer_tensors
-from nemo_llm.checkpoint.retention import remove_old
 from nemo_llm.checkpoint.safe_load import load_sharded
 from nemo_llm.checkpoint.weights import apply_model_state, check_same_tensors, model_state
 from nemo_llm.checkpoint.writer import StateWriter, WritePlan

@@ -13,8 +13,8 @@ from nemo_llm.config.compose.load import compose, decode_saved, to_dict
 from nemo_llm.errors import InputError
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.parallel.runtime import start_runtime, stop_runtime
+from nemo_llm.peft.adapter import merge_adapters
 from nemo_llm.peft.attach import attach_peft
-from nemo_llm.peft.merge import merge_adapters
 from nemo_llm.peft.state import load_adapter
 from nemo_llm.tokenizers.tokenizer import load_tokenizer_from_folder
 from nemo_llm.training.resume import load_first_weights

@@ -93,7 +93,7 @@ def generate(path: Path, out: Path) -> int:
 
 
 def train(path: Path, out: Path) -> int:
-    from nemo_llm.config.commands.entry_train import run_entry_point
+    from nemo_llm.config.commands.entry import run_entry_point
     from nemo_llm.train import main
 
     words = ["+model=from_checkpoint", f"model.checkpoint_path={path}", f"checkpoint.init_from={path}"]

@@ -82,6 +82,7 @@ def test_a_newer_format_is_refused(copy: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
     with pytest.raises(CheckpointError, match="format 99 by a newer version"):
         verify(copy)
+    assert main(["show", str(copy)]) == main(["verify", str(copy)]) == 2
 
 
 def test_a_changed_manifest_is_noticed(copy: Path) -> None:

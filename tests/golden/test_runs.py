@@ -56,7 +56,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def train(at: str, arguments: list[str]) -> int | None:
     """``python -m nemo_llm.train``, on a rank."""
-    from nemo_llm.config.commands.entry_train import load
+    from nemo_llm.config.commands.entry import load
     from nemo_llm.train import main
 
     with contextlib.chdir(at):

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "nemo_llm"
 LAYERS = {
     0: {"config", "families", "environment", "errors", "log", "assets"},
     1: {"parallel"},
-    2: {"models", "data", "planner", "checkpoint"},
+    2: {"models", "data", "planner", "checkpoint", "conversation"},
     3: {"tasks", "peft", "convert", "inference", "evaluation"},
     4: {"training"},
 }

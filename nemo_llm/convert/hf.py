@@ -15,6 +15,7 @@ from nemo_llm.checkpoint.folder import resolve_checkpoint
 from nemo_llm.config.convert_tool import ConvertConfig
 from nemo_llm.config.hf_tokenizer import SPECIAL_IDS, add_special_ids, as_list, special_ids
 from nemo_llm.config.load import compose, to_dict
+from nemo_llm.conversation.turn_end import turn_end_id
 from nemo_llm.convert.common import (
     Outcome,
     ahead,
@@ -36,7 +37,6 @@ from nemo_llm.convert.reach import Reach
 from nemo_llm.convert.sample import write_samples
 from nemo_llm.convert.token_ids import compare_token_ids
 from nemo_llm.data.tokenizer import COMPANIONS, load_tokenizer_from_folder
-from nemo_llm.data.turn_end import turn_end_id
 from nemo_llm.errors import InputError
 from nemo_llm.families.registry import FAMILIES, family_for, family_of, hf_config, read_hf_config
 from nemo_llm.log import get_logger

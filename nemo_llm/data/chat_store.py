@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from nemo_llm.assets import resolve_path
 from nemo_llm.config.chat import ChatConfig
 from nemo_llm.config.data import DataConfig
+from nemo_llm.conversation.messages import BadChatError, ChatRecord, Message, to_conversation
+from nemo_llm.conversation.template import fixed_day, load_template, saved_source
+from nemo_llm.conversation.template_checks import content_form, control_text_problems
+from nemo_llm.conversation.template_tokens import TemplateEncoder
 from nemo_llm.data.cache import build_once, content_key, file_sha256
-from nemo_llm.data.chat_format import BadChatError, ChatRecord, Message, to_conversation
-from nemo_llm.data.chat_template import fixed_day, load_template, saved_source
 from nemo_llm.data.documents import expand_inputs, read_records
-from nemo_llm.data.template_checks import content_form, control_text_problems
-from nemo_llm.data.template_tokens import TemplateEncoder
 from nemo_llm.data.tokenizer import Tokenizer
 from nemo_llm.errors import InputError
 from nemo_llm.log import get_logger, is_first_rank

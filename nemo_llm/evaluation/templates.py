@@ -16,7 +16,7 @@ from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemo_llm.config.catalog import conf_dir, nearest
-from nemo_llm.data.chat_template import line_of
+from nemo_llm.conversation.template import line_of
 from nemo_llm.errors import InputError
 
 FOLDER = "prompts"

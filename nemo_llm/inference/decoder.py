@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 
 from nemo_llm.config.inference import SamplingConfig
+from nemo_llm.conversation.turn_end import turn_end_id
 from nemo_llm.data.tokenizer import Tokenizer
-from nemo_llm.data.turn_end import turn_end_id
 from nemo_llm.errors import ConfigError, InputError, Problem
 from nemo_llm.inference.model import InferenceModel
 from nemo_llm.inference.sampling import Sampler

@@ -19,6 +19,7 @@ from nemo_llm.checkpoint.writer import StateWriter
 from nemo_llm.config import RunConfig
 from nemo_llm.config.convert_tool import ConvertConfig
 from nemo_llm.config.load import compose, decode, decode_saved, to_dict, with_younger_keys
+from nemo_llm.conversation.template import TEMPLATE_FILE_NAME, save_template
 from nemo_llm.convert.common import Outcome, appear, paths_of, write_report
 from nemo_llm.convert.convert import convert
 from nemo_llm.convert.gate import (
@@ -32,7 +33,6 @@ from nemo_llm.convert.gate import (
     load_theirs,
     saved_model,
 )
-from nemo_llm.data.chat_template import TEMPLATE_FILE_NAME, save_template
 from nemo_llm.errors import InputError
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.parallel.runtime import own_runtime

@@ -26,7 +26,7 @@ from nemo_llm.checkpoint.retention import remove_old
 from nemo_llm.checkpoint.safe_load import load_sharded
 from nemo_llm.checkpoint.weights import apply_model_state, check_same_tensors, model_state
 from nemo_llm.checkpoint.writer import StateWriter, WritePlan
-from nemo_llm.data.chat_template import TEMPLATE_FILE_NAME, save_template
+from nemo_llm.conversation.template import TEMPLATE_FILE_NAME, save_template
 from nemo_llm.errors import CheckpointError, ConfigError, Problem
 from nemo_llm.log import get_logger
 from nemo_llm.peft.adapter import adapter_state

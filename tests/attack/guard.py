@@ -144,7 +144,7 @@ def chat_template(path: Path, out: Path) -> int:
 
 
 def data_template(path: Path, out: Path) -> int:
-    from nemo_llm.data.chat_template import ChatTemplate
+    from nemo_llm.conversation.template import ChatTemplate
 
     del out
     ChatTemplate(path.read_text(), str(path), {}).render([{"role": "user", "content": "x"}])

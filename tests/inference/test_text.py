@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from nemo_llm.config.data import TokenizerConfig
-from nemo_llm.data.chat_template import ChatTemplate
-from nemo_llm.data.template_tokens import TemplateEncoder
+from nemo_llm.conversation.template import ChatTemplate
+from nemo_llm.conversation.template_tokens import TemplateEncoder
 from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_llm.errors import InputError
 from nemo_llm.inference.decoder import check_prompts

@@ -1,9 +1,9 @@
 """The token that ends a turn of the chat template which stands beside a saved tokenizer."""
 
 from nemo_llm.assets import resolve_path
-from nemo_llm.data.chat_template import load_template
-from nemo_llm.data.template_checks import answer_end
-from nemo_llm.data.template_tokens import TemplateEncoder
+from nemo_llm.conversation.template import load_template
+from nemo_llm.conversation.template_checks import answer_end
+from nemo_llm.conversation.template_tokens import TemplateEncoder
 from nemo_llm.data.tokenizer import Tokenizer
 from nemo_llm.errors import NemoLlmError
 

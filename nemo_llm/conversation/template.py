@@ -120,12 +120,13 @@ class ChatTemplate:
             InputError: as in `render`.
         """
         text = self._render(messages, tools, documents, mark_answers=True)
-        spans, pieces, length, begin = [], [], 0, 0
+        spans, pieces, length = [], [], 0
+        begins: list[int] = []
         for piece in re.split(f"([{_ANSWER_BEGINS}{_ANSWER_ENDS}])", text):
             if piece == _ANSWER_BEGINS:
-                begin = length
+                begins.append(length)
             elif piece == _ANSWER_ENDS:
-                spans.append((begin, length))
+                spans.append((begins.pop(), length))
             else:
                 pieces.append(piece)
                 length += len(piece)

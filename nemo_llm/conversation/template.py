@@ -125,9 +125,9 @@ class ChatTemplate:
         for piece in re.split(f"([{_ANSWER_BEGINS}{_ANSWER_ENDS}])", text):
             if piece == _ANSWER_BEGINS:
                 begins.append(length)
-            elif piece == _ANSWER_ENDS:
+            elif piece == _ANSWER_ENDS and begins:
                 spans.append((begins.pop(), length))
-            else:
+            elif piece != _ANSWER_ENDS:
                 pieces.append(piece)
                 length += len(piece)
         return "".join(pieces), spans

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_llm.config.chat import ChatConfig
+from nemo_llm.config.sections.chat import ChatConfig
 
 _SHAREGPT_ROLES = {
     "human": "user",

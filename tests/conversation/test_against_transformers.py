@@ -1,20 +1,32 @@
-"""Drawn templates and conversations: texts, refusals and marks are those of transformers."""
+"""Drawn templates and conversations: texts, refusals, marks and masks are those of transformers."""
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
+from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from nemo_llm.conversation.template import ChatTemplate
+from nemo_llm.conversation.masks import ChatEncoder
+from nemo_llm.conversation.messages import BadChatError, ChatRecord
+from nemo_llm.conversation.template import ChatTemplate, load_template, save_template
+from nemo_llm.conversation.template_tokens import TemplateEncoder
 from nemo_llm.errors import InputError
+from nemo_llm.tokenizers.tokenizer import HuggingFaceTokenizer, load_tokenizer, load_tokenizer_from_folder
+from tests.data.conftest import CHAT
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
+# No word ends with a character of several tokens: at the end of a mark transformers learns its first token alone.
 WORDS = (
     "Hello",
     "wörld",
-    "日本",
+    "日本.",
     "🐋 whale",
     "a\n\nb",
     " spaces  ",
@@ -162,3 +174,70 @@ def test_texts_refusals_and_marks(marked: bool) -> None:
 def covered(spans: list[tuple[int, int]]) -> set[int]:
     """Characters that lie in any of the stretches."""
     return {place for low, high in spans for place in range(low, high)}
+
+
+def as_transformers(tokenizer: HuggingFaceTokenizer) -> PreTrainedTokenizerFast:
+    backend = Backend.from_str(tokenizer.backend.to_str())
+    backend.encode_special_tokens = False
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+CHAT_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+
+
+def test_masks(demo_tokenizer: HuggingFaceTokenizer, tmp_path: Path) -> None:
+    theirs, path = as_transformers(demo_tokenizer), tmp_path / "drawn.jinja"
+    compared = refused = 0
+    draw = random.Random(21)
+    published = [file.read_text() for file in sorted(CHAT_TEMPLATES.glob("*_training.jinja"))]
+    chats = [*drawn(60, marked=True), *((source, draw_conversation(draw)) for source in published for _ in range(2))]
+    for source, chat in chats:
+        path.write_text(source)
+        encoder = ChatEncoder(replace(CHAT, template=str(path), date=f"{date.today()}"), demo_tokenizer)
+        fitting = [encoder.content_form.fit(message) for message in chat["messages"]]
+        settings = {"chat_template": source, "tools": chat["tools"], "documents": chat["documents"]}
+        try:
+            expected = theirs.apply_chat_template(
+                fitting, return_assistant_tokens_mask=True, return_dict=True, **settings
+            )
+            found = encoder.encode(ChatRecord(**chat))
+        except BadChatError:  # an answer of which the template writes nothing would be learned as an empty one
+            continue
+        except Exception:  # whatever a template leads to
+            refused += 1
+            with pytest.raises(InputError):
+                encoder.encode(ChatRecord(**chat))
+            continue
+        assert found.tokens == expected["input_ids"]
+        assert found.learned == [bool(mark) for mark in expected["assistant_masks"]], (source, chat)
+        compared += 1
+    assert compared > 100
+    assert refused > 10
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_of_several_templates_beside_a_tokenizer_the_one_for_tools_is_taken_with_tools(
+    files: bool, demo_tokenizer: HuggingFaceTokenizer, tmp_path: Path
+) -> None:
+    draw, theirs = random.Random(22), as_transformers(demo_tokenizer)
+    for number in range(12):
+        parts = {name: f"{name}\n {draw_template(draw, marked=False)}\n\n " for name in ("default", "tool_use", "rag")}
+        theirs.chat_template = parts
+        brought, saved = tmp_path / f"brought{number}", tmp_path / f"saved{number}"
+        theirs.save_pretrained(brought, save_jinja_files=files)
+        assert (brought / "additional_chat_templates").is_dir() == files
+        load_tokenizer(replace(demo_tokenizer.config, path=str(brought))).save(saved)
+        encoder = TemplateEncoder(load_tokenizer_from_folder(saved))
+        for name in ("tokenizer", "rag"):
+            template = load_template(name, encoder, "chat_template")
+            for _ in range(4):
+                chat = draw_conversation(draw)
+                settings = {"tools": chat["tools"], "documents": chat["documents"]}
+                named = {} if name == "tokenizer" else {"chat_template": name}
+                try:
+                    expected = theirs.apply_chat_template(chat["messages"], tokenize=False, **settings, **named)
+                except Exception:  # whatever a template leads to
+                    continue
+                assert template.render(chat["messages"], **settings) == expected
+        save_template("tuned", saved)
+        assert load_template("tokenizer", encoder, "chat_template").render([], tools=[]) == "tuned"

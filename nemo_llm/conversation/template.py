@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 import jinja2.ext
 
+from nemo_llm.checkpoint.saved_run import TEMPLATE_FILE_NAME
 from nemo_llm.config.compose.catalog import nearest
 from nemo_llm.config.compose.hf_tokenizer import read_json, token_text
 from nemo_llm.conversation.messages import Message
@@ -22,7 +23,7 @@ from nemo_llm.conversation.sandbox import SandboxedTemplate, read_source, sandbo
 from nemo_llm.conversation.template_tokens import TemplateEncoder
 from nemo_llm.errors import ConfigError, InputError, Problem
 
-TEMPLATE_FILE_NAME, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+MORE_TEMPLATES = "additional_chat_templates"
 
 NAMED_TEMPLATES = {
     "chatml": (
@@ -49,7 +50,6 @@ NAMED_TEMPLATES = {
 """Known by name; ``eod_token`` is the tokenizer's end-of-document token, which a saved template writes out."""
 
 
-_SETTINGS_FILE_NAMES = ("special_tokens_map.json", "tokenizer_config.json")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # In what order transformers looks for a message's reasoning, which it hands on by the first two of these names.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -93,13 +93,23 @@ class ChatTemplate(SandboxedTemplate):
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        mark_answers: bool = False,
     ) -> str:
         """Text of a conversation; with ``add_generation_prompt`` up to where the next answer begins.
+
+        With ``mark_answers`` two halves of characters stand around what the template marks as an answer.
 
         Raises:
             InputError: the template refuses these messages, or they hold what no template can be given.
         """
-        return self._render(messages, tools, documents, add_generation_prompt=add_generation_prompt)
+        values = {
+            "messages": [_with_reasoning(_plain(message, f"message {n}")) for n, message in enumerate(messages)],
+            "tools": _plain(tools, "tools"),
+            "documents": _plain(documents, "documents"),
+            "add_generation_prompt": add_generation_prompt,
+            _MARK_ANSWERS: mark_answers,
+        }
+        return self.fill({**self.variables, **values}, f"the chat template {self.origin}", " refuses the conversation")
 
     def render_with_answers(
         self,
@@ -112,7 +122,7 @@ class ChatTemplate(SandboxedTemplate):
         Raises:
             InputError: as in `render`.
         """
-        text = self._render(messages, tools, documents, mark_answers=True)
+        text = self.render(messages, tools=tools, documents=documents, mark_answers=True)
         spans, pieces, length = [], [], 0
         begins: list[int] = []
         for piece in re.split(f"([{_ANSWER_BEGINS}{_ANSWER_ENDS}])", text):
@@ -129,23 +139,6 @@ class ChatTemplate(SandboxedTemplate):
     def marks_answers(self) -> bool:
         """Whether the template says itself what an answer is, with ``{% generation %}``."""
         return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.source) is not None
-
-    def _render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        documents: Sequence[Mapping[str, Any]] | None,
-        **settings: bool,
-    ) -> str:
-        values = {
-            "messages": [_with_reasoning(_plain(message, f"message {n}")) for n, message in enumerate(messages)],
-            "tools": _plain(tools, "tools"),
-            "documents": _plain(documents, "documents"),
-            "add_generation_prompt": settings.get("add_generation_prompt", False),
-        }
-        marks = {_MARK_ANSWERS: True} if settings.get("mark_answers") else {}
-        subject = f"the chat template {self.origin}"
-        return self.fill({**self.variables, **values, **marks}, subject, " refuses the conversation")
 
 
 # By this name a template's context says that answers are to be marked; templates cannot write it.
@@ -228,7 +221,8 @@ def load_template(
         InputError: a file that cannot be read, or is no template.
     """
     folder = encoder.tokenizer.folder
-    settings = {} if folder is None else _tokenizer_settings(folder)
+    files = [] if folder is None else [folder / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
+    settings = {key: value for file in files for key, value in read_json(file).items()}
     special = ((part, token_text(settings.get(part))) for part in _SPECIAL_TOKENS)
     variables = {part: text for part, text in special if text is not None}
     bos_token = encoder.tokenizer.config.bos_token
@@ -307,15 +301,3 @@ def saved_source(template: ChatTemplate, encoder: TemplateEncoder) -> str:
 
 
 _EOD_IS = "{% set eod_token = "
-
-
-def _tokenizer_settings(folder: Path) -> dict[str, Any]:
-    """What the files beside a tokenizer say of its special tokens, and of its template.
-
-    Raises:
-        InputError: one of them cannot be read.
-    """
-    settings: dict[str, Any] = {}
-    for name in _SETTINGS_FILE_NAMES:
-        settings.update(read_json(folder / name))
-    return settings

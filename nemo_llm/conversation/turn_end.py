@@ -13,14 +13,13 @@ _KNOWN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "</s>")
 def turn_end_ids(tokenizer: Tokenizer, template: ChatTemplate | None = None) -> list[int]:
     """Ids that end a turn of a template (None: the one beside the tokenizer); without one, those of known formats."""
     template = template or saved_template(tokenizer)
-    if template is not None:
-        return [end] if (end := turn_end_id(tokenizer, template)) is not None else []
-    return [number for name in _KNOWN_ENDS if (number := tokenizer.token_id(name)) is not None]
+    ends = map(tokenizer.token_id, _KNOWN_ENDS) if template is None else [turn_end_id(tokenizer, template)]
+    return [end for end in ends if end is not None]
 
 
-def turn_end_id(tokenizer: Tokenizer, template: ChatTemplate) -> int | None:
-    """Id of the control token right behind an answer; None where a template ends it with plain text."""
-    behind = (answer_end(template) or "").lstrip()
+def turn_end_id(tokenizer: Tokenizer, template: ChatTemplate | None) -> int | None:
+    """Id of the control token right behind an answer; None without a template, or with an end that is plain text."""
+    behind = (answer_end(template) or "").lstrip() if template is not None else ""
     if not behind.startswith(("<", "[")):
         return None
     known = (tokenizer.token_id(behind[:length]) for length in range(len(behind), 2, -1))

@@ -141,8 +141,7 @@ def _special_ids(folder: Path) -> dict[str, Any]:
     own = {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eod_id}
     ids = {key: value for key, value in own.items() if value is not None} | special_ids(folder / "tokenizer")
     ends = as_list(ids["eos_token_id"])
-    template = saved_template(loaded)
-    turn_end = None if template is None else turn_end_id(loaded, template)
+    turn_end = turn_end_id(loaded, saved_template(loaded))
     if turn_end is not None and turn_end not in ends:
         ids["eos_token_id"] = [*ends, turn_end]
     return ids

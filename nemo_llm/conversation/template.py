@@ -250,8 +250,8 @@ def _own_templates(settings: Mapping[str, Any], folder: Path) -> dict[str, str]:
     listed = settings.get("chat_template")
     if isinstance(listed, str):
         listed = [{"name": "default", "template": listed}]
-    entries = [entry for entry in listed or [] if isinstance(entry, Mapping) and isinstance(entry.get("template"), str)]
-    return files or {str(entry.get("name")): entry["template"] for entry in entries}
+    entries = [entry for entry in listed if isinstance(entry, Mapping)] if isinstance(listed, list) else []
+    return files or {str(entry.get("name")): str(entry["template"]) for entry in entries if entry.get("template")}
 
 
 def _default_source(own: Mapping[str, str], folder: Path | None, name: str | None, key: str) -> str:

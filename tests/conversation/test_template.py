@@ -19,7 +19,7 @@ from nemo_llm.conversation.template import ChatTemplate, fixed_day, load_templat
 from nemo_llm.conversation.template_checks import answer_end, content_form, control_text_problems
 from nemo_llm.conversation.template_tokens import TemplateEncoder
 from nemo_llm.conversation.turn_end import turn_end_ids
-from nemo_llm.errors import InputError
+from nemo_llm.errors import ConfigError, InputError
 from nemo_llm.inference.decoder import stop_ids
 from nemo_llm.tokenizers.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_from_folder
 from tests.data.conftest import CHAT, tokenizer_config
@@ -233,6 +233,11 @@ def _templates_beside(folder: Path) -> Iterator[str]:
     listed = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D{{ eos_token }}"}]
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed, "eos_token": {"content": "E"}}))
     yield "DE"
+    for odd in (3, {"default": "X"}, [["default", "X"]], [{"name": "default", "template": None}]):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": odd}))
+        with pytest.raises(ConfigError, match="brought no chat template"):
+            load_template(None, TemplateEncoder(load_tokenizer_from_folder(folder)), "chat_template")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed, "eos_token": {"content": "E"}}))
     (folder / "chat_template.jinja").write_text("F{{ eos_token }}{{ bos_token is defined }}")
     yield "FEFalse"
     (folder / "special_tokens_map.json").write_text('{"bos_token": "B", "eos_token": "old"}')

@@ -25,7 +25,7 @@ from nemo_llm.log import get_logger, is_first_rank
 from nemo_llm.storage.build_cache import build_once, content_key, file_sha256
 from nemo_llm.tokenizers.tokenizer import Tokenizer
 
-_VERSION = 2
+_VERSION = 3
 
 _log = get_logger(__name__)
 

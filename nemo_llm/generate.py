@@ -20,11 +20,11 @@ def main(cfg: GenerateConfig) -> None:
     from nemo_llm.inference.prompts import read_prompts
 
     if cfg.text_file is not None:
-        texts = read_prompts(Path(cfg.text_file).expanduser())
+        texts = read_prompts(cfg.text_file)
     else:
         texts = [cfg.text] if isinstance(cfg.text, str) else list(cfg.text or [])
     opened = open_checkpoint(cfg, Path(cfg.checkpoint).expanduser(), launched_world_size())
-    prompts = encode(cfg, opened, texts)
+    prompts, template = encode(cfg, opened, texts)
 
     from nemo_llm.inference.decoder import check_prompts, generate
     from nemo_llm.parallel.runtime import own_runtime
@@ -36,7 +36,7 @@ def main(cfg: GenerateConfig) -> None:
         if streaming:
             print("" if cfg.chat else texts[0], end="", flush=True)
         on_text = (lambda _, piece: print(piece, end="", flush=True)) if streaming else None
-        results = generate(model, prompts, cfg.sampling, cfg.batch_size, on_text)
+        results = generate(model, prompts, cfg.sampling, cfg.batch_size, on_text, template)
     if streaming:
         print()
     if not is_first_rank():
@@ -53,14 +53,15 @@ def main(cfg: GenerateConfig) -> None:
         write_output("output", Path(cfg.output).expanduser(), lines)
 
 
-def encode(cfg: GenerateConfig, opened: Any, texts: list[str]) -> list[list[int]]:
-    """Ids of every prompt, through the chat template where that is asked for."""
-    from nemo_llm.inference.prompts import encode_prompt, load_chat_prompts
+def encode(cfg: GenerateConfig, opened: Any, texts: list[str]) -> tuple[list[list[int]], Any]:
+    """Ids of every prompt, and the chat template that they were put into; None where none is asked for."""
+    from nemo_llm.conversation.prompts import load_chat_prompts
+    from nemo_llm.inference.prompts import encode_prompt
 
     if not cfg.chat:
-        return [encode_prompt(opened.tokenizer, text) for text in texts]
-    prompts = load_chat_prompts(opened.tokenizer, opened.folder / "tokenizer", cfg.chat_template)
-    return [prompts.encode([{"role": "user", "content": text}]) for text in texts]
+        return [encode_prompt(opened.tokenizer, text) for text in texts], None
+    prompts = load_chat_prompts(opened.tokenizer, cfg.chat_template)
+    return [prompts.encode([{"role": "user", "content": text}]) for text in texts], prompts.template
 
 
 if __name__ == "__main__":

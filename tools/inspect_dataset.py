@@ -19,9 +19,9 @@ from pathlib import Path
 import yaml
 
 from nemo_llm.checkpoint.saved_run import TOKENIZER_FILE_NAME
-from nemo_llm.config.chat import ChatConfig
 from nemo_llm.config.commands.entry import add_command, options_of, run_options
 from nemo_llm.config.compose.catalog import conf_dir
+from nemo_llm.config.sections.chat import ChatConfig
 from nemo_llm.config.sections.data import TokenizerConfig
 from nemo_llm.data.index import inspect
 from nemo_llm.data.index.format import IndexedDataset
@@ -128,7 +128,7 @@ def _chat(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise InputError(f"chat: {error}") from None
     numbers = {number for part in options.records.split(",") for number in _range(part, "--records")}
-    for number, text, unused in show_chats(Path(options.file), config, tokenizer, numbers):
+    for number, text, unused in show_chats(options.file, config, tokenizer, numbers):
         note = f" (not used: {list_unused(Counter(unused))})" if unused else ""
         print(f"--- record {number}{note}\n{text}")
 

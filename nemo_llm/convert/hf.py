@@ -17,6 +17,7 @@ from nemo_llm.checkpoint.folder import resolve_checkpoint
 from nemo_llm.config.commands.convert import ConvertConfig
 from nemo_llm.config.compose.hf_tokenizer import SPECIAL_IDS, add_special_ids, as_list, special_ids
 from nemo_llm.config.compose.load import compose, to_dict
+from nemo_llm.conversation.turn_end import saved_template, turn_end_id
 from nemo_llm.convert.hf_files import HfReader, write_safetensors, written_names
 from nemo_llm.convert.layer_subset import write_samples
 from nemo_llm.convert.logit_check import GateReport, GateSettings, compare, saved_model, their_config
@@ -35,11 +36,10 @@ from nemo_llm.convert.write_checkpoint import (
     write_ours,
     write_report,
 )
-from nemo_llm.data.turn_end import turn_end_id
 from nemo_llm.errors import CheckpointError, InputError
 from nemo_llm.families.registry import FAMILIES, family_for, family_of, hf_config, read_hf_config
 from nemo_llm.log import get_logger
-from nemo_llm.tokenizers.tokenizer import COMPANIONS, load_tokenizer_from_folder
+from nemo_llm.tokenizers.tokenizer import copy_companions, load_tokenizer_from_folder
 
 _log = get_logger(__name__)
 
@@ -131,8 +131,9 @@ def _write_hf_companions(target: Path, folder: Path, config: dict[str, Any], dty
     if tokenizer.is_dir():
         names = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
         for path in sorted(tokenizer.iterdir()):
-            if path.name in (*COMPANIONS, "tokenizer.json") or path.name in names:
+            if path.name == "tokenizer.json" or path.name in names:
                 shutil.copyfile(path, target / names.get(path.name, path.name))
+        copy_companions(tokenizer, target)
         if not (target / "tokenizer_config.json").exists():
             _write_tokenizer_config(tokenizer, target)
     ids = _special_ids(folder)
@@ -150,7 +151,7 @@ def _special_ids(folder: Path) -> dict[str, Any]:
     own = {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eod_id}
     ids = {key: value for key, value in own.items() if value is not None} | special_ids(folder / "tokenizer")
     ends = as_list(ids["eos_token_id"])
-    turn_end = turn_end_id(loaded)
+    turn_end = turn_end_id(loaded, saved_template(loaded))
     if turn_end is not None and turn_end not in ends:
         ids["eos_token_id"] = [*ends, turn_end]
     return ids

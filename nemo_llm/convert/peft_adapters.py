@@ -14,11 +14,13 @@ import yaml
 
 from nemo_llm.checkpoint.fingerprint import weights_fingerprint
 from nemo_llm.checkpoint.folder import begin, commit, read_config, resolve_checkpoint
+from nemo_llm.checkpoint.saved_run import TEMPLATE_FILE_NAME
 from nemo_llm.checkpoint.weights import load_weights
 from nemo_llm.checkpoint.writer import StateWriter
 from nemo_llm.config import RunConfig
 from nemo_llm.config.commands.convert import ConvertConfig
 from nemo_llm.config.compose.load import compose, decode, decode_saved, to_dict, with_younger_keys
+from nemo_llm.conversation.template import save_template
 from nemo_llm.convert.convert import convert
 from nemo_llm.convert.logit_check import (
     GateReport,
@@ -32,7 +34,6 @@ from nemo_llm.convert.logit_check import (
     saved_model,
 )
 from nemo_llm.convert.write_checkpoint import Outcome, appear, paths_of, write_report
-from nemo_llm.data.chat_template import TEMPLATE_FILE_NAME, save_template
 from nemo_llm.errors import InputError
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.parallel.runtime import own_runtime

@@ -14,7 +14,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -161,10 +161,13 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 def file_format(path: Path) -> str:
     """Return ``jsonl``, ``parquet`` or ``text`` by the name's ending, a compression's ending aside."""
-    name = path.with_suffix("") if path.suffix in COMPRESSION else path
-    if name.suffix in _JSON_LINES:
-        return "jsonl"
-    return "parquet" if name.suffix == ".parquet" else "text"
+    found = ending(path)
+    return "jsonl" if found in _JSON_LINES else "parquet" if found == ".parquet" else "text"
+
+
+def ending(path: Path) -> str:
+    """The ending of a file's name, a compression's aside."""
+    return (path.with_suffix("") if path.suffix in COMPRESSION else path).suffix
 
 
 def open_stream(path: Path) -> IO[bytes]:
@@ -261,7 +264,7 @@ def parse_documents(
                         if result := parse_json_line(line, str(path), number, text_key, encoding, keep):
                             yield result
             case "parquet":
-                for number, row in _parquet_rows(path, (text_key, *keep)):
+                for number, row in enumerate(parquet_rows(path, text_key, keep), start=1):
                     text = row.pop(text_key)
                     if isinstance(text, str):
                         yield _checked(text, str(path), number, row)
@@ -273,35 +276,6 @@ def parse_documents(
                     yield _checked("".join(plain_text_blocks(path, encoding)), str(path), 1)
                 except BadRecordError as error:
                     yield error.record
-
-
-def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line or row from 1, record) of a JSON-lines or Parquet file; Parquet's nulls are left out at every depth.
-
-    Raises:
-        InputError: a line that is no JSON object, or a file that cannot be read.
-    """
-    with reading(path):
-        if file_format(path) == "parquet":
-            yield from ((number, _without_nulls(row)) for number, row in _parquet_rows(path))
-            return
-        with open_stream(path) as stream:
-            for number, line in enumerate(stream, start=1):
-                if not line.strip():
-                    continue
-                record = _parse_json(line, str(path), number, "utf-8")
-                if number == 1 and (isinstance(record, list) or line.strip() == b"["):
-                    fix = f"write one JSON object a line: jq -c '.[]' {path.name} > {path.stem}.jsonl"
-                    raise InputError(f"{path}:1: the file holds a JSON array\n      fix: {fix}")
-                if isinstance(record, BadRecord):
-                    raise BadRecordError(record)
-                if not isinstance(record, dict):
-                    kind = type(record).__name__
-                    raise InputError(f"{path}:{number}: a line must hold one JSON object, received a {kind}")
-                if b"\\u" in line and (place := _lone_surrogate(json.dumps(record, ensure_ascii=False))) is not None:
-                    detail = "half of a surrogate pair, which is no character"
-                    raise BadRecordError(BadRecord(str(path), number, "lone surrogate", f"{detail} (near {place})"))
-                yield number, record
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -319,24 +293,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, result.text
 
 
-def text_of(record: Mapping[str, Any], key: str) -> str:
-    """A field of a record as text, numbers and true and false as JSON spells them.
-
-    Raises:
-        InputError: no such field, or one without a value (null), or a list or mapping.
-    """
-    value = record.get(key)
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str | int | float):
-        return str(value)
-    if value is None:
-        what = "holds null" if key in record else f"is missing; the record has {', '.join(map(str, record))}"
-        raise InputError(f"the field {key!r} {what}")
-    raise InputError(f"the field {key!r} holds a {type(value).__name__}, and text, number, true or false is needed")
-
-
-def _parse_json(line: bytes, file: str, number: int, encoding: str) -> Any:
+def parse_json(line: bytes, file: str, number: int, encoding: str) -> Any:
     """The value on a JSON line, or a `BadRecord`."""
     try:
         return json.loads(line.decode(encoding).removeprefix("\ufeff"))
@@ -354,7 +311,7 @@ def parse_json_line(
     """Return the document on a JSON line, what is wrong with it, or None for a blank line."""
     if not line.strip():
         return None
-    record = _parse_json(line, file, number, encoding)
+    record = parse_json(line, file, number, encoding)
     if isinstance(record, BadRecord):
         return record
     if not isinstance(record, dict) or text_key not in record:
@@ -382,12 +339,12 @@ def _invalid(encoding: str) -> str:
 def _checked(text: str, file: str, number: int, fields: dict[str, Any] | None = None) -> Document | BadRecord:
     if not text:
         return BadRecord(file, number, "empty document", "no text")
-    if (place := _lone_surrogate(text)) is not None:
+    if (place := lone_surrogate(text)) is not None:
         return BadRecord(file, number, "invalid UTF-8", f"lone surrogate at character {place}")
     return Document(text, file, number, fields or {})
 
 
-def _lone_surrogate(text: str) -> int | None:
+def lone_surrogate(text: str) -> int | None:
     """Where a text has half of a surrogate pair, which JSON may hold and which is no character; None for nowhere."""
     try:
         text.encode("utf-8")
@@ -396,31 +353,25 @@ def _lone_surrogate(text: str) -> int | None:
     return None
 
 
-def _parquet_rows(path: Path, columns: tuple[str, ...] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (row from 1, its cells); of `columns` the first must be there (None: all of the file's)."""
+def parquet_rows(path: Path, needed: str | None = None, keep: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file: all columns, or the ``needed`` one and those of ``keep`` that there are.
+
+    Raises:
+        InputError: no such column, or no Parquet file.
+    """
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
     try:
         with open_bytes(path) as stream, pyarrow.parquet.ParquetFile(stream) as parquet:
-            names = parquet.schema_arrow.names
-            if columns is not None and columns[0] not in names:
-                raise InputError(f"{path}: no column {columns[0]!r}, it has {', '.join(names)}")
-            wanted = None if columns is None else [name for name in columns if name in names]
-            for batch in parquet.iter_batches(batch_size=256, columns=wanted):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+            known = parquet.schema_arrow.names
+            if needed is not None and needed not in known:
+                raise InputError(f"{path}: no column {needed!r}, it has {', '.join(known)}")
+            columns = None if needed is None else [needed, *(name for name in keep if name in known)]
+            for batch in parquet.iter_batches(batch_size=256, columns=columns):
+                yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a readable Parquet file ({error})") from error
-
-
-def _without_nulls(value: Any) -> Any:
-    """A copy without the fields that a Parquet file gives to every record and this one left empty."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def plain_text_blocks(path: Path, encoding: str) -> Iterator[str]:

@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
-from nemo_llm.corpus.documents import text_of
+from nemo_llm.corpus.records import find_record_files, read_all_records, text_of
 from nemo_llm.data.sources.labelled_texts import text_ids
 from nemo_llm.errors import ConfigError, InputError, Problem
 from nemo_llm.evaluation.metrics import (
@@ -14,7 +13,6 @@ from nemo_llm.evaluation.metrics import (
     holm_adjusted,
     mcnemar_p_value,
 )
-from nemo_llm.evaluation.records import read_records
 from nemo_llm.evaluation.scorer import Scorer
 from nemo_llm.evaluation.templates import Example, PromptTemplate, choose_shots
 from nemo_llm.tokenizers.tokenizer import Tokenizer
@@ -48,8 +46,8 @@ class Comparison:
         return self.p_value < 0.05
 
 
-def read_examples(path: Path, text_key: str, label_key: str, words: Mapping[str, str] | None) -> list[Example]:
-    """Examples of a JSON-lines or CSV file.
+def read_examples(pattern: str, text_key: str, label_key: str, words: Mapping[str, str] | None) -> list[Example]:
+    """Examples of files of records: a path, a folder or a glob.
 
     Args:
         words: the word that stands for each label in the file; None takes the labels themselves.
@@ -59,7 +57,7 @@ def read_examples(path: Path, text_key: str, label_key: str, words: Mapping[str,
         ConfigError: a label without a word.
     """
     examples = []
-    for line, record in read_records(path):
+    for path, line, record in read_all_records(find_record_files(pattern)):
         try:
             text, label = text_of(record, text_key), text_of(record, label_key)
         except InputError as error:
@@ -70,7 +68,7 @@ def read_examples(path: Path, text_key: str, label_key: str, words: Mapping[str,
             raise ConfigError([Problem("classification.label_words", dict(words), rule, f"add {label}: WORD")])
         examples.append(Example(text, words[label] if words is not None else label, record))
     if not examples:
-        raise InputError(f"{path}: holds no example")
+        raise InputError(f"{pattern}: holds no example")
     return examples
 
 

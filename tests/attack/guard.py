@@ -136,15 +136,7 @@ def template(path: Path, out: Path) -> int:
 
 
 def chat_template(path: Path, out: Path) -> int:
-    from nemo_llm.inference.prompts import ChatTemplate
-
-    del out
-    ChatTemplate(path.read_text(), str(path), {}).render([{"role": "user", "content": "x"}])
-    return 0
-
-
-def data_template(path: Path, out: Path) -> int:
-    from nemo_llm.data.chat_template import ChatTemplate
+    from nemo_llm.conversation.template import ChatTemplate
 
     del out
     ChatTemplate(path.read_text(), str(path), {}).render([{"role": "user", "content": "x"}])
@@ -170,7 +162,7 @@ def task(path: Path, out: Path) -> int:
 READERS: dict[str, Callable[[Path, Path], int]] = {
     function.__name__: function
     for function in (
-        weights, generate, train, show, to_hf, from_megatron, from_hf, template, chat_template, data_template, task,
+        weights, generate, train, show, to_hf, from_megatron, from_hf, template, chat_template, task,
     )
 }  # fmt: skip
 

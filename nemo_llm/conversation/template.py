@@ -6,6 +6,7 @@ and variables of ``transformers``, so that a template written for it gives the s
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime
 from pathlib import Path
@@ -13,15 +14,16 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from nemo_llm.checkpoint.saved_run import TEMPLATE_FILE_NAME
 from nemo_llm.config.compose.catalog import nearest
 from nemo_llm.config.compose.hf_tokenizer import read_json, token_text
-from nemo_llm.data.chat_format import Message
-from nemo_llm.data.template_tokens import TemplateEncoder
+from nemo_llm.conversation.messages import Message
+from nemo_llm.conversation.sandbox import SandboxedTemplate, read_source, sandbox
+from nemo_llm.conversation.template_tokens import TemplateEncoder
 from nemo_llm.errors import ConfigError, InputError, Problem
 
-TEMPLATE_FILE_NAME = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
 
 NAMED_TEMPLATES = {
     "chatml": (
@@ -48,7 +50,6 @@ NAMED_TEMPLATES = {
 """Known by name; ``eod_token`` is the tokenizer's end-of-document token, which a saved template writes out."""
 
 
-_SETTINGS_FILE_NAMES = ("special_tokens_map.json", "tokenizer_config.json")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # In what order transformers looks for a message's reasoning, which it hands on by the first two of these names.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -56,7 +57,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 _ANSWER_BEGINS, _ANSWER_ENDS = "\ud801", "\ud802"
 
 
-class ChatTemplate:
+class ChatTemplate(SandboxedTemplate):
     """Renders conversations.
 
     Attributes:
@@ -77,21 +78,13 @@ class ChatTemplate:
         Raises:
             InputError: the source is no Jinja template, with the line.
         """
-        self.source, self.origin, self.variables = source, origin, dict(variables)
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
+        self.variables = dict(variables)
+        extensions = [_Generation, jinja2.ext.loopcontrols]
+        environment = sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: today().strftime(form)
-        environment.globals["dict"] = _DictMaker()
-        environment.globals["namespace"] = _Namespace
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise InputError(f"{origin}, line {error.lineno}: no Jinja template ({error.message})") from None
-        except RecursionError:
-            raise InputError(f"{origin}: no Jinja template (nested too deep)") from None
+        super().__init__(source, origin, environment)
 
     def render(
         self,
@@ -100,13 +93,23 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        mark_answers: bool = False,
     ) -> str:
         """Text of a conversation; with ``add_generation_prompt`` up to where the next answer begins.
+
+        With ``mark_answers`` two halves of characters stand around what the template marks as an answer.
 
         Raises:
             InputError: the template refuses these messages, or they hold what no template can be given.
         """
-        return self._render(messages, tools, documents, add_generation_prompt=add_generation_prompt)
+        values = {
+            "messages": [_with_reasoning(_plain(message, f"message {n}")) for n, message in enumerate(messages)],
+            "tools": _plain(tools, "tools"),
+            "documents": _plain(documents, "documents"),
+            "add_generation_prompt": add_generation_prompt,
+            _MARK_ANSWERS: mark_answers,
+        }
+        return self.fill({**self.variables, **values}, f"the chat template {self.origin}", " refuses the conversation")
 
     def render_with_answers(
         self,
@@ -119,14 +122,15 @@ class ChatTemplate:
         Raises:
             InputError: as in `render`.
         """
-        text = self._render(messages, tools, documents, mark_answers=True)
-        spans, pieces, length, begin = [], [], 0, 0
+        text = self.render(messages, tools=tools, documents=documents, mark_answers=True)
+        spans, pieces, length = [], [], 0
+        begins: list[int] = []
         for piece in re.split(f"([{_ANSWER_BEGINS}{_ANSWER_ENDS}])", text):
             if piece == _ANSWER_BEGINS:
-                begin = length
-            elif piece == _ANSWER_ENDS:
-                spans.append((begin, length))
-            else:
+                begins.append(length)
+            elif piece == _ANSWER_ENDS and begins:
+                spans.append((begins.pop(), length))
+            elif piece != _ANSWER_ENDS:
                 pieces.append(piece)
                 length += len(piece)
         return "".join(pieces), spans
@@ -135,27 +139,6 @@ class ChatTemplate:
     def marks_answers(self) -> bool:
         """Whether the template says itself what an answer is, with ``{% generation %}``."""
         return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.source) is not None
-
-    def _render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        documents: Sequence[Mapping[str, Any]] | None,
-        **settings: bool,
-    ) -> str:
-        values = {
-            "messages": [_with_reasoning(_plain(message, f"message {n}")) for n, message in enumerate(messages)],
-            "tools": _plain(tools, "tools"),
-            "documents": _plain(documents, "documents"),
-            "add_generation_prompt": settings.get("add_generation_prompt", False),
-        }
-        marks = {_MARK_ANSWERS: True} if settings.get("mark_answers") else {}
-        try:
-            return self._template.render(**self.variables, **values, **marks)
-        except Exception as error:  # a template may fail in any way
-            line = line_of(error)
-            reason = str(error) or type(error).__name__
-            raise InputError(f"the chat template {self.origin}{line} refuses the conversation: {reason}") from None
 
 
 # By this name a template's context says that answers are to be marked; templates cannot write it.
@@ -176,35 +159,6 @@ class _Generation(jinja2.ext.Extension):
     def _answer(self, context: jinja2.runtime.Context, caller: Callable[[], str]) -> str:
         text = caller()
         return f"{_ANSWER_BEGINS}{text}{_ANSWER_ENDS}" if context.get(_MARK_ANSWERS) else text
-
-
-class _DictMaker:
-    """What templates call as ``dict``: no class whose attributes lead elsewhere."""
-
-    def __call__(self, *values: Any, **named: Any) -> dict:
-        return dict(*values, **named)
-
-    def fromkeys(self, *values: Any) -> dict:
-        return dict.fromkeys(*values)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Jinja's ``namespace`` without names that begin with an underscore."""
-
-    def __init__(self, /, *values: Any, **named: Any) -> None:
-        names = dict(*values, **named)
-        for name in names:
-            _check_name(name)
-        super().__init__(names)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace holds no name that begins with _, received {name!r}")
 
 
 def _to_json(
@@ -252,17 +206,13 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def load_template(
-    name: str | None,
-    encoder: TemplateEncoder,
-    folder: Path | None,
-    key: str,
-    today: Callable[[], datetime] = datetime.now,
+    name: str | None, encoder: TemplateEncoder, key: str, today: Callable[[], datetime] = datetime.now
 ) -> ChatTemplate:
     """The template that a key of the configuration names.
 
     Args:
-        name: a name of `NAMED_TEMPLATES`, a file, or ``tokenizer`` (also None) for the one in ``folder``.
-        folder: where the tokenizer's files are; None where it has none.
+        name: ``tokenizer`` (also None) for the one beside the tokenizer, the name of another there, a name of
+            `NAMED_TEMPLATES`, or a file.
         key: the key of the configuration, for errors.
         today: what a template writes as today's date.
 
@@ -270,38 +220,53 @@ def load_template(
         ConfigError: no such name, file, or template beside the tokenizer.
         InputError: a file that cannot be read, or is no template.
     """
-    settings = {} if folder is None else _tokenizer_settings(folder)
-    named = ((part, token_text(settings.get(part))) for part in _SPECIAL_TOKENS)
-    variables = {part: text for part, text in named if text is not None}
+    folder = encoder.tokenizer.folder
+    files = [] if folder is None else [folder / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
+    settings = {key: value for file in files for key, value in read_json(file).items()}
+    special = ((part, token_text(settings.get(part))) for part in _SPECIAL_TOKENS)
+    variables = {part: text for part, text in special if text is not None}
     bos_token = encoder.tokenizer.config.bos_token
     known = {} if bos_token is None else {"bos_token": bos_token}
     variables = {"eos_token": encoder.eod_text, **known, **variables, "eod_token": encoder.eod_text}
+    own = {} if folder is None else _own_templates(settings, folder)
     if name is None or name == "tokenizer":
-        return ChatTemplate(*_own_source(settings, folder, name, key), variables, today)
-    if name in NAMED_TEMPLATES:
-        return ChatTemplate(NAMED_TEMPLATES[name], name, variables, today)
+        return ChatTemplate(_default_source(own, folder, name, key), f"{folder}/{TEMPLATE_FILE_NAME}", variables, today)
+    named = {**own, **NAMED_TEMPLATES}
+    if name in named:
+        return ChatTemplate(named[name], name, variables, today)
     path = Path(name).expanduser()
     if path.is_file():
-        return ChatTemplate(_read(path), str(path), variables, today)
-    meant = nearest(name, ("tokenizer", *NAMED_TEMPLATES))
-    rule = f"no such template and no such file; named ones are tokenizer, {', '.join(NAMED_TEMPLATES)}"
+        return ChatTemplate(read_source(path), str(path), variables, today)
+    meant = nearest(name, ("tokenizer", *named))
+    rule = f"no such template and no such file; named ones are tokenizer, {', '.join(named)}"
     raise ConfigError([Problem(key, name, rule, f"did you mean {meant}?" if meant else "name one")])
 
 
-def _own_source(settings: Mapping[str, Any], folder: Path | None, name: str | None, key: str) -> tuple[str, str]:
-    """(source, origin) of the template beside a tokenizer."""
-    source, origin = settings.get("chat_template"), f"{folder}/{TEMPLATE_FILE_NAME}"
-    if isinstance(source, list):  # several named ones
-        by_name = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, Mapping)}
-        source = by_name.get("default")
-        if not isinstance(source, str):
-            rule = f"{folder} has the templates {', '.join(map(str, by_name))} and none is called default"
-            raise ConfigError([Problem(key, name, rule, "write the one you mean to a file and name that")])
-    if isinstance(source, str):
-        return source, origin
-    rule = f"there is no chat template beside the tokenizer ({folder})" if folder else "the tokenizer has no files"
-    fix = f"name one of {', '.join(NAMED_TEMPLATES)}, or a Jinja file"
-    raise ConfigError([Problem(key, name, f"{rule}: the model brought no chat template", fix)])
+def _own_templates(settings: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Templates beside a tokenizer by their names, one without a name as ``default``; files hide those in settings."""
+    files = {path.stem: read_source(path) for path in sorted(folder.glob(f"{MORE_TEMPLATES}/*.jinja"))}
+    if (folder / TEMPLATE_FILE_NAME).is_file():
+        files["default"] = read_source(folder / TEMPLATE_FILE_NAME)
+    listed = settings.get("chat_template")
+    if isinstance(listed, str):
+        listed = [{"name": "default", "template": listed}]
+    entries = [entry for entry in listed if isinstance(entry, Mapping)] if isinstance(listed, list) else []
+    return files or {str(entry.get("name")): str(entry["template"]) for entry in entries if entry.get("template")}
+
+
+def _default_source(own: Mapping[str, str], folder: Path | None, name: str | None, key: str) -> str:
+    """The template beside a tokenizer; where there is one for tools, both as one, as transformers chooses them."""
+    if "default" not in own:
+        rule = f"there is no chat template beside the tokenizer ({folder})" if folder else "the tokenizer has no files"
+        fix = f"name one of {', '.join([*own, *NAMED_TEMPLATES])}, or a Jinja file"
+        if own:
+            raise ConfigError([Problem(key, name, f"{folder} has {', '.join(own)} and none is called default", fix)])
+        raise ConfigError([Problem(key, name, f"{rule}: the model brought no chat template", fix)])
+    if "tool_use" not in own:
+        return own["default"]
+    # A + keeps white space around a tag, and Jinja drops one line feed at the end of a whole template.
+    with_tools, without = (own[part].removesuffix("\n") for part in ("tool_use", "default"))
+    return f"{{%+ if tools is not none +%}}{with_tools}{{%+ else +%}}{without}{{%+ endif +%}}"
 
 
 def fixed_day(day: str | None) -> Callable[[], datetime]:
@@ -321,6 +286,7 @@ def fixed_day(day: str | None) -> Callable[[], datetime]:
 def save_template(template_source: str, folder: Path) -> None:
     """Write a template beside a saved tokenizer, in place of the one that came with it."""
     (folder / TEMPLATE_FILE_NAME).write_text(template_source, encoding="utf-8")
+    shutil.rmtree(folder / MORE_TEMPLATES, ignore_errors=True)
     config = folder / "tokenizer_config.json"
     settings = read_json(config)
     if settings.pop("chat_template", None) is not None:
@@ -335,34 +301,3 @@ def saved_source(template: ChatTemplate, encoder: TemplateEncoder) -> str:
 
 
 _EOD_IS = "{% set eod_token = "
-
-
-def _tokenizer_settings(folder: Path) -> dict[str, Any]:
-    """What the files beside a tokenizer say of its special tokens, and the template, which may have a file of its own.
-
-    Raises:
-        InputError: one of them cannot be read.
-    """
-    settings: dict[str, Any] = {}
-    for name in _SETTINGS_FILE_NAMES:
-        settings.update(read_json(folder / name))
-    if (folder / TEMPLATE_FILE_NAME).is_file():
-        settings["chat_template"] = _read(folder / TEMPLATE_FILE_NAME)
-    return settings
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-
-
-def line_of(error: BaseException) -> str:
-    """``, line N`` of the template in which `error` was raised."""
-    line, trace = None, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == "<template>":
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return "" if line is None else f", line {line}"

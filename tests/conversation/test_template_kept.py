@@ -66,11 +66,11 @@ def chats(folder: Path) -> Path:
 
 def said(tokenizer: Path) -> str:
     """A question as chat and generation write it with the tokenizer of a checkpoint."""
-    from nemo_llm.inference.prompts import load_chat_prompts
+    from nemo_llm.conversation.prompts import load_chat_prompts
     from nemo_llm.tokenizers.tokenizer import load_tokenizer_from_folder
 
     loaded = load_tokenizer_from_folder(tokenizer)
-    return loaded.decode(load_chat_prompts(loaded, tokenizer, None).encode(TURN[:1]))
+    return loaded.decode(load_chat_prompts(loaded, None).encode(TURN[:1]))
 
 
 def test_it_is_saved_used_and_exported_with_adapters(ranks: RankPool, tmp_path: Path) -> None:

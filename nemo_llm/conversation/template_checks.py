@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_llm.data.chat_format import Message
-from nemo_llm.data.chat_template import ChatTemplate
-from nemo_llm.data.template_tokens import TemplateEncoder
+from nemo_llm.conversation.messages import Message
+from nemo_llm.conversation.template import ChatTemplate
+from nemo_llm.conversation.template_tokens import TemplateEncoder
 from nemo_llm.errors import InputError
 
 _QUESTION, _ANSWER = "Qvestion", "Ansver"  # words that no template writes of itself

@@ -10,17 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_llm.config.chat import ChatConfig
+from nemo_llm.config.sections.chat import ChatConfig
 
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
-_ROLES = ("system", "user", "assistant", "tool")
+# Which roles may follow each.
+_FOLLOWERS = {"system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in _FOLLOWERS}}
 
 Message = dict[str, Any]
 
@@ -199,15 +193,10 @@ def check_order(messages: list[Message]) -> None:
     expected: tuple[str, ...] = ("system", "user")
     for place, message in enumerate(messages):
         role = message["role"]
-        if role not in _ROLES:
-            raise BadChatError(f"message {place}: unknown role {role!r}; known are {', '.join(_ROLES)}")
+        if role not in _FOLLOWERS:
+            raise BadChatError(f"message {place}: unknown role {role!r}; known are {', '.join(_FOLLOWERS)}")
         if role not in expected:
             raise BadChatError(f"message {place}: role {role!r} where {' or '.join(expected)} belongs")
-        expected = {
-            "system": ("user",),
-            "user": ("assistant",),
-            "assistant": ("user", "tool"),
-            "tool": ("assistant", "tool"),
-        }[role]
+        expected = _FOLLOWERS[role]
     if not messages or messages[-1]["role"] != "assistant":
         raise BadChatError("the last message must be the assistant's: nothing after the last question can be learned")

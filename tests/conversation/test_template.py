@@ -7,14 +7,21 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Backend
 
-from nemo_llm.data.chat_format import ChatRecord
-from nemo_llm.data.chat_template import ChatTemplate, fixed_day, load_template, save_template, saved_source
-from nemo_llm.data.sources.chats import ChatEncoder
-from nemo_llm.data.template_checks import answer_end, content_form, control_text_problems
-from nemo_llm.data.template_tokens import TemplateEncoder
-from nemo_llm.errors import InputError
-from nemo_llm.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from nemo_llm.config.commands.data import compose_tool
+from nemo_llm.config.commands.generate import GenerateConfig
+from nemo_llm.conversation.history import ChatHistory
+from nemo_llm.conversation.masks import ChatEncoder
+from nemo_llm.conversation.messages import ChatRecord
+from nemo_llm.conversation.prompts import load_chat_prompts
+from nemo_llm.conversation.template import ChatTemplate, fixed_day, load_template, save_template, saved_source
+from nemo_llm.conversation.template_checks import answer_end, content_form, control_text_problems
+from nemo_llm.conversation.template_tokens import TemplateEncoder
+from nemo_llm.conversation.turn_end import turn_end_ids
+from nemo_llm.errors import ConfigError, InputError
+from nemo_llm.inference.decoder import stop_ids
+from nemo_llm.tokenizers.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_from_folder
 from tests.data.conftest import CHAT, tokenizer_config
 from tests.data.test_tokenizer import gpt2_ranks, sentencepiece_model
 
@@ -143,7 +150,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Tokenizer:
 @pytest.mark.parametrize("name", ["plain", "alpaca"])
 def test_the_end_of_an_answer_is_learned_as_its_id(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     config = replace(CHAT, template=name)
-    encoder = ChatEncoder(config, 999, tokenizer, None, 0)
+    encoder = ChatEncoder(config, tokenizer)
     turn = [HI, {"role": "assistant", "content": "Hello."}]
     chat = encoder.encode(ChatRecord([*turn, *turn]))
     learned = [token for token, is_learned in zip(chat.tokens, chat.learned, strict=True) if is_learned]
@@ -154,7 +161,7 @@ def test_the_end_of_an_answer_is_learned_as_its_id(name: str, tokenizer: Tokeniz
     # The template that a checkpoint keeps gives the same ids, where nothing but the tokenizer is known.
     tokenizer.save(tmp_path / "saved")
     save_template(saved_source(encoder.template, encoder.tokens), tmp_path / "saved")
-    again = load_template(None, encoder.tokens, tmp_path / "saved", "chat_template")
+    again = load_template(None, TemplateEncoder(load_tokenizer_from_folder(tmp_path / "saved")), "chat_template")
     assert encoder.tokens.encode(again.render([*turn, *turn])) == encoder.tokens.encode(
         encoder.template.render([*turn, *turn])
     )
@@ -166,13 +173,13 @@ def test_the_end_of_an_answer_is_learned_as_its_id(name: str, tokenizer: Tokeniz
 
 def test_control_text_that_is_no_token_is_named(tokenizer: Tokenizer, demo_tokenizer: Tokenizer) -> None:
     encoder = TemplateEncoder(tokenizer)
-    problems = list(control_text_problems(load_template("chatml", encoder, None, "chat_template"), encoder))
+    problems = list(control_text_problems(load_template("chatml", encoder, "chat_template"), encoder))
     text = "\n".join(problems)
     assert "chatml writes <|im_start|>, which is no token" in text
     assert "sampling.stop=['<|im_end|>']" in text
     grown = TemplateEncoder(demo_tokenizer)
     grown._backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    assert not list(control_text_problems(load_template("chatml", grown, None, "chat_template"), grown))
+    assert not list(control_text_problems(load_template("chatml", grown, "chat_template"), grown))
     silent = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", "mine", {})
     assert "writes nothing behind an answer" in next(control_text_problems(silent, encoder))
 
@@ -207,7 +214,7 @@ def test_answers_that_the_template_marks_are_learned(demo_tokenizer: Tokenizer, 
         "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
         "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
-    encoder = ChatEncoder(replace(CHAT, template=str(path)), 999, demo_tokenizer, None, 0)
+    encoder = ChatEncoder(replace(CHAT, template=str(path)), demo_tokenizer)
     turns = [HI, {"role": "assistant", "content": "One."}, HI, {"role": "assistant", "content": "Two."}]
     chat = encoder.encode(ChatRecord(turns))
     learned = [token for token, is_learned in zip(chat.tokens, chat.learned, strict=True) if is_learned]
@@ -226,6 +233,11 @@ def _templates_beside(folder: Path) -> Iterator[str]:
     listed = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D{{ eos_token }}"}]
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed, "eos_token": {"content": "E"}}))
     yield "DE"
+    for odd in (3, {"default": "X"}, [["default", "X"]], [{"name": "default", "template": None}]):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": odd}))
+        with pytest.raises(ConfigError, match="brought no chat template"):
+            load_template(None, TemplateEncoder(load_tokenizer_from_folder(folder)), "chat_template")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed, "eos_token": {"content": "E"}}))
     (folder / "chat_template.jinja").write_text("F{{ eos_token }}{{ bos_token is defined }}")
     yield "FEFalse"
     (folder / "special_tokens_map.json").write_text('{"bos_token": "B", "eos_token": "old"}')
@@ -233,9 +245,78 @@ def _templates_beside(folder: Path) -> Iterator[str]:
 
 
 def test_templates_and_special_tokens_beside_a_tokenizer(demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    encoder = TemplateEncoder(demo_tokenizer)
+    demo_tokenizer.save(tmp_path)
+    encoder = TemplateEncoder(load_tokenizer_from_folder(tmp_path))
     for expected in _templates_beside(tmp_path):
-        assert load_template("tokenizer", encoder, tmp_path, "chat_template").render([HI]) == expected
+        assert load_template("tokenizer", encoder, "chat_template").render([HI]) == expected
     (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
     with pytest.raises(InputError, match="not readable as a JSON object"):
-        load_template("tokenizer", encoder, tmp_path, "chat_template")
+        load_template("tokenizer", encoder, "chat_template")
+
+
+def test_marks_of_chosen_answers(demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "t.jinja"
+    path.write_text(
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}<{{ m.name }}>"
+        "{% endgeneration %}not learned{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+
+    def learned(*answers: dict, **changes: str) -> str:
+        encoder = ChatEncoder(replace(CHAT, template=str(path), **changes), demo_tokenizer)  # type: ignore[arg-type]
+        turns = [turn for answer in answers for turn in (HI, {"role": "assistant", **answer})]
+        chat = encoder.encode(ChatRecord(turns))
+        return demo_tokenizer.decode([token for token, own in zip(chat.tokens, chat.learned, strict=True) if own])
+
+    one, two = {"name": "a", "content": "One."}, {"name": "b", "content": "Two."}
+    assert learned(one, two) == "<a>One.<|endoftext|><b>Two.<|endoftext|>"
+    assert learned(one, two, train_on="last_answer") == "<b>Two.<|endoftext|>"
+    assert learned(one, {**two, "train": False}) == "<a>One.<|endoftext|>"
+    path.write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    encoder = ChatEncoder(replace(CHAT, template=str(path)), demo_tokenizer)
+    turn = [HI, {"role": "assistant", "content": "One."}]
+    assert encoder.encode(ChatRecord([*turn, *turn])).unused == ("answers outside {% generation %}",)
+
+
+def test_what_ends_a_turn(demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    demo_tokenizer.save(tmp_path)
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    backend.add_special_tokens(["<|im_end|>", "<|eot_id|>", "<turn|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer_from_folder(tmp_path)
+    end = {name: tokenizer.token_id(name) for name in ("<|im_end|>", "<|eot_id|>", "<turn|>")}
+    encoder = TemplateEncoder(tokenizer)
+    # No template: the ends of known formats. One that is given: its own alone. Else the one that was saved.
+    assert turn_end_ids(tokenizer) == [end["<|im_end|>"], end["<|eot_id|>"]]
+    given = ChatTemplate("{% for m in messages %}{{ m.content }}<turn|>\n{% endfor %}", "given", {})
+    assert turn_end_ids(tokenizer, given) == [end["<turn|>"]]
+    assert turn_end_ids(tokenizer, load_template("llama3", encoder, "chat_template")) == [end["<|eot_id|>"]]
+    save_template(given.source, tmp_path)
+    assert turn_end_ids(tokenizer) == [end["<turn|>"]]
+    sampling = compose_tool("generate", GenerateConfig, ["checkpoint=x", "text=x"]).sampling
+    assert stop_ids(tokenizer, sampling) == {tokenizer.eod_id, end["<turn|>"]}
+    chatml = load_template("chatml", encoder, "chat_template")
+    assert stop_ids(tokenizer, sampling, chatml) == {tokenizer.eod_id, end["<|im_end|>"]}
+
+
+def test_a_history_forgets_the_oldest_turns_and_keeps_what_does_not_fit_out(demo_tokenizer: Tokenizer) -> None:
+    prompts = load_chat_prompts(demo_tokenizer, "plain")
+    history = ChatHistory(prompts, window=80, answer_tokens=8, system="Be brief.")
+    for number in range(9):
+        ids = history.ask(f"Question {number}?")
+        assert len(ids) <= 72
+        text = demo_tokenizer.decode(ids)
+        assert text.startswith("system: Be brief.")
+        assert text.endswith(f"user: Question {number}?\nassistant: ")
+        history.answer(f"Answer {number}.")
+    assert [message["role"] for message in history.messages[:2]] == ["user", "assistant"]
+    assert 2 < len(history.messages) < 18
+    before = list(history.messages)
+    with pytest.raises(InputError, match=r"the message has \d+ tokens.*window of 80"):
+        history.ask("word " * 90)
+    assert history.messages == before
+    history.reset()
+    assert not history.messages

@@ -46,8 +46,8 @@ def use_own_router(block: TransformerBlockSubmodules) -> None:
 class Router(TopKRouter):
     """Megatron's top-k router. In place of its padding mask it takes `position_facts`, ``[s, b, 2]`` of this rank.
 
-    megatron-core 0.16.1 hands the mask through all layers and their recomputation, whatever its last dimension.
-    tests/models/test_megatron_contract.py fails when a method that is replaced here is gone.
+    Megatron hands the mask through all layers and their recomputation, whatever its last dimension
+    (megatron/patches.py, `router`).
     """
 
     def is_aux_loss_enabled(self) -> bool:

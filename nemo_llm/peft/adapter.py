@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.utils import unwrap_model
 from torch import nn
 
+from nemo_llm.megatron.models import become
 from nemo_llm.models.head import HEAD_PREFIX, ScoreHead
 
 KEY_PREFIX = "adapter."
@@ -111,13 +112,13 @@ def _adapted_class(mixin: type, base: type) -> type:
 
 def put_on_linear(linear: Any, adapter: Adapter) -> None:
     """Let ``linear`` run with ``adapter`` from now on."""
-    linear.__class__ = _adapted_class(_AdaptedLinear, linear.__class__)
+    become(linear, _adapted_class(_AdaptedLinear, linear.__class__))
     linear.adapter = adapter.to(linear.weight.device)
 
 
 def put_on_embedding(embedding: Any, adapter: Adapter) -> None:
     """Let ``embedding`` take negative ids as virtual tokens from now on."""
-    embedding.__class__ = _adapted_class(_AdaptedEmbedding, embedding.__class__)
+    become(embedding, _adapted_class(_AdaptedEmbedding, embedding.__class__))
     embedding.adapter = adapter.to(embedding.weight.device)
 
 

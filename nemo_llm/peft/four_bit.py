@@ -12,6 +12,7 @@ import torch
 from megatron.core.utils import get_model_config, unwrap_model
 
 from nemo_llm.errors import ConfigError, Problem
+from nemo_llm.megatron.models import become
 from nemo_llm.peft.linear import find_linears
 
 BLOCK_SIZE = 64
@@ -66,7 +67,7 @@ def _quantize(linear: Any) -> None:
         linear.weight.detach(), blocksize=BLOCK_SIZE, quant_type="nf4", compress_statistics=True
     )
     del linear.weight
-    linear.__class__ = _four_bit_class(linear.__class__)
+    become(linear, _four_bit_class(linear.__class__))
     linear.register_buffer("packed", packed, persistent=False)
     linear.quant_state = state
 

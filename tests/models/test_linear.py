@@ -11,10 +11,11 @@ def _linear(column: bool, bias: bool, frozen: bool) -> list[bool]:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from nemo_llm.models.gradients import offer_gradient_accumulation
+    from nemo_llm.megatron.models import offer_gradient_accumulation
+    from nemo_llm.models.gradients import accumulate
     from nemo_llm.models.linear import WholeColumnLinear, WholeRowLinear
 
-    offer_gradient_accumulation()
+    offer_gradient_accumulation(accumulate)
     config = TransformerConfig(
         num_layers=1,
         hidden_size=24,

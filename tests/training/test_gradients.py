@@ -31,7 +31,7 @@ def _gradients(options: list[str]) -> tuple[int, int, list[str]]:
 
     from nemo_llm.config.load import compose
     from nemo_llm.parallel.runtime import start_runtime
-    from nemo_llm.training.gradients import forget_gradients
+    from nemo_llm.megatron.optimizer import forget_gradients
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import forward_backward
 
@@ -90,7 +90,8 @@ def _untouched() -> list[float]:
 
     from nemo_llm.config.load import compose
     from nemo_llm.parallel.runtime import start_runtime
-    from nemo_llm.training.gradients import forget_gradients, zero_untouched
+    from nemo_llm.megatron.optimizer import forget_gradients
+    from nemo_llm.training.gradients import zero_untouched
     from nemo_llm.training.setup import build_training_run
 
     cfg = compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "exp_manager.enabled=false"])

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from nemo_llm.checkpoint.boxes import boxes_of_range
+from nemo_llm.checkpoint.hyperrectangles import boxes_of_range
 from nemo_llm.megatron.optimizer import optimizer_parts, owned_ranges
 
 

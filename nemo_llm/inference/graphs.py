@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from nemo_llm.megatron.models import offer_fused_rope
-from nemo_llm.models.kv_cache import KVCache
-from nemo_llm.models.rope import rotate_fused
+from nemo_llm.models.layers.kv_cache import KVCache
+from nemo_llm.models.layers.rope import rotate_fused
 
 _WARM_UP_STEPS = 3
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nemo_llm.config.run import RunConfig
-    from nemo_llm.config.section import Scalar
+    from nemo_llm.config.sections.fields import Scalar
+    from nemo_llm.config.sections.run import RunConfig
 
 
 @dataclass(frozen=True, slots=True)

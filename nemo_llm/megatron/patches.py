@@ -138,7 +138,7 @@ PATCHES = (
     ),
     Patch(
         name="latent_projection",
-        where="nemo_llm.models.latent_attention:LatentAttention",
+        where="nemo_llm.models.layers.latent_attention:LatentAttention",
         versions=READ,
         reason="Under tensor parallelism without Transformer Engine the gradient of the keys' rotated part lacks the "
         "heads of other ranks; the rotary embedding knows no positions of its own for each row.",
@@ -151,7 +151,7 @@ PATCHES = (
     ),
     Patch(
         name="router",
-        where="nemo_llm.models.router:Router",
+        where="nemo_llm.models.layers.router:Router",
         versions=READ,
         reason="Losses of a router are multiplied by the positions of one rank, whatever the loss mask, and the expert "
         "bias counts padding.",
@@ -161,7 +161,7 @@ PATCHES = (
     ),
     Patch(
         name="local_dispatcher",
-        where="nemo_llm.models.experts:use_local_dispatcher",
+        where="nemo_llm.models.layers.experts:use_local_dispatcher",
         versions=READ,
         reason="A layer of experts builds one of three dispatchers, which all copy tokens, and takes no fourth.",
         effect="token_dispatcher of a built layer is replaced where one rank holds every expert, whole.",
@@ -184,7 +184,7 @@ PATCHES = (
     ),
     Patch(
         name="fused_layer",
-        where="nemo_llm.models.fused_layer:FusedLayer",
+        where="nemo_llm.models.layers.fused_residual_layer:FusedLayer",
         versions=READ,
         reason="The layer adds its residual after each half in a kernel of its own.",
         effect="`forward` is written anew, with norms that take the residual along; other cases run Megatron's.",
@@ -197,7 +197,7 @@ PATCHES = (
     ),
     Patch(
         name="parallel_residual",
-        where="nemo_llm.models.norm_variants:ParallelResidualLayer",
+        where="nemo_llm.models.layers.norm_variants:ParallelResidualLayer",
         versions=READ,
         reason="No layer lets attention and MLP read the same input (GPT-J, GPT-NeoX).",
         effect="`forward` calls the private _forward_attention, then the MLP on the layer's input.",
@@ -209,7 +209,7 @@ PATCHES = (
     ),
     Patch(
         name="weight_gradients",
-        where="nemo_llm.models.gradients:returned_gradient",
+        where="nemo_llm.models.layers.main_grad:returned_gradient",
         versions=READ,
         reason="Linear layers and the word embedding hand a whole gradient to autograd, which is then added to the "
         "fp32 buffer: a copy in bf16 and a pass more.",

@@ -15,7 +15,7 @@ from megatron.core.utils import unwrap_model
 from torch import nn
 
 from nemo_llm.megatron.models import become
-from nemo_llm.models.head import HEAD_PREFIX, ScoreHead
+from nemo_llm.models.layers.classification_head import HEAD_PREFIX, ScoreHead
 
 KEY_PREFIX = "adapter."
 

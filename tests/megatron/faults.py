@@ -26,7 +26,9 @@ def fault(check: Callable[[], bool]) -> Callable[[], bool]:
     return check
 
 
-def _raises(kinds: type[BaseException] | tuple[type[BaseException], ...], call: Callable[..., Any], *inputs: Any) -> bool:
+def _raises(
+    kinds: type[BaseException] | tuple[type[BaseException], ...], call: Callable[..., Any], *inputs: Any
+) -> bool:
     try:
         call(*inputs)
     except kinds:
@@ -78,7 +80,9 @@ def cuda_on_cpu() -> bool:
 def router_product() -> bool:
     from megatron.core.transformer.moe.moe_utils import router_gating_linear
 
-    return not NO_TE or _raises(NameError, router_gating_linear, torch.ones(1, 2), torch.ones(3, 2), None, torch.float32)
+    return not NO_TE or _raises(
+        NameError, router_gating_linear, torch.ones(1, 2), torch.ones(3, 2), None, torch.float32
+    )
 
 
 @fault

@@ -59,7 +59,7 @@ def test_private_names_of_megatron_are_there(ranks: RankPool) -> None:
 
 
 def _timeouts(minutes: float) -> None:
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
 
     cfg = compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "parallelism.tensor_model_parallel_size=2"])
@@ -163,7 +163,7 @@ def _apex_is_left_alone() -> None:
     from megatron.core.tensor_parallel import layers
 
     from nemo_llm.megatron.models import offer_gradient_accumulation
-    from nemo_llm.models.gradients import accumulate
+    from nemo_llm.models.layers.main_grad import accumulate
 
     names = ("_grad_accum_fusion_available", "fused_weight_gradient_mlp_cuda")
     before = {name: getattr(layers, name, None) for name in names}

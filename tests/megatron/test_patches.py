@@ -77,7 +77,7 @@ def test_each_reason_is_shown() -> None:
 
 
 def _norms_of_latent_attention(mended: bool) -> list[float]:
-    from nemo_llm.models import latent_attention
+    from nemo_llm.models.layers import latent_attention
     from tests.models.test_latent_attention import LATENT
     from tests.parity.layouts import train_losses
 

@@ -12,8 +12,8 @@ def _linear(column: bool, bias: bool, frozen: bool) -> list[bool]:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from nemo_llm.megatron.models import offer_gradient_accumulation
-    from nemo_llm.models.gradients import accumulate
-    from nemo_llm.models.linear import WholeColumnLinear, WholeRowLinear
+    from nemo_llm.models.layers.linear import WholeColumnLinear, WholeRowLinear
+    from nemo_llm.models.layers.main_grad import accumulate
 
     offer_gradient_accumulation(accumulate)
     config = TransformerConfig(
@@ -54,7 +54,7 @@ def _embedding(scattered: bool) -> list[float]:
     from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from nemo_llm.models.embedding import Embedding
+    from nemo_llm.models.layers.embedding import Embedding
 
     world = dist.get_world_size()
     if not parallel_state.model_parallel_is_initialized():

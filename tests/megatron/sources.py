@@ -1,7 +1,7 @@
 """The text of what this project relies on in Megatron-Core (`Patch.relies_on`), read from files without importing them.
 
 ``python -m tests.megatron.sources FOLDER`` compares another version, unpacked, with the one that is installed: FOLDER
-holds ``megatron/core``. ``--record`` writes the installed version's digests into sources.json, once they were looked at.
+holds ``megatron/core``. ``--record`` writes digests of the installed version into sources.json, once it was read.
 """
 
 import argparse
@@ -23,8 +23,9 @@ NAMES = sorted({name for patch in PATCHES for name in patch.relies_on})
 def installed() -> Path:
     """The folder that holds ``megatron/core``."""
     spec = importlib.util.find_spec("megatron")
-    assert spec is not None and spec.submodule_search_locations is not None
-    return next(Path(place).parent for place in spec.submodule_search_locations if (Path(place) / "core").is_dir())
+    assert spec is not None
+    places = map(Path, spec.submodule_search_locations or ())
+    return next(place.parent for place in places if (place / "core").is_dir())
 
 
 @cache

@@ -46,8 +46,8 @@ def test_what_does_it_exists(patch: Patch) -> None:
 def test_megatron_has_the_text_that_was_read(patch: Patch) -> None:
     for name in patch.relies_on:
         fix = (
-            f"megatron.core.{name} is not what `{patch.name}` was written for. Read it (python -m tests.megatron.sources "
-            "--text FOLDER shows what changed), mend the patch, then record it with --record"
+            f"megatron.core.{name} is not what `{patch.name}` was written for. Read it (python -m "
+            "tests.megatron.sources FOLDER --text), mend the patch, then record it (--record)"
         )
         assert digest(installed(), name) == recorded().get(name), fix
 
@@ -126,7 +126,7 @@ def _private_methods(path: Path) -> set[str]:
 
 
 def test_private_methods_of_megatron_are_used_where_it_is_declared() -> None:
-    """Overrides of them and calls through ``self`` and ``super()``, in classes that have a class of Megatron's as base."""
+    """Overrides of them and calls through ``self`` and ``super()``, in classes with one of Megatron's as a base."""
     found: dict[str, set[str]] = {}
     for path in MODULES:
         for node in ast.walk(TREES[path]):

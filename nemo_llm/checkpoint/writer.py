@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 
 from nemo_llm.checkpoint.manifest import BlockHasher
 from nemo_llm.errors import CheckpointError
-from nemo_llm.megatron.checkpoint import with_keys_of_shards
+from nemo_llm.megatron.checkpoint import by_stored_names
 from nemo_llm.storage.host_buffers import HostBuffer, Snapshot
 
 _POLL_SECONDS = 0.02
@@ -72,7 +72,7 @@ class _PlanningStrategy(TorchDistSaveShardedStrategy):
 
     def async_save(self, sharded_state_dict: dict, checkpoint_dir: Path) -> AsyncRequest:
         """Plan; nothing is written."""
-        renamed = with_keys_of_shards(sharded_state_dict, self.keep_only_main_replica)
+        renamed, _, _ = by_stored_names(sharded_state_dict, self.keep_only_main_replica)
         self.writer = _PlanOnlyWriter(checkpoint_dir)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planned = save_state_dict_async_plan(

@@ -11,7 +11,5 @@ def read_files_by(reader: Callable[..., Any]) -> None:
     strategy._get_filesystem_reader = reader
 
 
-def with_keys_of_shards(state: dict, keep_only_main_replica: bool) -> dict:
-    """This sharded state dict, with lists of shards by the names under which they are stored."""
-    renamed, _, _ = strategy._replace_state_dict_keys_with_sharded_keys(state, keep_only_main_replica)
-    return renamed
+by_stored_names = strategy._replace_state_dict_keys_with_sharded_keys
+"""A sharded state dict as lists of shards by the names under which they are stored, and how to come back."""

@@ -11,17 +11,8 @@ from typing import Any
 import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer import (
-    ChainedOptimizer,
-    MegatronOptimizer,
-    OptimizerConfig,
-    clip_grads,
-    distrib_optimizer,
-    get_megatron_optimizer,
-)
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, clip_grads, distrib_optimizer
 from megatron.core.optimizer import optimizer as optimizer_module
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.utils import local_multi_tensor_l2_norm
 
 _finalize: Any = importlib.import_module(finalize_model_grads.__module__)  # the package has a function of this name
@@ -51,7 +42,7 @@ def build_with(ours: type, config: OptimizerConfig, model: list[DistributedDataP
     megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = ours, False
     distrib_optimizer.Adam = ours
     try:
-        return get_megatron_optimizer(config, model, use_gloo_process_groups=False)
+        return megatron_optimizer.get_megatron_optimizer(config, model, use_gloo_process_groups=False)
     finally:
         megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER, distrib_optimizer.Adam = saved
 
@@ -88,7 +79,7 @@ def owned_ranges(part: Any) -> Iterator[tuple[torch.nn.Parameter, int, torch.Ten
 
     That tensor is the fp32 copy of a 16-bit parameter, and of an fp32 one its own memory.
     """
-    if isinstance(part, DistributedOptimizer):
+    if isinstance(part, distrib_optimizer.DistributedOptimizer):
         for maps in part.gbuf_ranges:
             for buckets in maps.values():
                 for bucket in buckets:
@@ -96,7 +87,7 @@ def owned_ranges(part: Any) -> Iterator[tuple[torch.nn.Parameter, int, torch.Ten
                         start = part._get_model_param_range_map(parameter)["param"].start
                         group, place = part.model_param_group_index_map[parameter]
                         yield parameter, start, part.optimizer.param_groups[group]["params"][place]
-    elif isinstance(part, Float16OptimizerWithFloat16Params):
+    elif isinstance(part, optimizer_module.Float16OptimizerWithFloat16Params):
         halves, mains = chain(*part.float16_groups), chain(*part.fp32_from_float16_groups)
         for parameter, main in zip(halves, mains, strict=True):
             yield parameter, 0, main

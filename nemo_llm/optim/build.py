@@ -10,13 +10,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
 from nemo_llm.config import RunConfig
-from nemo_llm.megatron.optimizer import (
-    build_with,
-    count_copies_once,
-    optimizer_parts,
-    take_gradients_from,
-    use_functions,
-)
+from nemo_llm.megatron import optimizer as megatron
 from nemo_llm.models.transformer_config import DTYPES
 from nemo_llm.optim.adamw import FusedAdamW
 from nemo_llm.optim.muon import Muon
@@ -48,11 +42,11 @@ def build_optimizer(
         use_distributed_optimizer=cfg.parallelism.use_distributed_optimizer,
         overlap_param_gather=cfg.parallelism.overlap_param_gather,
     )
-    use_functions(_l2_norm, _copy_all)
-    optimizer = build_with(FusedAdamW if cfg.optim.muon is None else Muon, config, model)
-    for part in optimizer_parts(optimizer):
-        count_copies_once(part, runtime.groups)
-        take_gradients_from(part, _counted_gradients(part))
+    megatron.use_functions(_l2_norm, _copy_all)
+    optimizer = megatron.build_with(FusedAdamW if cfg.optim.muon is None else Muon, config, model)
+    for part in megatron.optimizer_parts(optimizer):
+        megatron.count_copies_once(part, runtime.groups)
+        megatron.take_gradients_from(part, _counted_gradients(part))
         if cfg.performance.offload_optimizer_moments:
             part.optimizer.offload_moments()
         if cfg.optim.muon is not None:

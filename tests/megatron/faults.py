@@ -307,8 +307,8 @@ def checkpoint_reader() -> bool:
 def checkpoint_plan() -> bool:
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    codes = [member.__code__ for member in vars(FileSystemWriterAsync).values() if inspect.isfunction(member)]
-    codes += [m.__func__.__code__ for m in vars(FileSystemWriterAsync).values() if isinstance(m, staticmethod)]
+    steps = [getattr(FileSystemWriterAsync, name) for name in vars(FileSystemWriterAsync)]
+    codes = [inspect.unwrap(step).__code__ for step in steps if inspect.isfunction(step)]
     return any("Process" in code.co_names for code in codes)
 
 

@@ -6,7 +6,7 @@ owns, a range of each flattened parameter, as boxes of the parameter's global te
 second, as free as the first, and the same on the disk as what an optimizer that is not distributed writes. Loading
 fills the optimizer's own memory.
 
-What each rank owns is private to Megatron's optimizers (megatron/patches.py, `optimizer_state`).
+What each rank owns is private to Megatron's optimizers (megatron/patches.toml, `optimizer_state`).
 """
 
 from collections.abc import Iterator

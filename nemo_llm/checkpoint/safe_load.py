@@ -5,7 +5,7 @@ are given a `Metadata` that is built anew from checked plain values, tensors and
 pickle, and nothing of the files themselves.
 
 Megatron-Core has no argument for its reader of files, which is therefore replaced for the whole process
-(megatron/patches.py, `checkpoint_reader`).
+(megatron/patches.toml, `checkpoint_reader`).
 """
 
 import io

@@ -5,7 +5,7 @@ is Megatron's (which rank writes which part of which tensor), and the writing is
 release Python's global lock for everything large. Ranks report through the key-value store that they met at, so that no
 collective runs beside those of training.
 
-What is used of Megatron's plan without being public stands in megatron/patches.py (`checkpoint_plan`); of PyTorch
+What is used of Megatron's plan without being public stands in megatron/patches.toml (`checkpoint_plan`); of PyTorch
 `_write_item`, `_StoragePrefix` and `_get_default_store`, whose names tests/megatron/test_contract.py holds.
 """
 

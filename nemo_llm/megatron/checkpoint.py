@@ -1,4 +1,4 @@
-"""What Megatron-Core's distributed checkpoints keep private, and the reader of their files; see megatron/patches.py."""
+"""What Megatron-Core keeps private of its distributed checkpoints, and the reader of their files (patches.toml)."""
 
 from collections.abc import Callable
 from typing import Any

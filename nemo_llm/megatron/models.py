@@ -1,6 +1,6 @@
 """Names in Megatron-Core's modules that take our kernels or mend a fault, and changes of a module's class.
 
-Each function is declared in megatron/patches.py: for which versions, why, and when it can go.
+Each function is declared in megatron/patches.toml: for which versions, why, and when it can go.
 """
 
 import types

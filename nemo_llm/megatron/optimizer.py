@@ -1,6 +1,6 @@
 """What Megatron-Core's optimizers and its sum of gradients do not offer: names, private state, two methods anew.
 
-Each function is declared in megatron/patches.py: for which versions, why, and when it can go.
+Each function is declared in megatron/patches.toml: for which versions, why, and when it can go.
 """
 
 import importlib

@@ -99,7 +99,7 @@ def _mark_experts(chunk: LanguageModel, runtime: ParallelRuntime) -> None:
 
     By the mark (``allreduce``) Megatron sums gradients over the ranks that hold the same expert, and keeps its
     optimizer state there. Megatron sets it where EP is above 1. But with EP1 an expert tensor parallel size other than
-    TP also makes other groups: the copies of an expert would then train apart (megatron/patches.py, `expert_marks`).
+    TP also makes other groups: the copies of an expert would then train apart (megatron/patches.toml, `expert_marks`).
     """
     if runtime.experts_have_own_groups:
         for module in chunk.modules():

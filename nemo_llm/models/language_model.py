@@ -149,7 +149,7 @@ class LanguageModel(GPTModel):
     ) -> tuple:
         """Embedding and rotary angles, the angles of ``position_ids`` while tokens are decoded; and facts for routers.
 
-        Megatron's second result is the angles, its sixth goes to the layers (megatron/patches.py, `model_steps`). It
+        Megatron's second result is the angles, its sixth goes to the layers (megatron/patches.toml, `model_steps`). It
         cuts the sixth for sequence parallelism on the first stage alone.
         """
         parts = super()._preprocess(input_ids, position_ids, **settings)

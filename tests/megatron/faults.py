@@ -1,6 +1,6 @@
 """What is wrong or missing in Megatron-Core, shown on its own code in a process that none of our patches has touched.
 
-``python -m tests.megatron.faults`` prints one JSON object: by patch (megatron/patches.py) true where its reason still
+``python -m tests.megatron.faults`` prints one JSON object: by patch (megatron/patches.toml) true where its reason still
 holds, false where the patch can go, and the error of a check that ran into one.
 """
 

@@ -20,7 +20,7 @@ class _SummedGradient(torch.autograd.Function):
     """The input itself; its gradient is summed over the group.
 
     Megatron's ``copy_to_tensor_model_parallel_region`` sums a copy where the gradient is a slice, as it is here, and
-    hands on what it had (megatron/patches.py, `latent_projection`).
+    hands on what it had (megatron/patches.toml, `latent_projection`).
     """
 
     @staticmethod
@@ -60,7 +60,7 @@ class _LatentProjection(ColumnParallelLinear):
 class LatentAttention(MLASelfAttention):
     """Megatron's, whose local linear layers forget other ranks' heads in the gradient of the keys' rotated part.
 
-    Megatron knows the class of that layer and takes no other (megatron/patches.py, `latent_projection`).
+    Megatron knows the class of that layer and takes no other (megatron/patches.toml, `latent_projection`).
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:

@@ -96,7 +96,7 @@ class WholeWidthNorm(nn.Module):
 class ParallelResidualLayer(TransformerLayer):
     """Attention and MLP both read the layer's input, and both are added to it (GPT-J, GPT-NeoX).
 
-    Of Megatron's forward the half before the MLP is kept (megatron/patches.py, `parallel_residual`).
+    Of Megatron's forward the half before the MLP is kept (megatron/patches.toml, `parallel_residual`).
     """
 
     def forward(self, hidden_states: torch.Tensor, *inputs: Any, **settings: Any) -> Any:

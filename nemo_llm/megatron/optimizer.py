@@ -10,13 +10,11 @@ from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, clip_grads, distrib_optimizer
 from megatron.core.optimizer import optimizer as optimizer_module
 from megatron.core.utils import local_multi_tensor_l2_norm
-
-_finalize: Any = importlib.import_module(finalize_model_grads.__module__)  # the package has a function of this name
-_reset_routers = _finalize.reset_model_temporary_tensors
 
 
 def skip_empty_walk() -> None:
@@ -24,9 +22,11 @@ def skip_empty_walk() -> None:
 
     def reset(config: Any, model: list[torch.nn.Module]) -> None:
         if config.moe_router_enable_expert_bias or "global_aux_loss" in config.moe_router_load_balancing_type:
-            _reset_routers(config, model)
+            reset_model_temporary_tensors(config, model)
 
-    _finalize.reset_model_temporary_tensors = reset
+    # Its package has a function of the module's name.
+    finalize: Any = importlib.import_module(reset_model_temporary_tensors.__module__)
+    finalize.reset_model_temporary_tensors = reset
 
 
 def use_functions(l2_norm: Callable[..., Any], copy_all: Callable[..., Any]) -> None:

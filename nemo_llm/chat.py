@@ -11,8 +11,7 @@ from typing import Any
 from nemo_llm.config.commands.entry import run_tool
 from nemo_llm.config.commands.generate import ChatConfig
 from nemo_llm.errors import InputError
-from nemo_llm.log import configure_logging, is_first_rank
-from nemo_llm.processes import find_process_place
+from nemo_llm.log import configure_logging, is_first_rank, launched_world_size
 
 _END, _RESET = "/quit", "/reset"
 
@@ -27,7 +26,7 @@ def main(cfg: ChatConfig) -> None:
     from nemo_llm.inference.prompts import load_chat_prompts
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 
-    opened = open_checkpoint(cfg, Path(cfg.checkpoint).expanduser(), find_process_place().world_size)
+    opened = open_checkpoint(cfg, Path(cfg.checkpoint).expanduser(), launched_world_size())
     prompts = load_chat_prompts(opened.tokenizer, opened.folder / "tokenizer", cfg.chat_template)
     runtime = start_runtime(opened.cfg)
     try:

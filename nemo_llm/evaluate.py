@@ -9,8 +9,7 @@ from pathlib import Path
 
 from nemo_llm.config.commands.entry import run_tool
 from nemo_llm.config.commands.evaluate import EvaluateConfig
-from nemo_llm.log import configure_logging, is_first_rank
-from nemo_llm.processes import find_process_place
+from nemo_llm.log import configure_logging, is_first_rank, launched_world_size
 
 
 def main(cfg: EvaluateConfig) -> None:
@@ -26,7 +25,7 @@ def main(cfg: EvaluateConfig) -> None:
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 
     suite = read_suite(cfg)
-    opened = [(name, open_checkpoint(cfg, path, find_process_place().world_size)) for name, path in find_models(cfg)]
+    opened = [(name, open_checkpoint(cfg, path, launched_world_size())) for name, path in find_models(cfg)]
     runtime = start_runtime(opened[0][1].cfg)
     results = []
     try:

@@ -12,8 +12,7 @@ from typing import Any
 from nemo_llm.config.commands.entry import run_tool
 from nemo_llm.config.commands.generate import GenerateConfig
 from nemo_llm.errors import InputError
-from nemo_llm.log import configure_logging, is_first_rank
-from nemo_llm.processes import find_process_place
+from nemo_llm.log import configure_logging, is_first_rank, launched_world_size
 
 
 def main(cfg: GenerateConfig) -> None:
@@ -28,7 +27,7 @@ def main(cfg: GenerateConfig) -> None:
         texts = read_prompts(Path(cfg.text_file).expanduser())
     else:
         texts = [cfg.text] if isinstance(cfg.text, str) else list(cfg.text or [])
-    opened = open_checkpoint(cfg, Path(cfg.checkpoint).expanduser(), find_process_place().world_size)
+    opened = open_checkpoint(cfg, Path(cfg.checkpoint).expanduser(), launched_world_size())
     prompts = encode(cfg, opened, texts)
 
     from nemo_llm.inference.decoder import check_prompts, generate

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_llm.errors import ExitCode
-from nemo_llm.log import is_first_rank
-from nemo_llm.processes import ProcessPlace, find_process_place
+from nemo_llm.log import is_first_rank, launched_world_size
 
 if TYPE_CHECKING:
     from nemo_llm.config import RunConfig
@@ -42,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     import torch.distributed as dist
 
-    from nemo_llm.parallel.runtime import start_runtime, stop_runtime
+    from nemo_llm.parallel.runtime import ProcessPlace, start_runtime, stop_runtime
     from nemo_llm.training.setup import build_training_run
 
-    cfg = _configuration(find_process_place().world_size)
+    cfg = _configuration(launched_world_size())
     runtime = start_runtime(cfg)
     try:
         place, device = runtime.place, runtime.device
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stop_runtime()
     if not is_first_rank():
         return ExitCode.DONE  # the first rank's verdict is the job's
-    alone = start_runtime(cfg, ProcessPlace())
+    alone = start_runtime(cfg, ProcessPlace(0, 1, 0, 1, "single"))
     try:
         wanted = _losses(build_training_run(cfg, alone), _STEPS)
     finally:

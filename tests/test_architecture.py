@@ -50,7 +50,6 @@ TORCH_FREE = (
     "environment.py",
     "errors.py",
     "log.py",
-    "processes.py",
     "assets",
 )
 MAX_FILE_LINES = 500

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_llm.config.compose.load import compose
-from nemo_llm.parallel.layout import ParallelLayout
-from tests.layout_grids import DENSE_AXES, EXPERT_AXES, coordinates, groups, rank_of
+from nemo_llm.parallel.layout import DENSE_AXES, EXPERT_AXES, ParallelLayout
 
 SMALL = st.sampled_from([1, 2, 3])
 # Other work on the machine may slow single examples; only the results matter here.
@@ -29,9 +28,9 @@ def layouts(draw: st.DrawFn) -> ParallelLayout:
 @given(layouts())
 def test_coordinates_and_ranks_are_inverse(layout: ParallelLayout) -> None:
     for rank in range(layout.world_size):
-        place = coordinates(layout, rank)
-        assert rank_of(layout, DENSE_AXES, **{axis: place[axis] for axis in DENSE_AXES}) == rank
-        assert rank_of(layout, EXPERT_AXES, **{axis: place[axis] for axis in EXPERT_AXES}) == rank
+        place = layout.coordinates(rank)
+        assert layout.rank_of(**{axis: place[axis] for axis in DENSE_AXES}) == rank
+        assert layout.expert_rank_of(**{axis: place[axis] for axis in EXPERT_AXES}) == rank
 
 
 @quick
@@ -39,8 +38,8 @@ def test_coordinates_and_ranks_are_inverse(layout: ParallelLayout) -> None:
 def test_both_grids_cover_the_same_ranks(layout: ParallelLayout) -> None:
     assert layout.tp * layout.cp * layout.dp == layout.etp * layout.ep * layout.edp
     assert layout.tp * layout.cp * layout.dp * layout.pp == layout.world_size
-    dense = {rank_of(layout, DENSE_AXES, tp=t, cp=c, dp=d, pp=p) for t, c, d, p in ranges(layout, DENSE_AXES)}
-    expert = {rank_of(layout, EXPERT_AXES, etp=t, ep=e, edp=d, pp=p) for t, e, d, p in ranges(layout, EXPERT_AXES)}
+    dense = {layout.rank_of(tp=t, cp=c, dp=d, pp=p) for t, c, d, p in ranges(layout, DENSE_AXES)}
+    expert = {layout.expert_rank_of(etp=t, ep=e, edp=d, pp=p) for t, e, d, p in ranges(layout, EXPERT_AXES)}
     assert dense == expert == set(range(layout.world_size))
 
 
@@ -61,17 +60,18 @@ def test_expert_groups_partition_the_ranks(layout: ParallelLayout, axes: tuple[s
 
 
 def check_partition(layout: ParallelLayout, axes: tuple[str, ...]) -> None:
-    found = groups(layout, *axes)
-    assert sorted(rank for group in found for rank in group) == list(range(layout.world_size))
+    groups = layout.groups(*axes)
+    assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
     size = 1
     for axis in axes:
         size *= layout.size(axis)
-    assert {len(group) for group in found} == {size}
+    assert {len(group) for group in groups} == {size}
     grid = DENSE_AXES if set(axes) <= set(DENSE_AXES) else EXPERT_AXES
-    for group in found:
+    for group in groups:
         assert list(group) == sorted(group)
         for axis in set(grid) - set(axes):
-            assert len({coordinates(layout, rank)[axis] for rank in group}) == 1
+            assert len({layout.coordinates(rank)[axis] for rank in group}) == 1
+        assert layout.group_of(group[0], *axes) == group
 
 
 @quick
@@ -80,7 +80,7 @@ def test_a_pipeline_stage_is_one_block_of_ranks(layout: ParallelLayout) -> None:
     """Pipeline ranks vary slowest, so that both grids agree on who is on which stage."""
     per_stage = layout.world_size // layout.pp
     for rank in range(layout.world_size):
-        assert coordinates(layout, rank)["pp"] == rank // per_stage
+        assert layout.coordinates(rank)["pp"] == rank // per_stage
 
 
 @quick
@@ -110,7 +110,7 @@ MEGATRON_GROUPS = {
 @pytest.mark.parametrize("axes", MEGATRON_GROUPS)
 def test_groups_are_megatrons(axes: tuple[str, ...]) -> None:
     layout = ParallelLayout(world_size=16, tp=2, cp=2, pp=2, ep=4, etp=1)
-    assert [list(group) for group in groups(layout, *axes)] == MEGATRON_GROUPS[axes]
+    assert [list(group) for group in layout.groups(*axes)] == MEGATRON_GROUPS[axes]
 
 
 def test_from_config_takes_tensor_parallel_size_for_experts_unless_told() -> None:
@@ -137,11 +137,11 @@ def test_impossible_layouts_are_refused(sizes: dict[str, int], words: str) -> No
 def test_ranks_and_axes_outside_are_refused() -> None:
     layout = ParallelLayout(world_size=4, tp=2)
     with pytest.raises(ValueError, match=r"rank 4 is outside 0\.\.3"):
-        coordinates(layout, 4)
+        layout.coordinates(4)
     with pytest.raises(ValueError, match=r"tp index 2 is outside 0\.\.1"):
-        rank_of(layout, DENSE_AXES, tp=2)
+        layout.rank_of(tp=2)
     with pytest.raises(ValueError, match="not all of"):
-        groups(layout, "tp", "ep")
+        layout.groups("tp", "ep")
 
 
 def test_describe() -> None:

@@ -9,7 +9,6 @@ from nemo_llm.planner.activations import layer_activations
 from nemo_llm.planner.adapters import trained_parameters
 from nemo_llm.planner.parameters import count_parameters
 from nemo_llm.planner.state import local_parameters
-from tests.layout_grids import coordinates
 from tests.planner.measure import count_local_parameters, count_trained_parameters, measure_layer_bytes
 from tests.ranks import RankPool
 
@@ -51,7 +50,7 @@ def test_every_rank_holds_what_the_planner_counts(arguments: str, processes: int
     counted = count_parameters(cfg.model, VOCAB_SIZE)
     real = ranks.run(count_local_parameters, processes, overrides)
     for rank, found in enumerate(real):
-        chunks = plan.chunks(coordinates(layout, rank)["pp"])
+        chunks = plan.chunks(layout.coordinates(rank)["pp"])
         assert sum(local_parameters(layout, chunks, counted, cfg.model.share_embeddings_and_output_weights)) == found
     if processes == 1:
         assert counted.total == real[0]
@@ -102,6 +101,6 @@ def test_every_rank_trains_what_the_planner_counts(arguments: str, processes: in
     layout = ParallelLayout.from_config(cfg.parallelism, processes)
     plan = plan_stages(cfg.model.num_layers, cfg.parallelism)
     for rank, found in enumerate(ranks.run(count_trained_parameters, processes, overrides)):
-        chunks = plan.chunks(coordinates(layout, rank)["pp"])
+        chunks = plan.chunks(layout.coordinates(rank)["pp"])
         numbers = tuple(number for chunk in chunks for number in chunk.layers)
         assert trained_parameters(cfg, layout, numbers) == found

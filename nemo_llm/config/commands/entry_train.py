@@ -12,8 +12,7 @@ from typing import TextIO
 from nemo_llm.config.compose.catalog import conf_dir, group_choices, known_keys
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import NO_VALUE, ConfigError, ExitCode, InputError, NemoLlmError, Problem
-from nemo_llm.log import is_first_rank
-from nemo_llm.processes import find_process_place
+from nemo_llm.log import is_first_rank, launched_world_size
 
 _FIRST_RANK_GRACE_SECONDS = 10.0
 _HELP_FLAGS = ("-h", "--help")
@@ -78,7 +77,7 @@ def intended_world_size(cfg: RunConfig, environ: Mapping[str, str] | None = None
     A layout of many nodes can so be checked on a laptop:
     ``trainer.check_only=true trainer.devices=8 trainer.num_nodes=16``.
     """
-    launched = find_process_place(environ).world_size
+    launched = launched_world_size(environ)
     if cfg.trainer.check_only and launched == 1:
         return (cfg.trainer.devices or 1) * (cfg.trainer.num_nodes or 1)
     return launched

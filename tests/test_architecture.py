@@ -46,7 +46,6 @@ TORCH_FREE = (
     "parallel/layout.py",
     "parallel/stages.py",
     "megatron/config_fields.py",
-    "megatron/patches.py",
     "environment.py",
     "errors.py",
     "log.py",

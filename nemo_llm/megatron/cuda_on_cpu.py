@@ -175,10 +175,11 @@ def install() -> None:
             f"the CPU mapping was asked for where CUDA is present ({torch.cuda.get_device_name(0)}): it would hide the "
             "GPU. Use trainer.accelerator=cuda, or hide the GPU with CUDA_VISIBLE_DEVICES=''."
         )
-    from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.tensor_parallel import random
 
     _replace_cuda_functions()
-    _replace_megatron_rng(megatron_random)
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     dist.all_to_all_single = _all_to_all_single
     dist.all_gather, dist.reduce_scatter = _all_gather, _reduce_scatter
     CudaOnCpu().__enter__()
@@ -210,8 +211,3 @@ def _replace_cuda_functions() -> None:
         multi_processor_count=1, major=0, minor=0, total_memory=0
     )
     cuda.is_current_stream_capturing = lambda: False
-
-
-def _replace_megatron_rng(megatron_random: Any) -> None:
-    megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)

@@ -5,6 +5,7 @@ Each function is declared in megatron/patches.toml: for which versions, why, and
 
 import types
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,13 +15,21 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import attention, mlp, multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 
-Kernel = Callable[..., Any]
-
 
 def become(module: torch.nn.Module, wanted: type) -> None:
     """Make ``module`` one of ``wanted``, a subclass of the class that Megatron gave it and lets nobody choose."""
     assert issubclass(wanted, type(module)), f"{wanted.__name__} is no {type(module).__name__}"
     module.__class__ = wanted
+
+
+def mix_in(module: Any, mixin: type, word: str) -> None:
+    """Put ``mixin`` before the class of ``module``; the name of that class then begins with ``word``."""
+    become(module, _mixed(mixin, module.__class__, word))
+
+
+@cache
+def _mixed(mixin: type, base: type, word: str) -> type:
+    return type(f"{word}{base.__name__}", (mixin, base), {})
 
 
 def define_missing_names() -> None:
@@ -55,18 +64,18 @@ def accumulates_by_apex() -> bool:
     return not isinstance(getattr(layers, "fused_weight_gradient_mlp_cuda", None), types.SimpleNamespace)
 
 
-def offer_fused_rope(kernel: Kernel) -> None:
+def offer_fused_rope(kernel: Callable[..., Any]) -> None:
     """Let Megatron's ``apply_rope_fusion`` use this kernel where Transformer Engine's is not installed."""
     if rope_utils.fused_apply_rotary_pos_emb is None:
         rope_utils.fused_apply_rotary_pos_emb = kernel
 
 
-def offer_fused_qkv(kernel: Kernel) -> None:
+def offer_fused_qkv(kernel: Callable[..., Any]) -> None:
     """Let Megatron's ``fused_single_qkv_rope`` use this kernel, also where Transformer Engine's is installed."""
     attention.HAVE_FUSED_QKV_ROPE = True
     attention.apply_fused_qkv_rotary_pos_emb = kernel
 
 
-def offer_fused_swiglu(kernel: Kernel) -> None:
+def offer_fused_swiglu(kernel: Callable[..., Any]) -> None:
     """Let Megatron's ``bias_activation_fusion`` use this kernel for SwiGLU."""
     mlp.bias_swiglu_impl = kernel

@@ -114,13 +114,10 @@ def update_weights(
     if norm is None or not accept(norm):
         return False, norm
     for part in optimizer_parts(optimizer):
-        part.optimizer.gradient_factor = _clipping(part.config.clip_grad, norm) / tokens
+        largest = part.config.clip_grad
+        clipping = min(largest / (norm + 1e-6), 1.0) if largest > 0.0 else 1.0  # as Megatron, 1e-6 from the limit
+        part.optimizer.gradient_factor = clipping / tokens
     return bool(optimizer.step_with_ready_grads()), norm
-
-
-def _clipping(largest_norm: float, norm: float) -> float:
-    """What gradients of this norm are multiplied by; as Megatron does it, 1e-6 from the limit."""
-    return min(largest_norm / (norm + 1e-6), 1.0) if largest_norm > 0.0 else 1.0
 
 
 def forget_gradients(chunk: DistributedDataParallel) -> None:

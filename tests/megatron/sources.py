@@ -14,7 +14,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from nemo_llm.megatron.patches import PATCHES
+from tests.megatron.patches import PATCHES
 
 RECORDED = Path(__file__).with_name("sources.json")
 NAMES = sorted({name for patch in PATCHES for name in patch.relies_on})

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_llm.megatron.patches import PATCHES, READ, Patch
 from tests.megatron.faults import FAULTS
+from tests.megatron.patches import PATCHES, READ, Patch
 from tests.megatron.sources import NAMES, digest, installed, recorded
 from tests.ranks import RankPool
 from tests.test_architecture import MODULES, ROOT, TREES, relative

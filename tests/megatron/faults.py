@@ -191,7 +191,7 @@ def weight_gradients() -> bool:
     for module, inputs in ((embedding, torch.tensor([[1]])), (_linear(_config()), torch.ones(1, 1, 8))):
         module.weight.data.zero_()
         module.weight.main_grad = torch.zeros_like(module.weight)
-        output = module(inputs)
+        output = module(inputs.to(module.weight.device))
         (output[0] if isinstance(output, tuple) else output).sum().backward()
         found.append(module.weight.grad.count_nonzero() > 0 and not module.weight.main_grad.count_nonzero())
     return all(found)

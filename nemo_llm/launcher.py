@@ -4,6 +4,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+_NUMBERS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    *("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_LOCALID"),
+)
+
 
 @dataclass(frozen=True)
 class ProcessPlace:
@@ -27,8 +32,8 @@ class ProcessPlace:
 def find_process_place(environ: Mapping[str, str] | None = None) -> ProcessPlace:
     """Read rank and world size from torchrun's variables, else from Slurm's, else take a single process."""
     environ = os.environ if environ is None else environ
-    numbers = {name: int(value) for name, value in environ.items() if value.isdecimal()}
-    if "RANK" in numbers and "WORLD_SIZE" in numbers:
+    numbers = {name: int(environ[name]) for name in _NUMBERS if environ.get(name, "").isdecimal()}
+    if "RANK" in numbers and numbers.get("WORLD_SIZE"):
         rank, world = numbers["RANK"], numbers["WORLD_SIZE"]
         local = numbers.get("LOCAL_RANK", rank), numbers.get("LOCAL_WORLD_SIZE", world)
         return ProcessPlace(rank, world, *local, "torchrun")

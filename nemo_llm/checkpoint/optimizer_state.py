@@ -1,6 +1,6 @@
 """The state of Megatron's optimizers as tensors that know no layout, without moving a byte between ranks.
 
-Megatron-Core 0.16.1 offers for its distributed optimizer either a form that gathers the whole state over data-parallel
+Megatron-Core offers for its distributed optimizer either a form that gathers the whole state over data-parallel
 ranks (``fully_reshardable``) or one that stays tied to TP and PP (``dp_reshardable``). Here each rank describes what it
 owns, a range of each flattened parameter, as boxes of the parameter's global tensor (`boxes_of_range`): as cheap as the
 second, as free as the first, and the same on the disk as what an optimizer that is not distributed writes. Loading
@@ -10,14 +10,11 @@ Where a range is cut depends on the number of data-parallel ranks. Boxes (an off
 read by any other layout. Every range is a few boxes: the end of one row, whole rows, the beginning of another, and the
 same again inside those rows.
 
-Names of Megatron that are private to it, of 0.16.1: ``gbuf_ranges``, ``_get_model_param_range_map`` and
-``_get_main_param_and_optimizer_states`` of `DistributedOptimizer`; ``float16_groups`` and its siblings of
-`Float16OptimizerWithFloat16Params`. tests/models/test_megatron_contract.py fails when they are gone.
+What each rank owns is private to Megatron's optimizers (megatron/patches.toml, `optimizer_state`).
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
 from math import prod
 from typing import Any
 
@@ -25,9 +22,10 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+from nemo_llm.megatron.optimizer import optimizer_parts, owned_ranges
 
 
 def optimizer_tensors(optimizer: MegatronOptimizer, model: dict) -> list[ShardedTensor]:
@@ -62,42 +60,6 @@ def apply_optimizer_scalars(optimizer: MegatronOptimizer, scalars: dict[str, Any
             group["step"] = scalars["step"]
         if getattr(part, "grad_scaler", None) and scalars["grad_scaler"]:
             part.grad_scaler.load_state_dict(scalars["grad_scaler"])
-
-
-def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """Megatron's optimizers of dense weights and of experts, those that have something to update."""
-    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return [part for part in parts if not part.is_stub_optimizer]
-
-
-def updates_experts(part: Any) -> bool:
-    """Whether this part updates weights of experts, over ranks of their own, and not dense ones."""
-    return any(group["is_expert_parallel"] for group in part.optimizer.param_groups)
-
-
-def owned_ranges(part: Any) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
-    """(parameter, where this rank's range of it begins, the tensor of that range that ``part.optimizer`` updates).
-
-    That tensor is the fp32 copy of a 16-bit parameter, and of an fp32 one its own memory.
-    """
-    if isinstance(part, DistributedOptimizer):
-        for maps in part.gbuf_ranges:
-            for buckets in maps.values():
-                for bucket in buckets:
-                    for parameter in bucket["param_map"]:
-                        start = part._get_model_param_range_map(parameter)["param"].start
-                        group, place = part.model_param_group_index_map[parameter]
-                        yield parameter, start, part.optimizer.param_groups[group]["params"][place]
-    elif isinstance(part, Float16OptimizerWithFloat16Params):
-        halves, mains = chain(*part.float16_groups), chain(*part.fp32_from_float16_groups)
-        for parameter, main in zip(halves, mains, strict=True):
-            yield parameter, 0, main
-        for parameter in chain(*part.fp32_from_fp32_groups):
-            yield parameter, 0, parameter
-    else:
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                yield parameter, 0, parameter
 
 
 def _states(part: Any, parameter: torch.nn.Parameter, main: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from nemo_llm.config import ParallelismConfig, RunConfig
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.launcher import ProcessPlace, find_process_place
-from nemo_llm.parallel import cuda_on_cpu
+from nemo_llm.megatron import cuda_on_cpu
 
 
 def _set_slurm_rendezvous() -> None:
@@ -94,7 +94,7 @@ class ParallelRuntime:
         """Set the timeout of every process group; called once the slow first step is over."""
         for group in [None, *list(dist.distributed_c10d._world.pg_map)]:
             # torch has no public call that changes the timeout of a living group (looked for in torch 2.13);
-            # tests/models/test_megatron_contract.py fails when this private one is gone.
+            # tests/megatron/test_contract.py fails when this private one is gone.
             dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 

@@ -6,7 +6,6 @@ Megatron's own code see what they saw before.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from megatron.core.utils import unwrap_model
 from torch import nn
 
 from nemo_llm.errors import InputError
+from nemo_llm.megatron.models import mix_in
 from nemo_llm.models.layers.classification_head import HEAD_PREFIX, ScoreHead
 
 KEY_PREFIX = "adapter."
@@ -105,20 +105,15 @@ class _AdaptedEmbedding(_WithAdapter):
         return self.adapter.replace(input_, embedded) if self.adapter_active else embedded
 
 
-@cache
-def _adapted_class(mixin: type, base: type) -> type:
-    return type(f"Adapted{base.__name__}", (mixin, base), {})
-
-
 def put_on_linear(linear: Any, adapter: Adapter) -> None:
     """Let ``linear`` run with ``adapter`` from now on."""
-    linear.__class__ = _adapted_class(_AdaptedLinear, linear.__class__)
+    mix_in(linear, _AdaptedLinear, "Adapted")
     linear.adapter = adapter.to(linear.weight.device)
 
 
 def put_on_embedding(embedding: Any, adapter: Adapter) -> None:
     """Let ``embedding`` take negative ids as virtual tokens from now on."""
-    embedding.__class__ = _adapted_class(_AdaptedEmbedding, embedding.__class__)
+    mix_in(embedding, _AdaptedEmbedding, "Adapted")
     embedding.adapter = adapter.to(embedding.weight.device)
 
 

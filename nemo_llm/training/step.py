@@ -7,10 +7,10 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 
 from nemo_llm.config.sections.optim import learning_rate
-from nemo_llm.optim.gradients import forget_gradients
+from nemo_llm.megatron.optimizer import forget_gradients, update_weights
 from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.resilience.phase import StepPhase
-from nemo_llm.training.bad_steps import BadStep, diagnose, find_reason, record, remember, update_weights
+from nemo_llm.training.bad_steps import BadStep, diagnose, find_reason, record, remember
 from nemo_llm.training.state import StepResult, TrainingRun
 
 

@@ -202,7 +202,7 @@ def _import_all(work: Path) -> None:
     import nemo_llm.generate
     import nemo_llm.train
     import nemo_llm.training.checkpoint
-    from nemo_llm.parallel import cuda_on_cpu
+    from nemo_llm.megatron import cuda_on_cpu
 
     cuda_on_cpu.install()
     from megatron.core.models.gpt import GPTModel  # noqa: F401

@@ -2,9 +2,6 @@
 
 import importlib
 import inspect
-import subprocess
-import sys
-from importlib.util import find_spec
 
 import pytest
 
@@ -37,8 +34,7 @@ def _names_are_there() -> None:
     assert list(parameters) == ["this", "that", "overflow_buf"]
     for name in ("Adam", "USING_PYTORCH_OPTIMIZER"):
         assert hasattr(megatron_optimizer, name)
-    for name in ("Adam", "HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"):
-        assert hasattr(distrib_optimizer, name)
+    assert hasattr(distrib_optimizer, "Adam")
     finalize = inspect.getsource(importlib.import_module("megatron.core.distributed.finalize_model_grads"))
     resets = finalize.partition("def reset_model_temporary_tensors")[2].partition("\n\n\n")[0]
     assert (resets.count(" if "), "expert_bias" in resets, "global_aux_loss" in resets) == (2, True, True)
@@ -62,44 +58,6 @@ def test_private_names_of_megatron_are_there(ranks: RankPool) -> None:
     ranks.run(_names_are_there, 1)
 
 
-def _te_gemm_is_defined_by_megatron() -> bool:
-    from megatron.core.transformer.moe import moe_utils
-
-    source = inspect.getsource(moe_utils)
-    return "te_general_gemm = None" in source
-
-
-def _norms_are_recomputed_as_if_in_fp8() -> bool:
-    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
-    from megatron.core.transformer.transformer_layer import TransformerLayer
-
-    asks_for_none = "fp8 is not None" in inspect.getsource(CheckpointWithoutOutput.__init__)
-    return asks_for_none and "CheckpointWithoutOutput()" in inspect.getsource(TransformerLayer._forward_attention)
-
-
-def test_megatron_still_takes_the_default_of_a_recomputed_norm_for_fp8(ranks: RankPool) -> None:
-    assert ranks.run(_norms_are_recomputed_as_if_in_fp8, 1)[0], (
-        "models/layers/norm_recomputation.py is not needed any more"
-    )
-
-
-def test_megatron_still_leaves_a_name_undefined_without_transformer_engine(ranks: RankPool) -> None:
-    # When this fails, models/specs.py need not define moe_utils.te_general_gemm any more.
-    assert ranks.run(_te_gemm_is_defined_by_megatron, 1) == [False]
-
-
-def _megatron_takes_mocks_for_transformer_engine() -> bool:
-    code = "from megatron.core.transformer import multi_latent_attention as m; print(m.HAVE_TE)"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.split()[-1] == "True"
-
-
-@pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="Transformer Engine is installed")
-def test_megatron_still_takes_mocks_for_transformer_engine() -> None:
-    # When this fails, models/layers/latent_attention.py need not set multi_latent_attention.HAVE_TE any more.
-    assert _megatron_takes_mocks_for_transformer_engine()
-
-
 def _timeouts(minutes: float) -> None:
     from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
@@ -115,7 +73,7 @@ def test_timeouts_of_living_groups_can_be_shortened(ranks: RankPool) -> None:
 def _refuses_where_cuda_is_present() -> str:
     import torch
 
-    from nemo_llm.parallel import cuda_on_cpu
+    from nemo_llm.megatron import cuda_on_cpu
 
     seen, installed = torch.cuda.is_available, cuda_on_cpu.is_installed
     torch.cuda.is_available, torch.cuda.get_device_name = (lambda: True), (lambda index: "a real GPU")
@@ -204,17 +162,18 @@ def test_apexs_own_kernel_is_left_where_megatron_found_it(ranks: RankPool) -> No
 def _apex_is_left_alone() -> None:
     from megatron.core.tensor_parallel import layers
 
-    from nemo_llm.models.layers.main_grad import offer_gradient_accumulation
+    from nemo_llm.megatron.models import offer_gradient_accumulation
+    from nemo_llm.models.layers.main_grad import accumulate
 
     names = ("_grad_accum_fusion_available", "fused_weight_gradient_mlp_cuda")
     before = {name: getattr(layers, name, None) for name in names}
     found = object()
     try:
         layers._grad_accum_fusion_available, layers.fused_weight_gradient_mlp_cuda = True, found
-        offer_gradient_accumulation()
+        offer_gradient_accumulation(accumulate)
         assert layers.fused_weight_gradient_mlp_cuda is found
         layers._grad_accum_fusion_available = False
-        offer_gradient_accumulation()
+        offer_gradient_accumulation(accumulate)
         ours = layers.fused_weight_gradient_mlp_cuda
         for name in ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16"):
             assert len(inspect.signature(getattr(ours, name)).parameters) == 3

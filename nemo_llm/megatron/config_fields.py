@@ -1,15 +1,18 @@
 """What `model.mcore_overrides` may set: every field of Megatron-Core 0.16.1's configuration of a transformer.
 
 *Numbers* change the arithmetic, *speed or memory* leaves it. The rest is refused: a key of ours sets it, or nothing
-here reads it. tests/models/test_mcore_fields.py holds the table beside TransformerConfig and MLATransformerConfig and
-tries every field.
+here reads it. tests/megatron/test_config_fields.py holds the table beside Megatron's classes and tries every field.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from nemo_llm.config.sections.fields import Scalar
-from nemo_llm.config.sections.run import RunConfig
+if TYPE_CHECKING:
+    from nemo_llm.config.sections.fields import Scalar
+    from nemo_llm.config.sections.run import RunConfig
 
 
 @dataclass(frozen=True, slots=True)

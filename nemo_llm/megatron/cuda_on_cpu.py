@@ -1,6 +1,6 @@
 """Run Megatron-Core's CUDA code on a machine that has no CUDA, by mapping the device and nothing else.
 
-Megatron-Core 0.16 names the CUDA device in some 800 lines, but all of them reach PyTorch through a few doors: the
+Megatron-Core names the CUDA device in some 800 lines, but all of them reach PyTorch through a few doors: the
 ``device=`` argument, ``Tensor.cuda()`` and ``Tensor.type()``, streams and events, pinned memory and the CUDA generator.
 This module answers at those doors with the CPU. The arithmetic that runs is Megatron-Core's own.
 
@@ -175,10 +175,11 @@ def install() -> None:
             f"the CPU mapping was asked for where CUDA is present ({torch.cuda.get_device_name(0)}): it would hide the "
             "GPU. Use trainer.accelerator=cuda, or hide the GPU with CUDA_VISIBLE_DEVICES=''."
         )
-    from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.tensor_parallel import random
 
     _replace_cuda_functions()
-    _replace_megatron_rng(megatron_random)
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     dist.all_to_all_single = _all_to_all_single
     dist.all_gather, dist.reduce_scatter = _all_gather, _reduce_scatter
     CudaOnCpu().__enter__()
@@ -210,10 +211,3 @@ def _replace_cuda_functions() -> None:
         multi_processor_count=1, major=0, minor=0, total_memory=0
     )
     cuda.is_current_stream_capturing = lambda: False
-
-
-def _replace_megatron_rng(megatron_random: Any) -> None:
-    # Private helpers of megatron-core 0.16.1: the tracker keeps one generator state per parallel region through them,
-    # and has no hook of its own for another device. tests/models/test_megatron_contract.py fails when they are renamed.
-    megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)

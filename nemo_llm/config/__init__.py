@@ -16,7 +16,8 @@ from nemo_llm.config.parallelism import ParallelismConfig
 from nemo_llm.config.peft import PeftConfig
 from nemo_llm.config.precision import Fp8Config, PrecisionConfig
 from nemo_llm.config.run import RunConfig
-from nemo_llm.config.services import CheckpointConfig, ClusterConfig, ExpManagerConfig, SampleConfig, TaskConfig
+from nemo_llm.config.sections.task import TaskConfig
+from nemo_llm.config.services import CheckpointConfig, ClusterConfig, ExpManagerConfig, SampleConfig
 from nemo_llm.config.trainer import RampupBatchSize, RunSection, TrainerConfig
 
 __all__ = [

@@ -69,7 +69,14 @@ def annotation_at(path: Sequence[str | int], section: type = RunConfig) -> Any:
     candidates: list[Any] = [section]
     for part in path:
         candidates = [found for member in candidates for found in _descend(member, part)]
-    return candidates[0] if candidates else None
+    return either(candidates) if candidates else None
+
+
+def either(annotations: Sequence[Any]) -> Any:
+    """One annotation for a key that several members of a union have: the choices of all where they are choices."""
+    if all(get_origin(one) is Literal for one in annotations):
+        return Literal[tuple(choice for one in annotations for choice in get_args(one))]
+    return annotations[0]
 
 
 def _descend(annotation: Any, part: str | int) -> list[Any]:
@@ -97,7 +104,9 @@ def known_keys(section: type = RunConfig, prefix: str = "") -> dict[str, KeyInfo
         for member in union_members(hints[field.name]):
             item = get_args(member)[0] if get_origin(member) in (list, tuple) else member
             if isinstance(item, type) and dataclasses.is_dataclass(item):
-                keys |= known_keys(item, f"{key}.")
+                for name, info in known_keys(item, f"{key}.").items():
+                    before = [keys[name].annotation] if name in keys else []
+                    keys[name] = KeyInfo(either([*before, info.annotation]), info.optional)
     return keys
 
 

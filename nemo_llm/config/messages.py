@@ -22,6 +22,7 @@ from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 _MISSING = "missing"
 _TO_BE_GIVEN = "???"  # OmegaConf's mark of a value that the user must give
 _UNEXPECTED = "unexpected_keyword_argument"
+_NO_MEMBER = ("union_tag_invalid", "union_tag_not_found")  # of a union whose member is told by a key
 _SAME_CHOICE = {"gpu": "cuda"}  # by letters it is nearer to cpu
 
 
@@ -54,7 +55,7 @@ def problems_of_validation(
         if item.union_at is not None and not _speaks_for_union(item, located):
             continue
         own = _problems_of_section(item.error)
-        problems.setdefault(item.path, own or [_problem(item.path, item.error, mapping, section)])
+        problems.setdefault(item.path, own or [_problem(item, mapping, section)])
     return [problem for found in problems.values() for problem in found]
 
 
@@ -68,12 +69,17 @@ def _problems_of_section(error: Mapping[str, Any]) -> list[Problem]:
     return [Problem(_dotted(error["loc"]), NO_VALUE, str(raised), "")]
 
 
-def _problem(path: Path, error: Mapping[str, Any], mapping: Mapping[str, Any], section: type) -> Problem:
+def _problem(item: _Located, mapping: Mapping[str, Any], section: type) -> Problem:
+    path, error = item.path, item.error
     key, value, annotation = _dotted(path), _value_at(mapping, path), annotation_at(path, section)
+    if error["type"] == _UNEXPECTED and annotation is not None and item.union_at is not None:
+        union, member = _dotted(item.union_at), item.member
+        fix = f"choose {union}={member} and remove {key}" if _is_file_of(union, member) else f"remove {key}"
+        return Problem(key, value, f"is a key of other kinds of {union}, and not of {member}", fix)
     if error["type"] == _UNEXPECTED:
         return unknown_key(key, value, known_keys(section))
     allowed = error["msg"] if annotation is None else describe_type(annotation)
-    if error["type"] == _MISSING and value is NO_VALUE:
+    if value is NO_VALUE:
         return Problem(key, NO_VALUE, f"missing; it takes {allowed}", f"add {key}=<value>")
     if value == _TO_BE_GIVEN:
         return Problem(key, NO_VALUE, f"has no value yet; it takes {allowed}", f"add {key}=<value>")
@@ -144,6 +150,8 @@ def _locate(error: Mapping[str, Any], mapping: Mapping[str, Any]) -> _Located:
             path.append(part)
         elif union_at is None:
             union_at, member = tuple(path), str(part)
+    if error["type"] in _NO_MEMBER:
+        path.append(error["ctx"]["discriminator"].strip("'"))
     return _Located(tuple(path), union_at, member, error)
 
 

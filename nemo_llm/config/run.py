@@ -10,13 +10,13 @@ from nemo_llm.config.peft import PeftConfig
 from nemo_llm.config.performance import PerformanceConfig
 from nemo_llm.config.precision import PrecisionConfig
 from nemo_llm.config.section import Section
+from nemo_llm.config.sections.task import TaskConfig
 from nemo_llm.config.services import (
     CheckpointConfig,
     ClusterConfig,
     EvaluationConfig,
     ExpManagerConfig,
     SampleConfig,
-    TaskConfig,
 )
 from nemo_llm.config.trainer import RunSection, TrainerConfig
 

@@ -1,6 +1,7 @@
 """What every configuration section shares: the strict base class and the ranges that fields may have."""
 
 import os
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Interval, MinLen
@@ -47,3 +48,16 @@ def expand_home(path: str) -> str:
 
 
 PathStr = Annotated[str, MinLen(1), HomeExpanded()]
+
+
+@dataclass(frozen=True)
+class ToldBy:
+    """Marks a union of sections whose member is told by the text under `key`: no other member is tried."""
+
+    key: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """The decoder's schema; imported here, since ``--help`` does without pydantic."""
+        from pydantic import Discriminator
+
+        return Discriminator(self.key).__get_pydantic_core_schema__(source, handler)

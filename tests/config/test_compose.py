@@ -27,7 +27,6 @@ from nemo_llm.config import (
     RunConfig,
     SampleConfig,
     SchedConfig,
-    TaskConfig,
     TrainerConfig,
 )
 from nemo_llm.config.catalog import TOOL_GROUPS, conf_dir, group_choices, known_keys
@@ -36,6 +35,7 @@ from nemo_llm.config.data_tools import compose_tool
 from nemo_llm.config.load import compose, decode, to_dict
 from nemo_llm.config.performance import PerformanceConfig
 from nemo_llm.config.prepare import DataPrepConfig, PrepareConfig
+from nemo_llm.config.sections.task import HeadTask, TokenTask
 from nemo_llm.config.services import EvaluationConfig
 
 ALL_FILES = sorted(conf_dir().rglob("*.yaml"))
@@ -52,7 +52,7 @@ SECTIONS: dict[str, type] = {
     "optim/sched": SchedConfig,
     "data": DataConfig,
     "tokenizer": TokenizerConfig,
-    "task": TaskConfig,
+    "task": TokenTask,
     "checkpoint": CheckpointConfig,
     "exp_manager": ExpManagerConfig,
     "cluster": ClusterConfig,
@@ -60,6 +60,8 @@ SECTIONS: dict[str, type] = {
     "evaluation": EvaluationConfig,
     "model/family": ModelConfig,
 }
+# Files with other keys than those of their group.
+SECTION_OF_FILE = {"moe": MoeConfig, "classification": HeadTask, "score": HeadTask}
 # What a file of a group leaves to another group.
 ELSEWHERE = {"optim": {"sched"}, "data": {"tokenizer"}}
 # data=blend is for the user's own files, so a source has to be named.
@@ -122,7 +124,7 @@ def test_rules_of_the_data_tool_compose_and_decode(path: Path) -> None:
 )
 def test_file_lists_every_field_with_a_comment(path: Path) -> None:
     group = group_of(path)
-    section = MoeConfig if path.stem == "moe" else SECTIONS[group]
+    section = SECTION_OF_FILE.get(path.stem, SECTIONS[group])
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     content.pop("defaults", None)
     fields = {field.name for field in dataclasses.fields(section)} - ELSEWHERE.get(group, set())
@@ -135,7 +137,7 @@ def test_file_lists_every_field_with_a_comment(path: Path) -> None:
 
 def test_every_field_is_in_yaml_and_none_has_a_default() -> None:
     """Defaults live in conf/ alone: a field may default to None, in parts that are optional, and to nothing else."""
-    for section in {RunConfig, *SECTIONS.values(), MoeConfig}:
+    for section in {RunConfig, *SECTIONS.values(), *SECTION_OF_FILE.values()}:
         for field in dataclasses.fields(section):
             assert field.default in (dataclasses.MISSING, None), f"{section.__name__}.{field.name}"
             assert field.default_factory is dataclasses.MISSING, f"{section.__name__}.{field.name}"

@@ -4,15 +4,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from nemo_llm.config.run import RunConfig
-from nemo_llm.config.section import Section
+from numpy.typing import NDArray
+
+from nemo_llm.config.sections.fields import Section
+from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import Problem
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from nemo_llm.data.sample import Sample
 
 MicroBatch = dict[str, "Tensor"]
 """``tokens``, ``labels``, ``loss_mask``, ``position_ids``: ``[b, s/cp]``; ``padding``, bool ``[b, s/cp]``, absent when
@@ -41,7 +41,7 @@ class Task(ABC):
 
     @abstractmethod
     def forward_step(
-        self, batches: "Iterator[MicroBatch]", model: "torch.nn.Module"
+        self, batches: Iterator[MicroBatch], model: "torch.nn.Module"
     ) -> "tuple[Tensor, Callable[[Tensor], LossSum]]":
         """Run one micro-batch through this pipeline stage, as Megatron's schedules call it.
 
@@ -59,16 +59,20 @@ class Task(ABC):
         """What is logged, by the names of ``metrics.jsonl``, ``loss`` among them; ``val_`` precedes in validation."""
 
     def describe(self, figures: Mapping[str, float], num_tokens: int) -> str:
-        """The figures of a validation set of `num_tokens` learned tokens, as its line on the terminal has them."""
-        return " | ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        """The line of a validation set with `num_tokens` learned tokens."""
+        return " | ".join([*(f"{name} {value:.4f}" for name, value in figures.items()), f"{num_tokens} tokens"])
 
-    def compare(self, figures: Mapping[str, float], samples: "Iterable[Sample]", vocab_size: int) -> str:
-        """The last validation beside what needs no learning, from its `samples`; for the end of the run."""
-        return self.describe(figures, 0)
+    def compare(self, figures: Mapping[str, float], labels: Iterable[NDArray], vocab_size: int) -> str:
+        """The last validation beside what needs no learning, for the end of a run.
+
+        Args:
+            labels: those that the loss was taken over, of each sample.
+        """
+        return " | ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
 
 class TokenMean(Task):
-    """The mean loss over the positions that the loss mask counts: what they are compared with is in the labels."""
+    """The mean loss over the positions that the loss mask counts; what they are to give is in the labels."""
 
     unit = "tokens"
     """What a counted position is one of."""
@@ -76,7 +80,7 @@ class TokenMean(Task):
     """What the share of right guesses is called; None where nothing is right or wrong."""
 
     def forward_step(
-        self, batches: "Iterator[MicroBatch]", model: "torch.nn.Module"
+        self, batches: Iterator[MicroBatch], model: "torch.nn.Module"
     ) -> "tuple[Tensor, Callable[[Tensor], LossSum]]":
         """Losses of one micro-batch."""
         batch = next(batches)
@@ -95,7 +99,7 @@ class TokenMean(Task):
         return sums["tokens"].clamp(min=1)
 
     def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Mean loss in nats, and in evaluation the share of right guesses."""
+        """Mean loss, and in evaluation the share of right guesses."""
         tokens = max(sums["tokens"], 1)
         figures = {"loss": sums["loss"] / tokens}
         if self.accuracy is not None and "hits" in sums:
@@ -132,12 +136,14 @@ def head_problems(sections: RunConfig, fits: bool, needed: tuple[str, str]) -> I
     """Problems of a task that trains a head in place of the output layer.
 
     Args:
-        fits: whether ``model.head`` names what the task learns.
+        fits: whether ``model.head`` has as many names as the task wants.
         needed: what it has to name, in words, and an example.
     """
-    task, head = sections.task.name, sections.model.head
-    if head is None or not fits or len(set(head)) < len(head):
-        yield Problem("model.head", head, f"task={task} needs {needed[0]}", f"set model.head={needed[1]}")
+    task, head = sections.task.name, sections.model.head or ()
+    if not fits or len(set(head)) < len(head):
+        yield Problem(
+            "model.head", sections.model.head, f"task={task} needs {needed[0]}", f"set model.head={needed[1]}"
+        )
     if sections.data.labelled is None:
         yield Problem("data.labelled", None, f"is needed by task={task}", "choose data=labelled")
     unwanted = {"evaluation.interval": sections.evaluation.interval, "sample.enabled": sections.sample.enabled or None}

@@ -1,18 +1,17 @@
 """Next-token prediction on all tokens that the data counts."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
-from nemo_llm.config.run import RunConfig
+from numpy.typing import NDArray
+
+from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import Problem
 from nemo_llm.tasks.base import TokenMean
-
-if TYPE_CHECKING:
-    from nemo_llm.data.sample import Sample
+from nemo_llm.tasks.unigram import beside_unigram, count_tokens, unigram_entropy_nats
 
 
 class Pretrain(TokenMean):
-    """Cross-entropy of the next token, beside the unigram entropy at the end."""
+    """Cross-entropy of the next token, at the end beside the entropy of the tokens by their frequencies alone."""
 
     source_kinds = frozenset({"indexed", "text", "chat", "mock"})
     accuracy = "next-token accuracy"
@@ -24,9 +23,7 @@ class Pretrain(TokenMean):
             fix = "set task=classification (several names) or task=score (one), or model.head=null"
             yield Problem("task.name", sections.task.name, rule, fix)
 
-    def compare(self, figures: Mapping[str, float], samples: "Iterable[Sample]", vocab_size: int) -> str:
-        """Beside the entropy of the same tokens by their frequencies alone."""
-        from nemo_llm.tasks.unigram import beside_unigram, count_tokens, unigram_entropy_nats
-
-        counts = count_tokens((sample.tokens[1:][sample.loss_mask > 0] for sample in samples), vocab_size)
-        return f"loss {figures['loss']:.4f} nats; {beside_unigram(figures['loss'], unigram_entropy_nats(counts))}"
+    def compare(self, figures: Mapping[str, float], labels: Iterable[NDArray], vocab_size: int) -> str:
+        """Beside the unigram entropy of the same tokens."""
+        loss, entropy = figures["loss"], unigram_entropy_nats(count_tokens(labels, vocab_size))
+        return f"loss {loss:.4f} nats; {beside_unigram(loss, entropy)}"

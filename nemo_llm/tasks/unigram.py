@@ -49,3 +49,10 @@ def unigram_entropy_nats(counts: ArrayLike) -> float:
         raise InputError("no validation tokens to take the unigram entropy of\n      fix: check data.validation")
     share = present / present.sum()
     return max(0.0, float(-(share * np.log(share)).sum()))  # a single token gives -0.0
+
+
+def beside_unigram(loss: float, entropy: float) -> str:
+    """How a loss compares with the entropy of the same tokens by their frequencies alone, both in nats."""
+    better = entropy - loss
+    how = f"better by {better:.4f}" if better >= 0 else f"worse by {-better:.4f}: it has not learned these tokens yet"
+    return f"unigram entropy of the same tokens {entropy:.4f} nats; the model is {how}"

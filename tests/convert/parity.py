@@ -38,7 +38,7 @@ def measure(checkpoint: str, output: str, overrides: tuple[str, ...]) -> None:
     import torch.distributed as dist
 
     from nemo_llm.checkpoint.weights import load_weights, save_weights
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import forward_backward
@@ -75,10 +75,10 @@ def measure(checkpoint: str, output: str, overrides: tuple[str, ...]) -> None:
     logits = _logits(run, batches)
     if dist.get_rank() == dist.get_world_size() - 1:
         torch.save(logits, Path(output) / "logits.pt")
-    _, num_tokens = forward_backward(run, world_batches)
+    _, denominator = forward_backward(run, world_batches)
     for chunk in run.model:
         for parameter in chunk.parameters():
-            parameter.data.copy_(parameter.main_grad / num_tokens)
+            parameter.data.copy_(parameter.main_grad / denominator)
     save_weights(run.model, Path(output))
 
 

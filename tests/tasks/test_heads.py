@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from nemo_llm.config.checks import check
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 from nemo_llm.data.build import build_train_and_validation
-from nemo_llm.data.labelled import place_of
-from nemo_llm.data.tokenizer import load_tokenizer
+from nemo_llm.data.sources.labelled_texts import place_of
 from nemo_llm.errors import ConfigError, InputError
+from nemo_llm.tokenizers.tokenizer import load_tokenizer
 from tests.parity.layouts import DENSE
 from tests.peft.test_against_peft import MODEL, _copy_base, _hf_model
 from tests.ranks import RankPool
@@ -75,7 +75,7 @@ def against_transformers(folder: str, task: tuple[str, ...]) -> tuple[float, flo
 
     from nemo_llm.models.build import build_model_chunks
     from nemo_llm.parallel.runtime import start_runtime
-    from nemo_llm.tasks.pretrain import forward_step
+    from nemo_llm.tasks import build_task
     from nemo_llm.training.batches import build_loaders
 
     cfg = compose(_keys(folder, *task, "model.num_layers=2"))
@@ -100,7 +100,8 @@ def against_transformers(folder: str, task: tuple[str, ...]) -> tuple[float, flo
     _, _, loader, _ = build_loaders(cfg, runtime)
     batch = loader.micro_batches(0, 8)[0]
     logits = chunk(batch["tokens"], batch["position_ids"], attention_mask=batch["document_ids"])
-    loss, count, _ = forward_step(iter([batch]), chunk)[1](forward_step(iter([batch]), chunk)[0])
+    output, to_sums = build_task(cfg.task).forward_step(iter([batch]), chunk)
+    loss, count, _ = to_sums(output)
     differences, losses = [], []
     for row, column in batch["loss_mask"].nonzero().tolist():
         document = batch["document_ids"][row] == batch["document_ids"][row, column]
@@ -191,8 +192,8 @@ def write_base(folder: str) -> str:
 def train_head(folder: str, base: str) -> tuple[list[float], float]:
     """A head with LoRA on that model: losses of some steps, and of the last batch again from the checkpoint."""
     from nemo_llm.parallel.runtime import start_runtime
+    from nemo_llm.run.folder import to_plain, write_config
     from nemo_llm.training.checkpoint import load_checkpoint, save_checkpoint
-    from nemo_llm.training.rundir import to_plain, write_config
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import forward_backward, train_step
 
@@ -220,10 +221,10 @@ def train_head(folder: str, base: str) -> tuple[list[float], float]:
     write_config(run.run_dir, to_plain(cfg))
     losses = [train_step(run).loss for _ in range(12)]
     step = save_checkpoint(run)
-    losses.append(forward_backward(run, run.loader.micro_batches(0, 8))[0])
+    losses.append(forward_backward(run, run.loader.micro_batches(0, 8))[0].loss)
     again = build_training_run(cfg, runtime)
     load_checkpoint(again, step)
-    return losses, forward_backward(again, again.loader.micro_batches(0, 8))[0]
+    return losses, forward_backward(again, again.loader.micro_batches(0, 8))[0].loss
 
 
 def merge(folder: str) -> None:
@@ -235,8 +236,8 @@ def merge(folder: str) -> None:
 
 def measure(folder: str, *overrides: str) -> None:
     """``python -m nemo_llm.evaluate`` on the texts that training did not see."""
-    from nemo_llm.config.data_tools import compose_tool
-    from nemo_llm.config.evaluate import EvaluateConfig
+    from nemo_llm.config.commands.data import compose_tool
+    from nemo_llm.config.commands.evaluate import EvaluateConfig
     from nemo_llm.evaluate import main
 
     wanted = f"file: {folder}/texts.jsonl, text_key: text, label_key: label, label_words: null"
@@ -319,7 +320,7 @@ def test_equal_texts_stay_on_one_side(tmp_path: Path) -> None:
         (("task=classification", "model.head=[one]"), "two or more"),
         (("task=score", "model.head=[one,two]"), "one name"),
         (("model.head=[one,two]",), "predicts tokens"),
-        ((*CLASSIFY, "data=demo"), "labelled texts alone"),
+        ((*CLASSIFY, "data=demo"), "of kind text, and task=classification learns from labelled"),
         ((*CLASSIFY, "sample.enabled=true"), "sample.enabled"),
     ],
 )

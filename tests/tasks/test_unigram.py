@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from nemo_llm.errors import InputError
-from nemo_llm.training.closing import beside_unigram
-from nemo_llm.training.unigram import count_tokens, unigram_entropy_nats
+from nemo_llm.tasks.unigram import beside_unigram
+from nemo_llm.tasks.unigram import count_tokens, unigram_entropy_nats
 
 
 def test_known_values():

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from nemo_llm.config.section import NonNegativeFloat, Section, ToldBy
+from nemo_llm.config.sections.fields import NonNegativeFloat, Section, ToldBy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,5 @@
 """What is optimised: one class for each ``task.name``. Adding one: docs/develop/add-a-task.md."""
 
-from collections.abc import Callable
-
 from nemo_llm.config.sections.task import TaskConfig
 from nemo_llm.tasks.base import Task
 from nemo_llm.tasks.classification import Classification

@@ -1,17 +1,14 @@
 """What a task is: all that the training loop asks of what is optimised. Imports no torch at module level."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
-
-from numpy.typing import NDArray
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from nemo_llm.config.sections.fields import Section
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import Problem
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 MicroBatch = dict[str, "Tensor"]
@@ -20,6 +17,8 @@ every position is filled; ``document_ids``: ``[b, s]``, absent when documents ma
 
 LossSum = tuple["Tensor", "Tensor", dict[str, "Tensor"]]
 """The sum that is differentiated, the number of learned tokens as Megatron wants it (int32), and the named sums."""
+
+ForwardStep = tuple["Tensor", Callable[["Tensor"], LossSum]]
 
 
 class Task(ABC):
@@ -40,9 +39,7 @@ class Task(ABC):
         """Problems between this task and the other sections; no tensor exists yet."""
 
     @abstractmethod
-    def forward_step(
-        self, batches: Iterator[MicroBatch], model: "torch.nn.Module"
-    ) -> "tuple[Tensor, Callable[[Tensor], LossSum]]":
+    def forward_step(self, batches: Iterator[MicroBatch], model: Any) -> ForwardStep:
         """Run one micro-batch through this pipeline stage, as Megatron's schedules call it.
 
         The closure turns the last stage's output into the sums over this rank's share of the micro-batch: detached
@@ -62,12 +59,8 @@ class Task(ABC):
         """The line of a validation set with `num_tokens` learned tokens."""
         return " | ".join([*(f"{name} {value:.4f}" for name, value in figures.items()), f"{num_tokens} tokens"])
 
-    def compare(self, figures: Mapping[str, float], labels: Iterable[NDArray], vocab_size: int) -> str:
-        """The last validation beside what needs no learning, for the end of a run.
-
-        Args:
-            labels: those that the loss was taken over, of each sample.
-        """
+    def compare(self, figures: Mapping[str, float], _entropy: Callable[[], float]) -> str:
+        """The last validation, for the end of a run; beside the entropy (nats) of its labels where that says much."""
         return " | ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
 
@@ -79,20 +72,10 @@ class TokenMean(Task):
     accuracy: str | None = "accuracy"
     """What the share of right guesses is called; None where nothing is right or wrong."""
 
-    def forward_step(
-        self, batches: Iterator[MicroBatch], model: "torch.nn.Module"
-    ) -> "tuple[Tensor, Callable[[Tensor], LossSum]]":
+    def forward_step(self, batches: Iterator[MicroBatch], model: Any) -> ForwardStep:
         """Losses of one micro-batch."""
         batch = next(batches)
-        output = model(
-            batch["tokens"],
-            batch["position_ids"],
-            attention_mask=batch.get("document_ids"),
-            labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
-            padding_mask=batch.get("padding"),
-        )
-        return output, lambda losses: sum_losses(losses, batch["loss_mask"])
+        return token_losses(batch, model), lambda losses: sum_losses(losses, batch["loss_mask"])
 
     def denominator(self, sums: "Mapping[str, Tensor]") -> "Tensor":
         """Tokens, at least one."""
@@ -110,6 +93,45 @@ class TokenMean(Task):
         """Loss, accuracy where there is one, and how much was counted."""
         right = f"{self.accuracy} {figures['accuracy']:.1%} | " if "accuracy" in figures else ""
         return f"loss {figures['loss']:.4f} | {right}{num_tokens} {self.unit}"
+
+
+class HeadMean(TokenMean):
+    """The mean loss over texts of a head in place of the output layer."""
+
+    source_kinds = frozenset({"labelled"})
+    unit = "texts"
+    names: tuple[range, str, str]
+    """How many ``model.head`` has to hold, in words too, and an example."""
+
+    def check(self, sections: RunConfig) -> Iterator[Problem]:
+        """The head fits, and nothing asks for tokens."""
+        task, head, (allowed, words, example) = sections.task.name, sections.model.head or (), self.names
+        if len(head) not in allowed or len(set(head)) < len(head):
+            rule = f"task={task} needs {words}"
+            yield Problem("model.head", sections.model.head, rule, f"set model.head={example}")
+        if sections.data.labelled is None:
+            yield Problem("data.labelled", None, f"is needed by task={task}", "choose data=labelled")
+        unwanted = {
+            "evaluation.interval": sections.evaluation.interval,
+            "sample.enabled": sections.sample.enabled or None,
+        }
+        for key, value in unwanted.items():
+            if value is not None:
+                off = "false" if value is True else "null"
+                yield Problem(key, value, f"needs the logits of tokens, and task={task} has none", f"set {key}={off}")
+
+
+def token_losses(batch: MicroBatch, model: Any) -> "Tensor":
+    """What this pipeline stage makes of a micro-batch: on the last one the losses that `sum_losses` takes."""
+    output: Tensor = model(
+        batch["tokens"],
+        batch["position_ids"],
+        attention_mask=batch.get("document_ids"),
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        padding_mask=batch.get("padding"),
+    )
+    return output
 
 
 def sum_losses(losses: "Tensor", loss_mask: "Tensor") -> LossSum:
@@ -130,24 +152,3 @@ def sum_losses(losses: "Tensor", loss_mask: "Tensor") -> LossSum:
     if losses.dim() == 3:
         sums["hits"] = (losses[1] * mask).sum().double()
     return total, counted.int(), sums
-
-
-def head_problems(sections: RunConfig, fits: bool, needed: tuple[str, str]) -> Iterator[Problem]:
-    """Problems of a task that trains a head in place of the output layer.
-
-    Args:
-        fits: whether ``model.head`` has as many names as the task wants.
-        needed: what it has to name, in words, and an example.
-    """
-    task, head = sections.task.name, sections.model.head or ()
-    if not fits or len(set(head)) < len(head):
-        yield Problem(
-            "model.head", sections.model.head, f"task={task} needs {needed[0]}", f"set model.head={needed[1]}"
-        )
-    if sections.data.labelled is None:
-        yield Problem("data.labelled", None, f"is needed by task={task}", "choose data=labelled")
-    unwanted = {"evaluation.interval": sections.evaluation.interval, "sample.enabled": sections.sample.enabled or None}
-    for key, value in unwanted.items():
-        if value is not None:
-            off = "false" if value is True else "null"
-            yield Problem(key, value, f"needs the logits of tokens, and task={task} has none", f"set {key}={off}")

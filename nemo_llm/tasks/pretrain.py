@@ -1,13 +1,10 @@
 """Next-token prediction on all tokens that the data counts."""
 
-from collections.abc import Iterable, Iterator, Mapping
-
-from numpy.typing import NDArray
+from collections.abc import Callable, Iterator, Mapping
 
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import Problem
 from nemo_llm.tasks.base import TokenMean
-from nemo_llm.tasks.unigram import beside_unigram, count_tokens, unigram_entropy_nats
 
 
 class Pretrain(TokenMean):
@@ -23,7 +20,12 @@ class Pretrain(TokenMean):
             fix = "set task=classification (several names) or task=score (one), or model.head=null"
             yield Problem("task.name", sections.task.name, rule, fix)
 
-    def compare(self, figures: Mapping[str, float], labels: Iterable[NDArray], vocab_size: int) -> str:
-        """Beside the unigram entropy of the same tokens."""
-        loss, entropy = figures["loss"], unigram_entropy_nats(count_tokens(labels, vocab_size))
-        return f"loss {loss:.4f} nats; {beside_unigram(loss, entropy)}"
+    def compare(self, figures: Mapping[str, float], entropy: Callable[[], float]) -> str:
+        """Beside what a model reaches that knows how frequent each token is and nothing else."""
+        loss, unigram = figures["loss"], entropy()
+        better = unigram - loss
+        how = (
+            f"better by {better:.4f}" if better >= 0 else f"worse by {-better:.4f}: it has not learned these tokens yet"
+        )
+        words = f"unigram entropy of the same tokens {unigram:.4f} nats; the model is {how}"
+        return f"loss {loss:.4f} nats; {words}"

@@ -1,24 +1,16 @@
 """A head that gives each text a number: squared error at the last token of each text."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
-from numpy.typing import NDArray
-
-from nemo_llm.config.sections.run import RunConfig
-from nemo_llm.errors import Problem
-from nemo_llm.tasks.base import TokenMean, head_problems
+from nemo_llm.tasks.base import HeadMean
 
 
-class Score(TokenMean):
+class Score(HeadMean):
     """The score is the one name in ``model.head``."""
 
-    source_kinds = frozenset({"labelled"})
-    unit, accuracy = "texts", None
+    accuracy = None
+    names = (range(1, 2), "one name", "[score]")
 
-    def check(self, sections: RunConfig) -> Iterator[Problem]:
-        """The head has one output, and nothing asks for tokens."""
-        yield from head_problems(sections, len(sections.model.head or ()) == 1, ("one name", "[score]"))
-
-    def compare(self, figures: Mapping[str, float], labels: Iterable[NDArray], vocab_size: int) -> str:
+    def compare(self, figures: Mapping[str, float], _entropy: Callable[[], float]) -> str:
         """The error alone."""
         return f"mean squared error {figures['loss']:.4f}"

@@ -232,7 +232,6 @@ class _Report:
 def _figures(row: StepRow, speed: Throughput) -> dict[str, float | None]:
     """Names as the loggers show them."""
     return {
-        "train/loss": row.loss,
         "train/grad_norm": row.grad_norm,
         "train/learning_rate": row.learning_rate,
         "speed/tokens_per_second": row.tokens_per_second,

@@ -1,6 +1,8 @@
 """One training step, from the global batch to the optimizer's update. Read this file first."""
 
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,7 +64,7 @@ def forward_backward(run: TrainingRun, batches: list[dict[str, torch.Tensor]]) -
     #    *sums*. At the end of the schedule the gradients are summed over micro-batches and data-parallel ranks. The
     #    optimizer divides them by the task's denominator over the global batch (the number of tokens, say): the
     #    gradient of the mean, whatever the layout.
-    sums = reduce_sums(run, run_schedule(run, batches, forward_only=False))
+    sums = reduce_sums(run, run_schedule(run, batches, run.task.forward_step, forward_only=False))
     denominator = run.task.denominator(sums).to(sums["tokens"])
     *values, divided_by = torch.stack([*sums.values(), denominator]).tolist()
     return measure(run.task, dict(zip(sums, values, strict=True))), divided_by
@@ -77,18 +79,24 @@ def _update_if_good(run: TrainingRun, loss: float, denominator: float) -> tuple[
     return update_weights(run.optimizer, denominator, lambda norm: find_reason(run, loss, norm) is None)
 
 
-def run_schedule(run: TrainingRun, batches: list[dict[str, torch.Tensor]], forward_only: bool) -> list:
-    """Run the micro-batches through the pipeline; on the last stage the result holds each one's sums."""
+def run_schedule(
+    run: TrainingRun, batches: list[dict[str, torch.Tensor]], forward_step: Callable[..., Any], **settings: bool
+) -> list[Any]:
+    """Run the micro-batches through the pipeline; on the last stage the result holds what each one gave.
+
+    Args:
+        settings: of Megatron's schedules, ``forward_only`` above all.
+    """
     # Each virtual stage draws the same micro-batches from an iterator of its own.
     iterators = [iter(batches) for _ in run.model]
     return run.forward_backward(
-        forward_step_func=run.task.forward_step,
+        forward_step_func=forward_step,
         data_iterator=iterators if len(run.model) > 1 else iterators[0],
         model=run.model if len(run.model) > 1 else run.model[0],
         num_microbatches=len(batches),
         seq_length=run.cfg.data.seq_length,
-        micro_batch_size=run.cfg.trainer.micro_batch_size,
-        forward_only=forward_only,
+        micro_batch_size=len(batches[0]["tokens"]),
+        **settings,
     )
 
 

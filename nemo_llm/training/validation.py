@@ -26,7 +26,7 @@ def validate(run: TrainingRun) -> dict[str, Measured]:
                     break
                 # Beyond the end of the set the loader gives samples whose loss mask is zero.
                 batches = loader.micro_batches(first, cfg.global_batch_size)
-                part = reduce_sums(run, run_schedule(run, batches, forward_only=True))
+                part = reduce_sums(run, run_schedule(run, batches, run.task.forward_step, forward_only=True))
                 sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
             results[name] = measure(run.task, {name: value.item() for name, value in sums.items()})
     return results

@@ -275,9 +275,10 @@ def check_task(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
     for key, blend in _blends(cfg):
         for entry in blend_entries(blend, key):
             if entry.kind not in task.source_kinds:
-                rule = f"is a source of kind {entry.kind}, and task={cfg.task.name} learns from {either(sorted(task.source_kinds))}"
-                others = [name for name, other in TASKS.items() if entry.kind in other.source_kinds]
-                yield Problem(key, entry.name, rule, f"give sources of such a kind, or set task={either(others)}")
+                kinds = " or ".join(sorted(task.source_kinds))
+                others = " or ".join(name for name, other in TASKS.items() if entry.kind in other.source_kinds)
+                rule = f"is a source of kind {entry.kind}, and task={cfg.task.name} learns from {kinds}"
+                yield Problem(key, entry.name, rule, f"give sources of such a kind, or set task={others}")
     yield from task.check(cfg)
 
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_llm.config.sections.fields import Section
 from nemo_llm.config.sections.run import RunConfig
@@ -18,6 +18,7 @@ every position is filled; ``document_ids``: ``[b, s]``, absent when documents ma
 LossSum = tuple["Tensor", "Tensor", dict[str, "Tensor"]]
 """The sum that is differentiated, the number of learned tokens as Megatron wants it (int32), and the named sums."""
 
+Model = Callable[..., "Tensor"]
 ForwardStep = tuple["Tensor", Callable[["Tensor"], LossSum]]
 
 
@@ -39,7 +40,7 @@ class Task(ABC):
         """Problems between this task and the other sections; no tensor exists yet."""
 
     @abstractmethod
-    def forward_step(self, batches: Iterator[MicroBatch], model: Any) -> ForwardStep:
+    def forward_step(self, batches: Iterator[MicroBatch], model: Model) -> ForwardStep:
         """Run one micro-batch through this pipeline stage, as Megatron's schedules call it.
 
         The closure turns the last stage's output into the sums over this rank's share of the micro-batch: detached
@@ -72,7 +73,7 @@ class TokenMean(Task):
     accuracy: str | None = "accuracy"
     """What the share of right guesses is called; None where nothing is right or wrong."""
 
-    def forward_step(self, batches: Iterator[MicroBatch], model: Any) -> ForwardStep:
+    def forward_step(self, batches: Iterator[MicroBatch], model: Model) -> ForwardStep:
         """Losses of one micro-batch."""
         batch = next(batches)
         return token_losses(batch, model), lambda losses: sum_losses(losses, batch["loss_mask"])
@@ -111,19 +112,17 @@ class HeadMean(TokenMean):
             yield Problem("model.head", sections.model.head, rule, f"set model.head={example}")
         if sections.data.labelled is None:
             yield Problem("data.labelled", None, f"is needed by task={task}", "choose data=labelled")
-        unwanted = {
-            "evaluation.interval": sections.evaluation.interval,
-            "sample.enabled": sections.sample.enabled or None,
-        }
-        for key, value in unwanted.items():
-            if value is not None:
-                off = "false" if value is True else "null"
+        for key, value, off in (
+            ("evaluation.interval", sections.evaluation.interval, "null"),
+            ("sample.enabled", sections.sample.enabled, "false"),
+        ):
+            if value:
                 yield Problem(key, value, f"needs the logits of tokens, and task={task} has none", f"set {key}={off}")
 
 
-def token_losses(batch: MicroBatch, model: Any) -> "Tensor":
+def token_losses(batch: MicroBatch, model: Model) -> "Tensor":
     """What this pipeline stage makes of a micro-batch: on the last one the losses that `sum_losses` takes."""
-    output: Tensor = model(
+    return model(
         batch["tokens"],
         batch["position_ids"],
         attention_mask=batch.get("document_ids"),
@@ -131,7 +130,6 @@ def token_losses(batch: MicroBatch, model: Any) -> "Tensor":
         loss_mask=batch["loss_mask"],
         padding_mask=batch.get("padding"),
     )
-    return output
 
 
 def sum_losses(losses: "Tensor", loss_mask: "Tensor") -> LossSum:

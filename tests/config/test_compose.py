@@ -27,6 +27,7 @@ from nemo_llm.config import (
     RunConfig,
     SampleConfig,
     SchedConfig,
+    TaskConfig,
     TrainerConfig,
 )
 from nemo_llm.config.commands.data import compose_tool
@@ -36,7 +37,6 @@ from nemo_llm.config.compose.load import compose, decode, to_dict
 from nemo_llm.config.sections.data import TokenizerConfig
 from nemo_llm.config.sections.performance import PerformanceConfig
 from nemo_llm.config.sections.run_services import EvaluationConfig
-from nemo_llm.config.sections.task import HeadTask, TokenTask
 
 ALL_FILES = sorted(conf_dir().rglob("*.yaml"))
 TOOL_FILES = [path for path in ALL_FILES if path.parent.name in TOOL_GROUPS]
@@ -52,7 +52,6 @@ SECTIONS: dict[str, type] = {
     "optim/sched": SchedConfig,
     "data": DataConfig,
     "tokenizer": TokenizerConfig,
-    "task": TokenTask,
     "checkpoint": CheckpointConfig,
     "exp_manager": ExpManagerConfig,
     "cluster": ClusterConfig,
@@ -60,8 +59,11 @@ SECTIONS: dict[str, type] = {
     "evaluation": EvaluationConfig,
     "model/family": ModelConfig,
 }
-# Files with other keys than those of their group.
-SECTION_OF_FILE = {"moe": MoeConfig, "classification": HeadTask, "score": HeadTask}
+SECTIONS |= {
+    f"task/{name}": section
+    for section in get_args(get_args(TaskConfig)[0])
+    for name in get_args(get_type_hints(section)["name"])
+}
 # What a file of a group leaves to another group.
 ELSEWHERE = {"optim": {"sched"}, "data": {"tokenizer"}}
 # data=blend is for the user's own files, so a source has to be named.
@@ -119,12 +121,12 @@ def test_rules_of_the_data_tool_compose_and_decode(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in FILES if group_of(path) in SECTIONS],
+    [path for path in FILES if {group_of(path), f"{group_of(path)}/{path.stem}"} & set(SECTIONS)],
     ids=lambda path: path.relative_to(conf_dir()).as_posix(),
 )
 def test_file_lists_every_field_with_a_comment(path: Path) -> None:
     group = group_of(path)
-    section = SECTION_OF_FILE.get(path.stem, SECTIONS[group])
+    section = MoeConfig if path.stem == "moe" else SECTIONS.get(f"{group}/{path.stem}") or SECTIONS[group]
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     content.pop("defaults", None)
     fields = {field.name for field in dataclasses.fields(section)} - ELSEWHERE.get(group, set())
@@ -137,7 +139,7 @@ def test_file_lists_every_field_with_a_comment(path: Path) -> None:
 
 def test_every_field_is_in_yaml_and_none_has_a_default() -> None:
     """Defaults live in conf/ alone: a field may default to None, in parts that are optional, and to nothing else."""
-    for section in {RunConfig, *SECTIONS.values(), *SECTION_OF_FILE.values()}:
+    for section in {RunConfig, *SECTIONS.values(), MoeConfig}:
         for field in dataclasses.fields(section):
             assert field.default in (dataclasses.MISSING, None), f"{section.__name__}.{field.name}"
             assert field.default_factory is dataclasses.MISSING, f"{section.__name__}.{field.name}"

@@ -1,9 +1,9 @@
-"""The ``task`` section: one class for each set of keys, chosen by ``task.name``; another task's key is refused."""
+"""The ``task`` section: one class for each set of keys, which ``task.name`` chooses."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from nemo_llm.config.sections.fields import NonNegativeFloat, Section, ToldBy
+from nemo_llm.config.sections.fields import NonNegativeFloat, Section, TaggedBy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,4 +21,4 @@ class HeadTask(Section):
     name: Literal["classification", "score"]
 
 
-TaskConfig = Annotated[TokenTask | HeadTask, ToldBy("name")]
+TaskConfig = Annotated[TokenTask | HeadTask, TaggedBy("name")]

@@ -100,23 +100,22 @@ def owned_ranges(part: Any) -> Iterator[tuple[torch.nn.Parameter, int, torch.Ten
 
 
 def update_weights(
-    optimizer: Any, num_tokens: int, accept: Callable[[float | None], bool]
+    optimizer: Any, denominator: float, accept: Callable[[float | None], bool]
 ) -> tuple[bool, float | None]:
     """Clip and update unless ``accept`` refuses the gradient norm; returns (whether weights changed, the norm).
 
-    The buffers hold the gradient of the sum of ``num_tokens`` losses. Both the mean and the clipping are one factor,
+    The buffers hold the gradient of a sum, which ``denominator`` makes a mean. That and the clipping are one factor,
     which the optimizer applies as it reads them (`FusedAdamW.gradient_factor`): no pass over all gradients for either.
     Otherwise these are the steps of Megatron's ``ChainedOptimizer.step``, which leaves no room for a look between them.
     """
-    tokens = max(num_tokens, 1)
     overflow = optimizer.prepare_grads()
-    norm = None if overflow else optimizer.get_grad_norm() / tokens
+    norm = None if overflow else optimizer.get_grad_norm() / denominator
     if norm is None or not accept(norm):
         return False, norm
     for part in optimizer_parts(optimizer):
         largest = part.config.clip_grad
         clipping = min(largest / (norm + 1e-6), 1.0) if largest > 0.0 else 1.0  # as Megatron, 1e-6 from the limit
-        part.optimizer.gradient_factor = clipping / tokens
+        part.optimizer.gradient_factor = clipping / denominator
     return bool(optimizer.step_with_ready_grads()), norm
 
 

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_llm.config import RunConfig
 from nemo_llm.config.checks.code_paths import fused_chunk_tokens
+from nemo_llm.config.sections.task import TokenTask
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.initialize import InitRule, initialize_weights
 from nemo_llm.models.language_model import LanguageModel
@@ -72,7 +73,7 @@ def _build_chunk(
         build_block_spec(cfg, config, backend, vp_stage, runtime.groups),
         cfg.model,
         vocab_size,
-        cfg.task.z_loss_coeff,
+        cfg.task.z_loss_coeff if isinstance(cfg.task, TokenTask) else 0.0,
         fused_chunk_tokens(cfg),
         pre_process=runtime.pp_rank == 0 and stage == 0,
         post_process=runtime.is_last_pipeline_stage and stage == last_vp,

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class ValidationRow:
     Attributes:
         step: number of the last update before it.
         val_loss: mean per token in nats.
-        val_accuracy: fraction of tokens whose most probable prediction was right; None where scores are learned.
+        val_accuracy: fraction of tokens whose most probable prediction was right; None where nothing is right or wrong.
         val_name: name of the set in ``data.validation``.
     """
 
@@ -88,12 +89,12 @@ class MetricsFile:
         _cut_torn_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
-    def append(self, row: StepRow | ValidationRow | EvaluationRow) -> None:
-        """Write `row` and hand it to the operating system, so that a killed process loses nothing.
+    def append(self, row: StepRow | ValidationRow | EvaluationRow, figures: dict[str, float] | None = None) -> None:
+        """Write `row` and the task's `figures`, and hand them to the operating system: a killed process loses nothing.
 
         Numbers that JSON does not have (NaN, infinities) are written as null.
         """
-        self._file.write(_encode(row) + "\n")
+        self._file.write(_encode(dataclasses.asdict(row) | (figures or {})) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -170,8 +171,7 @@ def _short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _encode(row: StepRow | ValidationRow | EvaluationRow) -> str:
-    values = dataclasses.asdict(row)
+def _encode(values: Mapping[str, Any]) -> str:
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
     }

@@ -30,16 +30,12 @@ from nemo_llm.peft.attach import attach_peft, count_parameters
 from nemo_llm.peft.four_bit import quantize_base
 from nemo_llm.peft.hf_format import CONFIG_FILE, load_hf_adapter
 from nemo_llm.peft.state import load_adapter
-from nemo_llm.tasks import pretrain
+from nemo_llm.tasks import build_task
 from nemo_llm.training.batches import build_loaders
 from nemo_llm.training.resume import load_first_weights
 from nemo_llm.training.state import TrainingRun, TrainState
 
 _log = get_logger(__name__)
-
-# One forward step for all: which tokens count is in the loss mask of the data, and what they are compared with in its
-# labels: the next token, or what a head in place of the output layer is to say.
-FORWARD_STEPS = dict.fromkeys(("pretrain", "sft", "classification", "score"), pretrain.forward_step)
 
 
 def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
@@ -71,7 +67,7 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
         model=model,
         optimizer=optimizer,
         forward_backward=get_forward_backward_func(),
-        forward_step=FORWARD_STEPS[cfg.task.name],
+        task=build_task(cfg.task),
         loader=loader,
         validation=validation,
         data=sets,

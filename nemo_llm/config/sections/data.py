@@ -130,6 +130,12 @@ class BlendSource(Section):
         if self.weight == float("inf"):
             raise ValueError(f"blend source {self.name!r}: weight must be finite")
 
+    @property
+    def kind(self) -> str:
+        """What the source holds: ``indexed``, ``text``, ``chat``, ``labelled`` or ``mock``."""
+        given = (key for key in ("text", "chat", "labelled", "mock") if getattr(self, key) is not None)
+        return next(given, "indexed")
+
 
 Blend = tuple[BlendSource, ...] | tuple[float | PathStr, ...]
 """A list of entries, or Megatron's flat list ``[weight, prefix, weight, prefix]`` or ``[prefix, prefix]``."""

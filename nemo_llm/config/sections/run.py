@@ -16,8 +16,8 @@ from nemo_llm.config.sections.run_services import (
     EvaluationConfig,
     ExpManagerConfig,
     SampleConfig,
-    TaskConfig,
 )
+from nemo_llm.config.sections.task import TaskConfig
 from nemo_llm.config.sections.trainer import RunSection, TrainerConfig
 
 

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from nemo_llm.config.sections.task import TokenTask
 from nemo_llm.errors import InputError
-from nemo_llm.training.lifecycle import beside_unigram
-from nemo_llm.training.unigram import count_tokens, unigram_entropy_nats
+from nemo_llm.tasks import build_task
+from nemo_llm.training.lifecycle import count_tokens, unigram_entropy_nats
 
 
 def test_known_values():
@@ -45,5 +46,6 @@ def test_no_tokens():
 
 
 def test_a_model_that_is_worse_is_said_to_be_worse():
-    assert beside_unigram(2.0, 3.5).endswith("the model is better by 1.5000")
-    assert "the model is worse by 3.0792" in beside_unigram(8.0792, 5.0)
+    task = build_task(TokenTask(name="pretrain", z_loss_coeff=0.0))
+    assert task.compare({"loss": 2.0}, lambda: 3.5).endswith("the model is better by 1.5000")
+    assert "the model is worse by 3.0792" in task.compare({"loss": 8.0792}, lambda: 5.0)

@@ -17,9 +17,8 @@ import yaml
 from tqdm import tqdm
 
 from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, begin, commit, temporary_of
-from nemo_llm.config import RunConfig
 from nemo_llm.config.convert_tool import ConvertConfig
-from nemo_llm.config.load import to_dict
+from nemo_llm.config.data import TokenizerConfig
 from nemo_llm.convert.gate import GateReport, GateSettings
 from nemo_llm.convert.hf_files import TensorInfo
 from nemo_llm.convert.mapping import Mapped
@@ -152,12 +151,12 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def finish_ours(run: RunConfig, temporary: Path, has_tokenizer: bool, source: Path) -> None:
-    """Configuration and tokenizer beside the weights."""
-    text = yaml.safe_dump(to_dict(run), sort_keys=False, width=120)
+def finish_ours(config: Mapping[str, Any], tokenizer: TokenizerConfig | None, temporary: Path, source: Path) -> None:
+    """Configuration, and tokenizer where there is one, beside the weights."""
+    text = yaml.safe_dump(dict(config), sort_keys=False, width=120)
     (temporary / CONFIG_FILE_NAME).write_text(text, encoding="utf-8")
-    if has_tokenizer:
-        load_tokenizer(run.data.tokenizer).save(temporary / "tokenizer")
+    if tokenizer is not None:
+        load_tokenizer(tokenizer).save(temporary / "tokenizer")
     else:
         _log.warning("%s has no tokenizer.json: the checkpoint gets no tokenizer", source)
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,18 +41,18 @@ def extend_vocabulary(checkpoint: Path, output: Path, tokens: Sequence[str], sta
         raise InputError(f"{folder} holds an adapter alone.\n      fix: merge it first (tools/peft_adapter.py merge)")
     old = _check_tokenizer(folder, tokens)
     model = saved_model(folder)
-    before = int(model["vocab_size"])
-    model["vocab_size"] = max(before, old.vocab_size + len(tokens))
+    before = model.vocab_size or 0
+    model = replace(model, vocab_size=max(before, old.vocab_size + len(tokens)))
     pieces = [old.encode(token) if start == "pieces" else list(range(old.vocab_size)) for token in tokens]
     with float32_model(model) as chunk, writing(output) as temporary:
         _load_grown(chunk, folder, before, (old.vocab_size, pieces))
         save_weights([chunk], temporary)
         _write_tokenizer(old, tokens, temporary / "tokenizer", special)
-        config: dict[str, Any] = {**read_config(folder), "model": model}
+        config: dict[str, Any] = {**read_config(folder), "model": asdict(model)}
         (temporary / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         new = {"tokens": [*new_tokens(folder), *tokens]}
         (temporary / NEW_TOKENS).write_text(json.dumps(new, ensure_ascii=False) + "\n", encoding="utf-8")
-    return int(model["vocab_size"])
+    return model.vocab_size or 0
 
 
 def _check_tokenizer(folder: Path, tokens: Sequence[str]) -> HuggingFaceTokenizer:

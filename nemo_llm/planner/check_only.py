@@ -2,48 +2,43 @@
 
 from dataclasses import replace
 
-from nemo_llm.config.run import RunConfig
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.planner.flops import flops_per_token
-from nemo_llm.planner.loss import vocabulary
-from nemo_llm.planner.memory import GIB, MemoryEstimate, estimate_memory
+from nemo_llm.planner.memory import GIB, MemoryEstimate, PlannedRun, estimate_memory
 from nemo_llm.planner.suggest import suggest
 
 
-def report(cfg: RunConfig, world_size: int, tokenizer_vocab_size: int) -> str:
+def report(run: PlannedRun) -> str:
     """The plan of a run as text.
-
-    Args:
-        tokenizer_vocab_size: taken where `model.vocab_size` is null.
 
     Raises:
         ConfigError: the run needs more memory than `cluster.gpu_memory_gib`.
     """
-    vocab_size = vocabulary(cfg, tokenizer_vocab_size)
-    estimate = estimate_memory(cfg, world_size, vocab_size)
-    flops = flops_per_token(cfg.model, cfg.data.seq_length, vocab_size)
+    setting, estimate = run.setting, estimate_memory(run)
+    flops = flops_per_token(setting.model, setting.seq_length, run.padded_vocab_size)
     counted, layout = estimate.parameters, estimate.layout
     active = "" if counted.active == counted.total else f", {_millions(counted.active)} active per token"
-    microbatches = layout.num_microbatches(cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size)
+    microbatches = layout.num_microbatches(run.global_batch_size, setting.micro_batch_size)
     text = "\n".join(
         [
-            f"model {cfg.model.name}: {_millions(counted.total)} parameters{active}; vocabulary {vocab_size} padded",
+            f"model {setting.model.name}: {_millions(counted.total)} parameters{active}; "
+            f"vocabulary {run.padded_vocab_size} padded",
             f"FLOPs per token: {flops.causal / 1e9:.3f} G causal, {flops.full / 1e9:.3f} G full attention",
             f"layout: {layout.describe()}",
-            f"step: {cfg.trainer.global_batch_size} samples of {cfg.data.seq_length} tokens, "
-            f"{microbatches} micro-batches of {cfg.trainer.micro_batch_size} per pipeline",
+            f"step: {run.global_batch_size} samples of {setting.seq_length} tokens, "
+            f"{microbatches} micro-batches of {setting.micro_batch_size} per pipeline",
             "",
             estimate.plan.table(),
             "",
-            f"estimated memory per rank, GiB ({cfg.precision.name})",
+            f"estimated memory per rank, GiB ({setting.precision.name})",
             estimate.table(),
         ]
     )
-    check_fits(cfg, estimate, text)
-    return f"{text}\n{_verdict(cfg, estimate)}"
+    check_fits(run, estimate, text)
+    return f"{text}\n{_verdict(run, estimate)}"
 
 
-def check_card(cfg: RunConfig, world_size: int, tokenizer_vocab_size: int, card: tuple[str, float]) -> str | None:
+def check_card(run: PlannedRun, card: tuple[str, float]) -> str | None:
     """Compare a run that is about to start with the GPU that it found.
 
     Args:
@@ -55,16 +50,16 @@ def check_card(cfg: RunConfig, world_size: int, tokenizer_vocab_size: int, card:
     Raises:
         ConfigError: as for `report`, had `cluster` named this GPU.
     """
-    if cfg.model.layer_spec is not None:
+    if run.setting.model.layer_spec is not None:
         return None
     name, gib = card
-    found = replace(cfg, cluster=replace(cfg.cluster, gpu_name=name, gpu_memory_gib=round(gib, 1)))
-    estimate = estimate_memory(found, world_size, vocabulary(found, tokenizer_vocab_size))
+    found = replace(run, cluster=replace(run.cluster, gpu_name=name, gpu_memory_gib=round(gib, 1)))
+    estimate = estimate_memory(found)
     check_fits(found, estimate, f"estimated memory per rank, GiB\n{estimate.table()}")
     return _verdict(found, estimate) if _is_close(found, estimate) else None
 
 
-def check_fits(cfg: RunConfig, estimate: MemoryEstimate, shown: str = "") -> None:
+def check_fits(run: PlannedRun, estimate: MemoryEstimate, shown: str = "") -> None:
     """Refuse a run that needs more memory than the named GPU has, were the estimate as far off as it may be.
 
     Args:
@@ -73,17 +68,16 @@ def check_fits(cfg: RunConfig, estimate: MemoryEstimate, shown: str = "") -> Non
     Raises:
         ConfigError: naming the largest part and what makes it smaller.
     """
-    available = cfg.cluster.gpu_memory_gib
-    if available is None or not cfg.trainer.check_memory or estimate.peak.least <= available * GIB:
+    available = run.cluster.gpu_memory_gib
+    if available is None or not run.check_memory or estimate.peak.least <= available * GIB:
         return
     peak = estimate.peak
     largest = peak.parts()[peak.largest] / GIB
-    vocab_size = estimate.parameters.word_embeddings // cfg.model.hidden_size
     problem = Problem(
         "cluster.gpu_memory_gib",
         available,
         f"the run needs about {peak.total / GIB:.1f} GiB per GPU, most of it for {peak.largest} ({largest:.1f} GiB)",
-        f"{suggest(cfg, estimate.layout.world_size, vocab_size)}; or go on anyway with trainer.check_memory=false",
+        f"{suggest(run)}; or go on anyway with trainer.check_memory=false",
     )
     error = ConfigError([problem])
     if shown:
@@ -91,22 +85,21 @@ def check_fits(cfg: RunConfig, estimate: MemoryEstimate, shown: str = "") -> Non
     raise error
 
 
-def _is_close(cfg: RunConfig, estimate: MemoryEstimate) -> bool:
+def _is_close(run: PlannedRun, estimate: MemoryEstimate) -> bool:
     """Whether the whole estimate, which is not refused, is above the memory of the GPU."""
-    available = cfg.cluster.gpu_memory_gib
+    available = run.cluster.gpu_memory_gib
     return available is not None and estimate.peak.total > available * GIB
 
 
-def _verdict(cfg: RunConfig, estimate: MemoryEstimate) -> str:
+def _verdict(run: PlannedRun, estimate: MemoryEstimate) -> str:
     needed = estimate.peak.total / GIB
-    if cfg.cluster.gpu_memory_gib is None:
+    if run.cluster.gpu_memory_gib is None:
         return f"peak {needed:.1f} GiB; choose cluster=<name> to compare it with a GPU's memory"
-    share = needed / cfg.cluster.gpu_memory_gib
-    text = f"peak {needed:.1f} GiB, {share:.0%} of the {cfg.cluster.gpu_memory_gib:g} GiB of {cfg.cluster.gpu_name}"
-    if not _is_close(cfg, estimate):
+    share = needed / run.cluster.gpu_memory_gib
+    text = f"peak {needed:.1f} GiB, {share:.0%} of the {run.cluster.gpu_memory_gib:g} GiB of {run.cluster.gpu_name}"
+    if not _is_close(run, estimate):
         return text
-    vocab_size = estimate.parameters.word_embeddings // cfg.model.hidden_size
-    return f"{text}: may not fit; {suggest(cfg, estimate.layout.world_size, vocab_size)}"
+    return f"{text}: may not fit; {suggest(run)}"
 
 
 def _millions(count: int) -> str:

@@ -40,7 +40,7 @@ def one_step(folder: str, template: str, overrides: tuple[str, ...]) -> None:
             *overrides,
         ]
     )
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     run.run_dir = Path(folder) / "run"
     if not run.run_dir.exists():
         run.run_dir.mkdir()

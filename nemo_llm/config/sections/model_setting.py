@@ -1,0 +1,57 @@
+"""The seam between a run and its model: frozen values that hold all that models and process groups depend on.
+
+A run makes them of its sections (`RunConfig.model_setting`, `RunConfig.runtime_setting`). Inference and conversions,
+which have a model and no run, make their own (`nemo_llm.config.shipped`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from nemo_llm.config.model import ModelConfig
+from nemo_llm.config.parallelism import ParallelismConfig
+from nemo_llm.config.peft import PeftConfig
+from nemo_llm.config.performance import PerformanceConfig
+from nemo_llm.config.precision import PrecisionConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSetting:
+    """All that the construction of a model depends on, adapters included.
+
+    Attributes:
+        seq_length, micro_batch_size: shape of a micro-batch, in tokens and samples.
+        reset_attention_mask: whether a sample holds several documents that do not see each other.
+        z_loss_coeff: weight of the squared log-partition in the loss (`TaskConfig`).
+        seed: of the initial weights.
+        deterministic: whether only operations that repeat bit by bit are chosen.
+    """
+
+    model: ModelConfig
+    parallelism: ParallelismConfig
+    precision: PrecisionConfig
+    performance: PerformanceConfig
+    peft: PeftConfig | None
+    seq_length: int
+    micro_batch_size: int
+    reset_attention_mask: bool
+    z_loss_coeff: float
+    seed: int
+    deterministic: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeSetting:
+    """All that a process' device and its process groups depend on.
+
+    Attributes:
+        timeout_minutes: of every process group, until the first step is over.
+        environment: variables for CUDA and NCCL; the user's own win.
+    """
+
+    parallelism: ParallelismConfig
+    accelerator: Literal["auto", "cpu", "cuda"]
+    seed: int
+    deterministic: bool
+    timeout_minutes: float
+    environment: Mapping[str, str]

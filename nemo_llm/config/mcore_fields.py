@@ -8,7 +8,7 @@ tries every field.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nemo_llm.config.section import Scalar
+from nemo_llm.config.sections.fields import Scalar
 from nemo_llm.config.sections.model_setting import ModelSetting
 
 

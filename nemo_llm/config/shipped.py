@@ -5,14 +5,14 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from nemo_llm.config.catalog import conf_dir
-from nemo_llm.config.model import ModelConfig
-from nemo_llm.config.parallelism import ParallelismConfig
-from nemo_llm.config.peft import PeftConfig
-from nemo_llm.config.performance import PerformanceConfig
-from nemo_llm.config.precision import PrecisionConfig
+from nemo_llm.config.compose.catalog import conf_dir
+from nemo_llm.config.sections.model import ModelConfig
 from nemo_llm.config.sections.model_setting import ModelSetting, RuntimeSetting
-from nemo_llm.config.trainer import TrainerConfig
+from nemo_llm.config.sections.parallelism import ParallelismConfig
+from nemo_llm.config.sections.peft import PeftConfig
+from nemo_llm.config.sections.performance import PerformanceConfig
+from nemo_llm.config.sections.precision import PrecisionConfig
+from nemo_llm.config.sections.trainer import TrainerConfig
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nemo_llm.config.shipped import one_cpu
-from nemo_llm.convert.gate import Outputs, forward_megatron
+from nemo_llm.convert.logit_check import Outputs, forward_megatron
 from nemo_llm.convert.megatron_files import MegatronReader, canonical
 from nemo_llm.parallel.runtime import own_runtime
 

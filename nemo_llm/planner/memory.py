@@ -10,9 +10,9 @@ to compute, are taken to need less than a training step; checkpoints are copied 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nemo_llm.config.arithmetic import evenly_spread
+from nemo_llm.config.sections.arithmetic import evenly_spread
 from nemo_llm.config.sections.model_setting import ModelSetting
-from nemo_llm.config.services import ClusterConfig
+from nemo_llm.config.sections.run_services import ClusterConfig
 from nemo_llm.parallel.layout import ParallelLayout
 from nemo_llm.parallel.stages import Stage, StagePlan, format_table, plan_stages
 from nemo_llm.planner.activations import boundary_bytes, gathered_bytes, layer_activations

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from nemo_llm.config.checks_recompute import UNUSED_MODULES
-from nemo_llm.config.parallelism import ParallelismConfig
+from nemo_llm.config.checks.recompute import UNUSED_MODULES
 from nemo_llm.config.sections.model_setting import ModelSetting
+from nemo_llm.config.sections.parallelism import ParallelismConfig
 from nemo_llm.planner.memory import GIB, PlannedRun, estimate_memory
 
 _MOST_SUGGESTIONS = 3

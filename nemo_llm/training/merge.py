@@ -9,13 +9,13 @@ import yaml
 from nemo_llm.checkpoint.folder import read_config, resolve_checkpoint, writing
 from nemo_llm.checkpoint.manifest import verify
 from nemo_llm.checkpoint.weights import save_weights
-from nemo_llm.config.load import decode_saved, to_dict
+from nemo_llm.config.compose.load import decode_saved, to_dict
 from nemo_llm.config.shipped import reference_fp32
-from nemo_llm.convert.gate import saved_model
+from nemo_llm.convert.logit_check import saved_model
+from nemo_llm.convert.peft_adapters import adapted_model
 from nemo_llm.errors import InputError
 from nemo_llm.peft.merge import merge_adapters
 from nemo_llm.peft.state import load_adapter
-from nemo_llm.training.adapters import adapted_model
 
 
 def merge_checkpoint(checkpoint: Path, output: Path) -> Path:

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from nemo_llm.config.model import ModelConfig
-from nemo_llm.config.parallelism import ParallelismConfig
-from nemo_llm.config.peft import PeftConfig
-from nemo_llm.config.performance import PerformanceConfig
-from nemo_llm.config.precision import PrecisionConfig
+from nemo_llm.config.sections.model import ModelConfig
+from nemo_llm.config.sections.parallelism import ParallelismConfig
+from nemo_llm.config.sections.peft import PeftConfig
+from nemo_llm.config.sections.performance import PerformanceConfig
+from nemo_llm.config.sections.precision import PrecisionConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,6 @@ Everything heavy is imported inside the functions, so that ``--help`` and config
 
 import sys
 import warnings
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nemo_llm.config import RunConfig
@@ -14,9 +13,7 @@ from nemo_llm.errors import ExitCode
 from nemo_llm.log import configure_logging, get_logger
 
 if TYPE_CHECKING:
-    from nemo_llm.config.sections.model_setting import ModelSetting
     from nemo_llm.parallel.runtime import ParallelRuntime
-    from nemo_llm.planner.memory import PlannedRun
 
 
 def main(cfg: RunConfig) -> ExitCode:
@@ -51,43 +48,16 @@ def check_only(cfg: RunConfig) -> ExitCode:
     """Print what the run would read, its plan and whether it fits; starts nothing."""
     from nemo_llm.config.sections.batch_ramp import build_batch_ramp
     from nemo_llm.data.check import describe_data
-    from nemo_llm.planner.check_only import report
     from nemo_llm.tokenizers.tokenizer import load_tokenizer
+    from nemo_llm.training.check_only import report
 
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     ramp = build_batch_ramp(cfg.trainer.global_batch_size, cfg.trainer.rampup_batch_size)
     print(
         describe_data(cfg.data, cfg.model_setting, tokenizer, ramp.consumed_samples(cfg.trainer.max_steps)), end="\n\n"
     )
-    print(report(planned_run(cfg, intended_world_size(cfg), tokenizer.vocab_size)))
+    print(report(cfg, intended_world_size(cfg), tokenizer.vocab_size))
     return ExitCode.DONE
-
-
-def planned_run(cfg: RunConfig, world_size: int, tokenizer_vocab_size: int) -> "PlannedRun":
-    """What the planner estimates memory from.
-
-    Args:
-        tokenizer_vocab_size: taken where `model.vocab_size` is null.
-    """
-    from nemo_llm.config.checks import find_problems
-    from nemo_llm.config.sections.arithmetic import padded_vocab_size
-    from nemo_llm.planner.memory import PlannedRun
-
-    def allows(setting: "ModelSetting") -> bool:
-        trainer = replace(cfg.trainer, micro_batch_size=setting.micro_batch_size)
-        return not find_problems(replace(cfg, parallelism=setting.parallelism, trainer=trainer), world_size)
-
-    vocab_size = cfg.model.vocab_size or tokenizer_vocab_size
-    return PlannedRun(
-        setting=cfg.model_setting,
-        world_size=world_size,
-        padded_vocab_size=padded_vocab_size(vocab_size, cfg.model.make_vocab_size_divisible_by),
-        global_batch_size=cfg.trainer.global_batch_size,
-        muon=cfg.optim.muon is not None,
-        cluster=cfg.cluster,
-        check_memory=cfg.trainer.check_memory,
-        allows=allows,
-    )
 
 
 def check_memory(cfg: RunConfig, runtime: "ParallelRuntime") -> None:
@@ -100,14 +70,13 @@ def check_memory(cfg: RunConfig, runtime: "ParallelRuntime") -> None:
         return
     import torch
 
-    from nemo_llm.planner.check_only import check_card
     from nemo_llm.planner.memory import GIB
     from nemo_llm.tokenizers.tokenizer import load_tokenizer
+    from nemo_llm.training.check_only import check_card
 
     card = torch.cuda.get_device_properties(runtime.device)
     vocab_size = cfg.model.vocab_size or load_tokenizer(cfg.data.tokenizer).vocab_size
-    run = planned_run(cfg, runtime.world_size, vocab_size)
-    warning = check_card(run, (card.name, card.total_memory / GIB))
+    warning = check_card(cfg, runtime.world_size, vocab_size, (card.name, card.total_memory / GIB))
     if warning is not None:
         get_logger(__name__).warning("memory: %s", warning)
 

@@ -40,6 +40,7 @@ TORCH_FREE = (
     "families",
     "migrate",
     "planner",
+    "training/check_only.py",
     "parallel/layout.py",
     "parallel/stages.py",
     "environment.py",

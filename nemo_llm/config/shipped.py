@@ -1,7 +1,7 @@
 """Sections as files below ``conf/`` have them, read without Hydra, and the settings of models that no run trains."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -12,7 +12,6 @@ from nemo_llm.config.sections.parallelism import ParallelismConfig
 from nemo_llm.config.sections.peft import PeftConfig
 from nemo_llm.config.sections.performance import PerformanceConfig
 from nemo_llm.config.sections.precision import PrecisionConfig
-from nemo_llm.config.sections.trainer import TrainerConfig
 
 T = TypeVar("T")
 
@@ -37,35 +36,16 @@ def completed_model(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def reference_fp32(model: ModelConfig, peft: PeftConfig | None = None) -> ModelSetting:
     """The model in float32 on one process: what others are compared with, and what weights are changed in."""
-    trainer = shipped(TrainerConfig, "trainer/default")
     return ModelSetting(
         model=model,
         parallelism=shipped(ParallelismConfig, "parallelism/single"),
         precision=shipped(PrecisionConfig, "precision/fp32"),
         performance=shipped(PerformanceConfig, "performance/default"),
-        peft=peft,
         seq_length=model.max_position_embeddings,
-        micro_batch_size=1,
-        reset_attention_mask=False,
-        z_loss_coeff=0.0,
-        seed=trainer.seed,
-        deterministic=False,
-    )
-
-
-def runtime_setting(parallelism: ParallelismConfig, accelerator: Literal["auto", "cpu", "cuda"]) -> RuntimeSetting:
-    """Processes that train nothing."""
-    trainer = shipped(TrainerConfig, "trainer/default")
-    return RuntimeSetting(
-        parallelism=parallelism,
-        accelerator=accelerator,
-        seed=trainer.seed,
-        deterministic=False,
-        timeout_minutes=trainer.first_step_timeout_minutes,
-        environment={},
+        peft=peft,
     )
 
 
 def one_cpu() -> RuntimeSetting:
     """This process alone, on its CPU."""
-    return runtime_setting(shipped(ParallelismConfig, "parallelism/single"), "cpu")
+    return RuntimeSetting(parallelism=shipped(ParallelismConfig, "parallelism/single"))

@@ -1,4 +1,4 @@
-"""Adapters to and from folders of Hugging Face's peft, as conversions: compared with peft before they appear."""
+"""Adapters to and from folders of Hugging Face's peft, compared with peft first; adapters merged into weights."""
 
 import shutil
 import tempfile
@@ -13,8 +13,9 @@ import torch
 import yaml
 
 from nemo_llm.checkpoint.fingerprint import weights_fingerprint
-from nemo_llm.checkpoint.folder import begin, commit, read_config, resolve_checkpoint
-from nemo_llm.checkpoint.weights import load_weights
+from nemo_llm.checkpoint.folder import begin, commit, read_config, resolve_checkpoint, writing
+from nemo_llm.checkpoint.manifest import verify
+from nemo_llm.checkpoint.weights import load_weights, save_weights
 from nemo_llm.checkpoint.writer import StateWriter
 from nemo_llm.config.commands.convert import ConvertConfig
 from nemo_llm.config.compose.load import decode_saved, to_dict
@@ -40,6 +41,7 @@ from nemo_llm.parallel.runtime import own_runtime
 from nemo_llm.peft.adapter import adapter_state
 from nemo_llm.peft.attach import attach_peft
 from nemo_llm.peft.hf_format import export_adapter, load_hf_adapter, section_of_folder
+from nemo_llm.peft.merge import merge_adapters
 from nemo_llm.peft.state import load_adapter, write_description
 
 
@@ -76,7 +78,7 @@ def _to_peft(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) ->
     seconds = time.monotonic() - began
     report = None
     if cfg.verify:
-        with adapted_model(setting, base) as (chunk, fingerprint):
+        with _adapted(setting, base) as (chunk, fingerprint):
             load_adapter([chunk], folder, fingerprint)
             report = _compare(cfg, setting, chunk, (base, temporary))
     num_bytes = sum(path.stat().st_size for path in temporary.iterdir())
@@ -94,7 +96,7 @@ def _to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) ->
     run = replace(run, checkpoint=replace(run.checkpoint, init_from=str(base.resolve())), model=saved_model(base))
     assert run.peft is not None
     setting = reference_fp32(run.model, run.peft)
-    with adapted_model(setting, base) as (chunk, fingerprint):
+    with _adapted(setting, base) as (chunk, fingerprint):
         load_hf_adapter([chunk], source, run.peft)
         began = time.monotonic()
         plan = StateWriter(None, threads=2).begin({"adapter": adapter_state([chunk])}, temporary / "state", copy=False)
@@ -114,10 +116,38 @@ def _to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) ->
     return Outcome(output, num_bytes, seconds, report)
 
 
+def merge_checkpoint(checkpoint: Path, output: Path) -> Path:
+    """Write ``output``, a checkpoint of weights alone that does what base and adapter do together.
+
+    Runs on one process, in fp32 whatever the run trained in; the sum is rounded once, when it is loaded in 16 bits.
+
+    Raises:
+        CheckpointError: no adapter there, or other base weights than it was trained on.
+        InputError: an adapter that is no change of weights; an output that exists.
+    """
+    if output.exists():
+        raise InputError(f"{output}: exists already; name another folder")
+    folder = resolve_checkpoint(checkpoint)
+    cfg = decode_saved(read_config(folder))
+    if cfg.peft is None:
+        raise InputError(f"{folder} was made by a run without peft: there is nothing to merge")
+    base = None if cfg.checkpoint.init_from is None else resolve_checkpoint(Path(cfg.checkpoint.init_from))
+    if base is not None:
+        verify(base, cfg.checkpoint.verify, (0, 1))
+    setting = replace(reference_fp32(saved_model(folder), cfg.peft), seed=cfg.trainer.seed)
+    with _adapted(setting, base, new_head=True) as (chunk, fingerprint):
+        load_adapter([chunk], folder, fingerprint)
+        merge_adapters([chunk])
+        plain = replace(cfg, peft=None, checkpoint=replace(cfg.checkpoint, init_from=None))
+        with writing(output) as temporary:
+            save_weights([chunk], temporary)
+            (temporary / "config.yaml").write_text(yaml.safe_dump(to_dict(plain), sort_keys=False), encoding="utf-8")
+            shutil.copytree(folder / "tokenizer", temporary / "tokenizer")
+    return output
+
+
 @contextmanager
-def adapted_model(
-    setting: ModelSetting, base: Path | None, new_head: bool = False
-) -> Iterator[tuple[torch.nn.Module, str]]:
+def _adapted(setting: ModelSetting, base: Path | None, new_head: bool = False) -> Iterator[tuple[torch.nn.Module, str]]:
     """The base model with fresh adapters on the CPU of this process alone, and the fingerprint of its weights.
 
     Args:

@@ -18,7 +18,7 @@ from nemo_llm.config.checks.code_paths import qkv_in_one
 from nemo_llm.config.commands.generate import ModelPlace
 from nemo_llm.config.compose.load import decode_saved
 from nemo_llm.config.sections.model_setting import ModelSetting, RuntimeSetting
-from nemo_llm.config.shipped import reference_fp32, runtime_setting, shipped
+from nemo_llm.config.shipped import reference_fp32, shipped
 from nemo_llm.errors import ConfigError, InputError, Problem
 from nemo_llm.inference.graphs import DecodeGraphs
 from nemo_llm.log import get_logger
@@ -43,15 +43,8 @@ def for_inference(model: ModelConfig, place: ModelPlace, dtype: str, world_size:
         ConfigError: a layout that this model or these processes do not allow.
     """
     # A token at a time cannot be split over the sequence, and there are no micro-batches to interleave.
-    layout = replace(
-        place.parallelism,
-        sequence_parallel=False,
-        virtual_pipeline_model_parallel_size=None,
-        recompute_granularity=None,
-        use_distributed_optimizer=False,
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
-    )
+    layout = replace(place.parallelism, sequence_parallel=False, virtual_pipeline_model_parallel_size=None)
+    layout = replace(layout, recompute_granularity=None)
     # Chunks of logits stay in a CPU's cache. On a GPU the fused loss would be compiled for every number of tokens.
     on_cpu = place.accelerator == "cpu" or not torch.cuda.is_available()
     setting = reference_fp32(replace(model, transformer_impl="torch"))
@@ -113,7 +106,8 @@ def open_checkpoint(place: ModelPlace, path: Path, world_size: int) -> LoadedFol
         )
     saved = decode_saved(read_config(folder))
     setting = for_inference(saved.model, place, place.dtype or saved.precision.params_dtype, world_size)
-    return LoadedFolder(folder, setting, runtime_setting(setting.parallelism, place.accelerator), tokenizer)
+    runtime = RuntimeSetting(parallelism=setting.parallelism, accelerator=place.accelerator)
+    return LoadedFolder(folder, setting, runtime, tokenizer)
 
 
 class InferenceModel:

@@ -7,12 +7,10 @@ memory that PyTorch's allocator holds and does not use. Evaluation and samples d
 to compute, are taken to need less than a training step; checkpoints are copied to host memory.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from nemo_llm.config.sections.arithmetic import evenly_spread
 from nemo_llm.config.sections.model_setting import ModelSetting
-from nemo_llm.config.sections.run_services import ClusterConfig
 from nemo_llm.parallel.layout import ParallelLayout
 from nemo_llm.parallel.stages import Stage, StagePlan, format_table, plan_stages
 from nemo_llm.planner.activations import boundary_bytes, gathered_bytes, layer_activations
@@ -103,46 +101,27 @@ class MemoryEstimate:
         return format_table(rows)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlannedRun:
-    """All that the plan of a run depends on.
+def estimate_memory(
+    setting: ModelSetting, world_size: int, padded_vocab_size: int, global_batch_size: int, muon: bool
+) -> MemoryEstimate:
+    """Memory of every pipeline stage of a model that trains on `world_size` processes.
 
-    Attributes:
-        world_size: processes.
-        padded_vocab_size: rows of the embedding.
-        muon: whether Muon trains the layers' matrices.
-        cluster: names the GPU that the run has to fit.
-        check_memory: whether a run that does not fit is refused.
-        allows: whether the run may have another setting on the same processes.
-    """
-
-    setting: ModelSetting
-    world_size: int
-    padded_vocab_size: int
-    global_batch_size: int
-    muon: bool
-    cluster: ClusterConfig
-    check_memory: bool
-    allows: Callable[[ModelSetting], bool]
-
-
-def estimate_memory(run: PlannedRun) -> MemoryEstimate:
-    """Memory of every pipeline stage.
+    Args:
+        muon: whether Muon trains the layers' matrices, and not Adam.
 
     Raises:
         ValueError: the layout does not fit the processes, the layers or the batch (`config.checks` says so in words).
     """
-    setting = run.setting
-    layout = ParallelLayout.from_config(setting.parallelism, run.world_size)
+    layout = ParallelLayout.from_config(setting.parallelism, world_size)
     plan = plan_stages(setting.model.num_layers, setting.parallelism)
-    counted = count_parameters(setting.model, run.padded_vocab_size)
-    num_microbatches = layout.num_microbatches(run.global_batch_size, setting.micro_batch_size)
+    counted = count_parameters(setting.model, padded_vocab_size)
+    num_microbatches = layout.num_microbatches(global_batch_size, setting.micro_batch_size)
     stages = []
     for pp_rank in range(layout.pp):
         chunks = plan.chunks(pp_rank)
         kept = _kept(setting, chunks, _chunks_in_flight(layout, pp_rank, num_microbatches))
-        loss = loss_bytes(setting, run.padded_vocab_size) if any(chunk.has_loss for chunk in chunks) else 0.0
-        stages.append(_rank_memory(layout, state_bytes(setting, run.muon, layout, chunks, counted), kept, loss))
+        loss = loss_bytes(setting, padded_vocab_size) if any(chunk.has_loss for chunk in chunks) else 0.0
+        stages.append(_rank_memory(layout, state_bytes(setting, muon, layout, chunks, counted), kept, loss))
     return MemoryEstimate(layout, plan, counted, tuple(stages))
 
 

@@ -145,7 +145,7 @@ def test_the_merged_checkpoint_does_the_same(trained, ranks: RankPool) -> None:
 
 def merge(folder: str) -> None:
     """The tool's work, in a rank that is up."""
-    from nemo_llm.training.merge import merge_checkpoint
+    from nemo_llm.convert.peft_adapters import merge_checkpoint
 
     merge_checkpoint(Path(folder) / "run", Path(folder) / "merged")
 

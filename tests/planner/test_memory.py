@@ -9,11 +9,10 @@ from nemo_llm.config import RunConfig
 from nemo_llm.config.compose.load import compose
 from nemo_llm.errors import ConfigError
 from nemo_llm.planner.activations import boundary_bytes, layer_activations, layer_tensors, tokens_per_rank
-from nemo_llm.planner.check_only import check_card, report
 from nemo_llm.planner.loss import chunk_bytes, logits_bytes, loss_bytes
-from nemo_llm.planner.memory import COMMUNICATOR_BYTES, CONTEXT_BYTES, GIB, RESERVE, estimate_memory
+from nemo_llm.planner.memory import COMMUNICATOR_BYTES, CONTEXT_BYTES, GIB, RESERVE
 from nemo_llm.planner.parameters import count_parameters
-from nemo_llm.train import planned_run
+from nemo_llm.training.check_only import check_card, estimate_run, report
 
 
 @cache
@@ -22,7 +21,7 @@ def run(*arguments: str) -> RunConfig:
 
 
 def peak(processes: int, *arguments: str) -> object:
-    return estimate_memory(planned_run(run(*arguments), processes, 2048)).peak
+    return estimate_run(run(*arguments), processes, 2048).peak
 
 
 def test_states_of_one_process() -> None:
@@ -41,9 +40,7 @@ def test_state_that_muon_and_host_memory_spare() -> None:
     bf16 = ("model=gpt_tiny", "precision=bf16")
     # All moments are one window here, of which three are on their way.
     assert peak(1, *bf16, "performance.offload_optimizer_moments=true").optimizer == (4 + 3 * 8) * counted.total
-    large = estimate_memory(
-        planned_run(run("model=llama3_1b", "performance.offload_optimizer_moments=true"), 1, 128256)
-    )
+    large = estimate_run(run("model=llama3_1b", "performance.offload_optimizer_moments=true"), 1, 128256)
     assert large.peak.optimizer == 4 * large.parameters.total + 3 * 2 * 4 * 2**25
     assert peak(1, *bf16, "optim=muon").optimizer == 8 * counted.total + 4 * outside
     kept = [peak(1, *bf16, f"performance.offload_activation_layers={count}").activations for count in (0, 1, 2, 3, 9)]
@@ -66,11 +63,11 @@ def test_tensor_parallel_ranks_hold_a_half_and_the_norms() -> None:
 
 def test_pipeline_stages_add_up_to_the_model_and_one_tied_copy() -> None:
     cfg = run("model=gpt_tiny", "parallelism=pp2")
-    estimate = estimate_memory(planned_run(cfg, 2, 2048))
+    estimate = estimate_run(cfg, 2, 2048)
     total = estimate.parameters.total
     assert sum(stage.parameters for stage in estimate.stages) == 4 * (total + 2048 * 192)
     untied = run("model=gpt_tiny", "parallelism=pp2", "model.share_embeddings_and_output_weights=false")
-    stages = estimate_memory(planned_run(untied, 2, 2048)).stages
+    stages = estimate_run(untied, 2, 2048).stages
     assert sum(stage.parameters for stage in stages) == 4 * (total + 2048 * 192)
     assert [stage.moments["loss"] > stage.activations for stage in stages] == [False, True]
 
@@ -86,11 +83,11 @@ def test_experts_are_spread_over_expert_ranks() -> None:
 
 def test_first_stage_holds_the_most_micro_batches() -> None:
     arguments = ("model=gpt_tiny", "trainer.micro_batch_size=1", "model.num_layers=8")
-    stages = estimate_memory(planned_run(run(*arguments, "parallelism=pp2"), 2, 2048)).stages
+    stages = estimate_run(run(*arguments, "parallelism=pp2"), 2, 2048).stages
     per_layer = layer_activations(run(*arguments).model_setting, 0, False).kept
     assert stages[1].activations == 4 * per_layer
     assert stages[0].activations == 2 * 4 * per_layer
-    interleaved = estimate_memory(planned_run(run(*arguments, "parallelism=pp2_vp2"), 2, 2048)).stages
+    interleaved = estimate_run(run(*arguments, "parallelism=pp2_vp2"), 2, 2048).stages
     # 2 (pp - 1) + (vp - 1) pp + 1 = 5 chunk passes of two layers each ahead on the first stage.
     assert interleaved[0].activations == 5 / 2 * 4 * per_layer
 
@@ -170,8 +167,8 @@ def test_the_peak_is_the_largest_moment_and_not_their_sum() -> None:
     assert wide.moment == "loss"
     tiny = peak(1, "model=gpt_tiny", "optim=muon", "precision=bf16", "data.seq_length=8", "trainer.micro_batch_size=1")
     assert tiny.moment == "update"
-    quantised = estimate_memory(
-        planned_run(run("model=llama3_8b", "peft=lora", "peft.base_weights=nf4", "data.seq_length=64"), 1, 128256)
+    quantised = estimate_run(
+        run("model=llama3_8b", "peft=lora", "peft.base_weights=nf4", "data.seq_length=64"), 1, 128256
     ).peak
     assert quantised.moment == "start", "the model is built whole before its weights become four bits"
     assert quantised.allocated == pytest.approx(2 * 8.03e9, rel=0.02)
@@ -269,14 +266,12 @@ def test_large_models_fit_the_gpus_that_their_files_name() -> None:
         ("llama3_1b", "single", 1),
         ("llama3_8b", "tp2", 8),
     ]:
-        text = report(
-            planned_run(run(f"model={model}", f"parallelism={parallelism}", "cluster=h100"), processes, 50257)
-        )
+        text = report(run(f"model={model}", f"parallelism={parallelism}", "cluster=h100"), processes, 50257)
         assert "of the 79.1 GiB of H100" in text, model
 
 
 def test_report_shows_layout_stages_counts_and_memory() -> None:
-    text = report(planned_run(run("model=gpt_tiny", "parallelism=pp2"), 2, 2048))
+    text = report(run("model=gpt_tiny", "parallelism=pp2"), 2, 2048)
     for wanted in ("1.97 million parameters", "2 processes: PP 2 x DP 1", "embedding + 0-1", "2-3 + loss",
                    "activations", "choose cluster=<name>"):  # fmt: skip
         assert wanted in text
@@ -285,7 +280,7 @@ def test_report_shows_layout_stages_counts_and_memory() -> None:
 def test_too_large_a_run_is_refused_with_changes_that_fit() -> None:
     cfg = run("model=llama3_8b", "cluster=h100", "parallelism=cp2", "trainer.micro_batch_size=2")
     with pytest.raises(ConfigError) as caught:
-        report(planned_run(cfg, 8, 50257))
+        report(cfg, 8, 50257)
     (problem,) = caught.value.problems
     assert problem.key == "cluster.gpu_memory_gib"
     assert problem.value == 79.1
@@ -294,7 +289,7 @@ def test_too_large_a_run_is_refused_with_changes_that_fit() -> None:
     assert "recompute_modules=[mlp]" in problem.fix
     assert "estimated memory per rank" in str(caught.value)
     smaller = dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, micro_batch_size=1))
-    needed = estimate_memory(planned_run(smaller, 8, 128256)).peak.total / GIB
+    needed = estimate_run(smaller, 8, 128256).peak.total / GIB
     assert f"({needed:.1f} GiB)" in problem.fix
     assert needed <= 79.1
 
@@ -302,42 +297,42 @@ def test_too_large_a_run_is_refused_with_changes_that_fit() -> None:
 def test_a_run_at_the_edge_is_let_through_with_a_word() -> None:
     cfg = run("model=gpt_1b", "precision=bf16", "model.transformer_impl=torch", "trainer.micro_batch_size=18",
               "trainer.global_batch_size=18")  # fmt: skip
-    memory = estimate_memory(planned_run(cfg, 1, 50304)).peak
+    memory = estimate_run(cfg, 1, 50304).peak
     between = (memory.least + memory.total) / 2 / GIB
-    warning = check_card(planned_run(cfg, 1, 50257), ("NVIDIA H100 80GB HBM3", between))
+    warning = check_card(cfg, 1, 50257, ("NVIDIA H100 80GB HBM3", between))
     assert warning is not None
     assert "may not fit; set trainer.micro_batch_size=9" in warning
-    assert check_card(planned_run(cfg, 1, 50257), ("NVIDIA H100 80GB HBM3", memory.total / GIB + 0.1)) is None
+    assert check_card(cfg, 1, 50257, ("NVIDIA H100 80GB HBM3", memory.total / GIB + 0.1)) is None
     with pytest.raises(ConfigError, match=r"the run needs about .* GiB per GPU") as caught:
-        check_card(planned_run(cfg, 1, 50257), ("NVIDIA H100 80GB HBM3", memory.least / GIB - 0.1))
+        check_card(cfg, 1, 50257, ("NVIDIA H100 80GB HBM3", memory.least / GIB - 0.1))
     assert "trainer.check_memory=false" in caught.value.problems[0].fix
     assert "estimated memory per rank" in str(caught.value)
 
 
 def test_layers_of_the_users_own_are_not_judged() -> None:
     cfg = run("model=gpt_175b", "model.layer_spec='package:function'")
-    assert check_card(planned_run(cfg, 1, 50257), ("card", 1.0)) is None
+    assert check_card(cfg, 1, 50257, ("card", 1.0)) is None
 
 
 def test_a_hopeless_run_is_told_so() -> None:
     with pytest.raises(ConfigError, match="no single change is enough") as caught:
-        report(planned_run(run("model=gpt_175b", "cluster=h100", "parallelism=tp8"), 8, 50257))
+        report(run("model=gpt_175b", "cluster=h100", "parallelism=tp8"), 8, 50257)
     assert "use more processes" in str(caught.value)
 
 
 def test_unknown_gpu_refuses_nothing() -> None:
-    assert "choose cluster=<name>" in report(planned_run(run("model=gpt_175b", "parallelism=tp8"), 8, 50257))
+    assert "choose cluster=<name>" in report(run("model=gpt_175b", "parallelism=tp8"), 8, 50257)
 
 
 def test_frozen_weights_need_neither_gradients_nor_optimizer_state() -> None:
-    whole = estimate_memory(planned_run(run("model=llama3_8b", "precision=bf16"), 1, 128256)).peak
-    adapted = estimate_memory(planned_run(run("model=llama3_8b", "precision=bf16", "peft=lora"), 1, 128256)).peak
+    whole = estimate_run(run("model=llama3_8b", "precision=bf16"), 1, 128256).peak
+    adapted = estimate_run(run("model=llama3_8b", "precision=bf16", "peft=lora"), 1, 128256).peak
     trained = adapted.gradients / 4
     # Rank 16 on all seven linear layers of 32 layers.
     assert trained == 32 * 16 * (3 * 4096 + 6144 + 2 * 4096 + 2 * (4096 + 14336) + 14336 + 4096)
     assert adapted.parameters == whole.parameters + 2 * trained
     assert adapted.optimizer == 12 * trained
-    quantised = estimate_memory(
-        planned_run(run("model=llama3_8b", "precision=bf16", "peft=lora", "peft.base_weights=nf4"), 1, 128256)
+    quantised = estimate_run(
+        run("model=llama3_8b", "precision=bf16", "peft=lora", "peft.base_weights=nf4"), 1, 128256
     ).peak
     assert quantised.parameters == pytest.approx(5.39 * GIB, rel=0.01)

@@ -9,8 +9,7 @@ import pytest
 from benchmarks.memory_rows import GPT2_TOKENS, ROWS, configuration, plan, table
 from nemo_llm.config import RunConfig
 from nemo_llm.config.checks import find_problems
-from nemo_llm.planner.check_only import report
-from nemo_llm.train import planned_run
+from nemo_llm.training.check_only import report
 
 MEASURED = [name for name, row in ROWS.items() if row.gib is not None]
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "planner.md"
@@ -32,7 +31,7 @@ def test_estimate_is_what_was_measured(name: str) -> None:
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_what_ran_is_not_refused_on_its_card(name: str) -> None:
-    text = report(planned_run(composed(name), ROWS[name].gpus, GPT2_TOKENS))
+    text = report(composed(name), ROWS[name].gpus, GPT2_TOKENS)
     assert f"GiB of {ROWS[name].card.upper()}" in text
     assert "may not fit" not in text
 

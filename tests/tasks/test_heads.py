@@ -228,7 +228,7 @@ def train_head(folder: str, base: str) -> tuple[list[float], float]:
 
 def merge(folder: str) -> None:
     """The tool's work, in a rank that is up."""
-    from nemo_llm.training.merge import merge_checkpoint
+    from nemo_llm.convert.peft_adapters import merge_checkpoint
 
     merge_checkpoint(Path(folder) / "run", Path(folder) / "merged")
 

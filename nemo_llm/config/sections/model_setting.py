@@ -5,7 +5,7 @@ which have a model and no run, make their own (`nemo_llm.config.shipped`).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from nemo_llm.config.sections.model import ModelConfig
@@ -17,7 +17,7 @@ from nemo_llm.config.sections.precision import PrecisionConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSetting:
-    """All that the construction of a model depends on, adapters included.
+    """All that the construction of a model depends on, adapters included; the defaults stand for a model without a run.
 
     Attributes:
         seq_length, micro_batch_size: shape of a micro-batch, in tokens and samples.
@@ -31,18 +31,18 @@ class ModelSetting:
     parallelism: ParallelismConfig
     precision: PrecisionConfig
     performance: PerformanceConfig
-    peft: PeftConfig | None
     seq_length: int
-    micro_batch_size: int
-    reset_attention_mask: bool
-    z_loss_coeff: float
-    seed: int
-    deterministic: bool
+    micro_batch_size: int = 1
+    reset_attention_mask: bool = False
+    peft: PeftConfig | None = None
+    z_loss_coeff: float = 0.0
+    seed: int = 0
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeSetting:
-    """All that a process' device and its process groups depend on.
+    """All that a process' device and its process groups depend on; the defaults stand for processes without a run.
 
     Attributes:
         timeout_minutes: of every process group, until the first step is over.
@@ -50,8 +50,8 @@ class RuntimeSetting:
     """
 
     parallelism: ParallelismConfig
-    accelerator: Literal["auto", "cpu", "cuda"]
-    seed: int
-    deterministic: bool
-    timeout_minutes: float
-    environment: Mapping[str, str]
+    accelerator: Literal["auto", "cpu", "cuda"] = "cpu"
+    seed: int = 0
+    deterministic: bool = False
+    timeout_minutes: float = 30.0
+    environment: Mapping[str, str] = field(default_factory=dict)

@@ -73,9 +73,8 @@ def _matrices(setting: ModelSetting, device: torch.device) -> str:
 def _loss(setting: ModelSetting) -> str:
     if (tokens := fused_chunk_tokens(setting)) is not None:
         return f"loss: with the output projection, {tokens:,} tokens at a time"
-    reason = (
-        "fp16" if setting.performance.fused_linear_cross_entropy else "performance.fused_linear_cross_entropy=false"
-    )
+    fused = setting.performance.fused_linear_cross_entropy
+    reason = "fp16" if fused else "performance.fused_linear_cross_entropy=false"
     return f"loss: from whole logits ({reason})"
 
 

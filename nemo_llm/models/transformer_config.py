@@ -76,16 +76,8 @@ def to_transformer_config(setting: ModelSetting, device: torch.device) -> Transf
     try:
         return class_(**{**fields, **setting.model.mcore_overrides})
     except (ValueError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            [
-                Problem(
-                    "model",
-                    setting.model.name,
-                    f"Megatron-Core refuses this combination: {error}",
-                    "change the keys named",
-                )
-            ]
-        ) from error
+        rule = f"Megatron-Core refuses this combination: {error}"
+        raise ConfigError([Problem("model", setting.model.name, rule, "change the keys named")]) from error
 
 
 def _fuses_activation(model: ModelConfig) -> bool:

@@ -210,13 +210,10 @@ def run_flex(setting: ModelSetting, like: dict) -> None:
     Args:
         like: dtype and device of queries, keys and values.
     """
-    model, tp, length = setting.model, setting.parallelism.tensor_model_parallel_size, setting.seq_length
+    model, layout, length = setting.model, setting.parallelism, setting.seq_length
+    tp = layout.tensor_model_parallel_size
     # Under context parallelism each rank has lengths of its own.
-    if (
-        why_no_flex(setting)
-        or setting.parallelism.context_parallel_size > 1
-        or choose_backend(model, "cuda") != "torch"
-    ):
+    if why_no_flex(setting) or layout.context_parallel_size > 1 or choose_backend(model, "cuda") != "torch":
         return
     batch, cap = setting.micro_batch_size, model.attn_logit_softcapping
     documents = None

@@ -238,11 +238,10 @@ def _groups_experts(setting: ModelSetting) -> bool:
 
 def routed_tokens(setting: ModelSetting, moe: MoeConfig) -> float:
     """Copies of tokens at the experts of one rank: of the busiest one where expert parallelism spreads them."""
-    own_tokens = (
-        tokens_per_rank(setting) / setting.parallelism.tensor_model_parallel_size
-    )  # TP splits the sequence here
-    busiest = BUSIEST_RANK if setting.parallelism.expert_model_parallel_size > 1 else 1.0
-    return own_tokens * moe.moe_router_topk * setting.parallelism.expert_tp_size * busiest
+    layout = setting.parallelism
+    own_tokens = tokens_per_rank(setting) / layout.tensor_model_parallel_size  # TP splits the sequence here
+    busiest = BUSIEST_RANK if layout.expert_model_parallel_size > 1 else 1.0
+    return own_tokens * moe.moe_router_topk * layout.expert_tp_size * busiest
 
 
 def _adapter_bytes(setting: ModelSetting, found: Iterable[Linear]) -> float:

@@ -55,10 +55,8 @@ def state_bytes(
     gradient = 4 if setting.precision.grad_reduce_in_fp32 or element == 4 else element
     sharded = setting.parallelism.use_distributed_optimizer
     share, expert_share = (layout.dp * layout.cp, layout.edp) if sharded else (1, 1)
-    optimizer = (
-        _master_and_moments(setting, muon, dense, outside) / share
-        + _master_and_moments(setting, muon, experts, 0.0) / expert_share
-    )
+    optimizer = _master_and_moments(setting, muon, dense, outside) / share
+    optimizer += _master_and_moments(setting, muon, experts, 0.0) / expert_share
     moments = _ADAM_MOMENTS_BYTES * (dense / share + experts / expert_share)
     if setting.performance.offload_optimizer_moments:
         optimizer += min(_STAGING_BYTES, 3 * moments)

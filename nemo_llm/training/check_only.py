@@ -1,12 +1,13 @@
 """What ``trainer.check_only=true`` prints: layout, stages, parameters and memory; refuses what cannot fit the GPU."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from nemo_llm.config.checks import find_problems
 from nemo_llm.config.checks.recompute import UNUSED_MODULES
 from nemo_llm.config.sections.arithmetic import padded_vocab_size
-from nemo_llm.config.sections.parallelism import ParallelismConfig
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.planner.flops import flops_per_token
@@ -138,8 +139,11 @@ def _suggest(cfg: RunConfig, estimate: MemoryEstimate) -> str:
     limit, world_size = (cfg.cluster.gpu_memory_gib or 0) * GIB, estimate.layout.world_size
     vocab_size = estimate.parameters.word_embeddings // cfg.model.hidden_size
     tried: list[tuple[str, float]] = []
-    for text, changed in _single_changes(cfg):
+    for section, keys in _single_changes(cfg):
+        changed = replace(cfg, **{section: replace(getattr(cfg, section), **keys)})
         if not find_problems(changed, world_size):
+            first, *rest = (f"{key}={_as_argument(value)}" for key, value in keys.items())
+            text = f"set {section}.{first}" + (f" with {' '.join(rest)}" if rest else "")
             tried.append((text, estimate_run(changed, world_size, vocab_size).peak.total))
     fitting = [f"{text} ({needed / GIB:.1f} GiB)" for text, needed in tried if needed <= limit]
     if fitting:
@@ -150,53 +154,27 @@ def _suggest(cfg: RunConfig, estimate: MemoryEstimate) -> str:
     return f"no single change is enough: combine {listed}, or {more}" if listed else more
 
 
-def _single_changes(cfg: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """Changes in the order of what they cost in speed, the cheapest first."""
-    parallel = cfg.parallelism
-    if not parallel.use_distributed_optimizer:
-        changed = replace(parallel, use_distributed_optimizer=True)
-        yield "set parallelism.use_distributed_optimizer=true", replace(cfg, parallelism=changed)
-    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
-        changed = replace(parallel, sequence_parallel=True)
-        yield "set parallelism.sequence_parallel=true", replace(cfg, parallelism=changed)
+def _single_changes(cfg: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A section and keys of it with other values, in the order of what they cost in speed, the cheapest first."""
+    layout, experts = cfg.parallelism, cfg.model.moe is not None
+    if not layout.use_distributed_optimizer:
+        yield "parallelism", {"use_distributed_optimizer": True}
+    if layout.tensor_model_parallel_size > 1 and not layout.sequence_parallel:
+        yield "parallelism", {"sequence_parallel": True}
     if cfg.trainer.micro_batch_size > 1:
-        size = cfg.trainer.micro_batch_size // 2
-        trainer = replace(cfg.trainer, micro_batch_size=size)
-        yield f"set trainer.micro_batch_size={size}", replace(cfg, trainer=trainer)
-    yield from _recomputation(cfg, parallel)
-    yield from _larger_layouts(cfg, parallel)
+        yield "trainer", {"micro_batch_size": cfg.trainer.micro_batch_size // 2}
+    if layout.recompute_granularity is None:
+        module = "moe" if experts else "layernorm" if cfg.model.parallel_residual else "mlp"
+        yield "parallelism", {"recompute_granularity": "selective", "recompute_modules": [module]}
+    if layout.recompute_granularity != "full":
+        full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        unused = layout.recompute_modules == UNUSED_MODULES
+        yield "parallelism", full if unused else {**full, "recompute_modules": UNUSED_MODULES}
+    for name in ("tensor_model", "context", "pipeline_model", *(["expert_model"] if experts else [])):
+        key = f"{name}_parallel_size"
+        also = {"sequence_parallel": True} if name == "tensor_model" else {}
+        yield "parallelism", {key: 2 * getattr(layout, key), **also}
 
 
-def _recomputation(cfg: RunConfig, parallel: ParallelismConfig) -> Iterator[tuple[str, RunConfig]]:
-    if parallel.recompute_granularity is None:
-        alone = ["layernorm"] if cfg.model.parallel_residual else ["mlp"]
-        modules = ["moe"] if cfg.model.moe is not None else alone
-        changed = replace(parallel, recompute_granularity="selective", recompute_modules=modules)
-        text = f"set parallelism.recompute_granularity=selective with recompute_modules=[{','.join(modules)}]"
-        yield text, replace(cfg, parallelism=changed)
-    if parallel.recompute_granularity != "full":
-        changed = replace(parallel, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-        changed = replace(changed, recompute_modules=UNUSED_MODULES)
-        text = "set parallelism.recompute_granularity=full with recompute_method=uniform recompute_num_layers=1"
-        if parallel.recompute_modules != UNUSED_MODULES:
-            text += f" recompute_modules=[{','.join(UNUSED_MODULES)}]"
-        yield text, replace(cfg, parallelism=changed)
-
-
-def _larger_layouts(cfg: RunConfig, parallel: ParallelismConfig) -> Iterator[tuple[str, RunConfig]]:
-    tp, cp, pp = (
-        parallel.tensor_model_parallel_size,
-        parallel.context_parallel_size,
-        parallel.pipeline_model_parallel_size,
-    )
-    changed = replace(parallel, tensor_model_parallel_size=2 * tp, sequence_parallel=True)
-    text = f"set parallelism.tensor_model_parallel_size={2 * tp} with sequence_parallel=true"
-    yield text, replace(cfg, parallelism=changed)
-    changed = replace(parallel, context_parallel_size=2 * cp)
-    yield f"set parallelism.context_parallel_size={2 * cp}", replace(cfg, parallelism=changed)
-    changed = replace(parallel, pipeline_model_parallel_size=2 * pp)
-    yield f"set parallelism.pipeline_model_parallel_size={2 * pp}", replace(cfg, parallelism=changed)
-    if cfg.model.moe is not None:
-        ep = 2 * parallel.expert_model_parallel_size
-        changed = replace(parallel, expert_model_parallel_size=ep)
-        yield f"set parallelism.expert_model_parallel_size={ep}", replace(cfg, parallelism=changed)
+def _as_argument(value: object) -> str:
+    return json.dumps(value, separators=(",", ":")).replace('"', "")

@@ -11,13 +11,11 @@ from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import ConfigError, Problem
 
-SETTING_CHECKS: tuple[Callable[[ModelSetting, int], Iterable[Problem]], ...] = (
-    *LAYOUT_CHECKS,
-    *MODEL_CHECKS,
-    *RECOMPUTE_CHECKS,
-    *EFFECT_CHECKS,
-)
-RUN_CHECKS: tuple[Callable[[RunConfig, int], Iterable[Problem]], ...] = (check_devices, *RECIPE_CHECKS)
+SettingCheck = Callable[[ModelSetting, int], Iterable[Problem]]
+RunCheck = Callable[[RunConfig, int], Iterable[Problem]]
+
+SETTING_CHECKS: tuple[SettingCheck, ...] = (*LAYOUT_CHECKS, *MODEL_CHECKS, *RECOMPUTE_CHECKS, *EFFECT_CHECKS)
+RUN_CHECKS: tuple[RunCheck, ...] = (check_devices, *RECIPE_CHECKS)
 
 
 def setting_problems(setting: ModelSetting, world_size: int) -> list[Problem]:

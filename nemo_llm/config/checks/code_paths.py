@@ -39,9 +39,8 @@ def fused_chunk_tokens(setting: ModelSetting) -> int | None:
 
 def fuses_rope(setting: ModelSetting) -> bool:
     """Whether on CUDA the rotation is a kernel of its own, or of the split."""
-    return (
-        setting.performance.fused_rope and setting.model.position_embedding_type == "rope" and setting.model.mla is None
-    )
+    model = setting.model
+    return setting.performance.fused_rope and model.position_embedding_type == "rope" and model.mla is None
 
 
 def splits_qkv(setting: ModelSetting) -> bool:

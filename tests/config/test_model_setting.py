@@ -23,9 +23,9 @@ def test_a_run_hands_on_all_that_its_model_and_its_processes_depend_on() -> None
     """Each value here is another than the default of its field, which a field that was forgotten would have."""
     cfg = compose([
         "+model=gpt_tiny", "peft=lora", "parallelism=tp2", "precision=bf16", "performance.fused_kernels=false",
-        "data=mock", "data.seq_length=32", "trainer.micro_batch_size=4", "data.reset_attention_mask=true", "task.z_loss_coeff=1e-4",
+        "data=mock", "data.seq_length=32", "trainer.micro_batch_size=4", "data.reset_attention_mask=true",
         "trainer.seed=7", "trainer.deterministic=true", "trainer.accelerator=cuda", "cluster=h100_infiniband",
-        "trainer.first_step_timeout_minutes=3",
+        "trainer.first_step_timeout_minutes=3", "task.z_loss_coeff=1e-4",
     ])  # fmt: skip
     sections = {name: getattr(cfg, name) for name in ("model", "parallelism", "precision", "performance", "peft")}
     values = {"seq_length": 32, "micro_batch_size": 4, "reset_attention_mask": True, "z_loss_coeff": 1e-4}

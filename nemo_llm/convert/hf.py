@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nemo_llm.checkpoint.folder import resolve_checkpoint
+from nemo_llm.checkpoint.saved_run import SavedRun
 from nemo_llm.config.commands.convert import ConvertConfig
 from nemo_llm.config.compose.hf_tokenizer import SPECIAL_IDS, add_special_ids, as_list, special_ids
 from nemo_llm.config.compose.load import compose, to_dict
@@ -70,8 +70,8 @@ def hf_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
 
 def ours_to_hf(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
     """A checkpoint of ours becomes a folder that plain transformers loads."""
-    folder = resolve_checkpoint(source)
-    model = asdict(saved_model(folder))
+    saved = SavedRun.open(source)
+    folder, model = saved.folder, asdict(saved_model(saved))
     if cfg.family is not None and cfg.family not in FAMILIES:
         raise InputError(f"family={cfg.family}: not known; known are {', '.join(FAMILIES)}")
     model["family"] = cfg.family or model["family"]

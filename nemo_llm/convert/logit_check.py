@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from nemo_llm.checkpoint.folder import read_config
+from nemo_llm.checkpoint.saved_run import SavedRun
 from nemo_llm.config import ModelConfig
-from nemo_llm.config.compose.load import decode_saved
 from nemo_llm.config.shipped import one_cpu, reference_fp32
 from nemo_llm.errors import CheckpointError
 from nemo_llm.families.registry import read_hf_config
@@ -250,7 +249,7 @@ def find_layers(model: Any) -> Any:
 
 def run_ours(folder: Path, tokens: torch.Tensor, last: int | None = None) -> Outputs:
     """Our model as training builds it, on one process; ``last`` as in `run_theirs`."""
-    with float32_model(saved_model(folder)) as chunk:
+    with float32_model(saved_model(SavedRun.at(folder))) as chunk:
         from nemo_llm.checkpoint.weights import load_weights
 
         load_weights([chunk], folder)
@@ -287,12 +286,12 @@ def forward_megatron(
     return Outputs(logits, hidden)
 
 
-def saved_model(folder: Path) -> ModelConfig:
+def saved_model(saved: SavedRun) -> ModelConfig:
     """The model section of a checkpoint, its vocabulary known."""
-    model = decode_saved(read_config(folder)).model
+    model = saved.sections.model
     if model.vocab_size is not None:
         return model
-    return replace(model, vocab_size=load_tokenizer_from_folder(folder / "tokenizer").vocab_size)
+    return replace(model, vocab_size=load_tokenizer_from_folder(saved.tokenizer).vocab_size)
 
 
 @contextmanager

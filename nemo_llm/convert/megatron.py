@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nemo_llm.checkpoint.folder import resolve_checkpoint
+from nemo_llm.checkpoint.saved_run import SavedRun
 from nemo_llm.config.commands.convert import ConvertConfig
 from nemo_llm.config.compose.from_folder import hf_tokenizer
 from nemo_llm.config.compose.load import compose, to_dict
@@ -61,8 +61,8 @@ def megatron_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: 
 
 def ours_to_megatron(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
     """A checkpoint of ours becomes a folder that Megatron-LM's ``--load`` takes."""
-    folder = resolve_checkpoint(source)
-    model = asdict(saved_model(folder))
+    saved = SavedRun.open(source)
+    folder, model = saved.folder, asdict(saved_model(saved))
     fields_of_section(model)  # refuses what Megatron-Core cannot build
     mapped = Mapped.of(MCORE, model)
     reader, infos = open_ours(cfg, mapped, folder)

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from nemo_llm.checkpoint.fingerprint import weights_fingerprint
-from nemo_llm.checkpoint.folder import begin, commit, read_config, resolve_checkpoint, writing
+from nemo_llm.checkpoint.folder import begin, commit, resolve_checkpoint, writing
 from nemo_llm.checkpoint.manifest import verify
+from nemo_llm.checkpoint.saved_run import SavedRun, write_config
 from nemo_llm.checkpoint.weights import load_weights, save_weights
 from nemo_llm.checkpoint.writer import StateWriter
 from nemo_llm.config.commands.convert import ConvertConfig
-from nemo_llm.config.compose.load import decode_saved, to_dict
+from nemo_llm.config.compose.decode import decode, to_dict
 from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.config.shipped import one_cpu, read_shipped, reference_fp32
 from nemo_llm.convert.convert import convert
@@ -64,14 +64,14 @@ def convert_adapter(cfg: ConvertConfig) -> Outcome:
 
 
 def _to_peft(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
-    folder = resolve_checkpoint(source)
-    run = decode_saved(read_config(folder))
+    saved = SavedRun.open(source)
+    folder, run = saved.folder, saved.sections
     if run.peft is None:
         raise InputError(f"{folder} was made by a run without peft; its weights are converted with target_format=hf")
     named = cfg.base or run.checkpoint.init_from
     if named is None:
         raise InputError("base: needed; the run of this adapter started from no checkpoint, and none is named")
-    base, setting = resolve_checkpoint(Path(named).expanduser()), reference_fp32(saved_model(folder), run.peft)
+    base, setting = resolve_checkpoint(Path(named).expanduser()), reference_fp32(saved_model(saved), run.peft)
     began = time.monotonic()
     shutil.rmtree(temporary / "state")
     export_adapter(folder, temporary, named)
@@ -90,10 +90,10 @@ def _to_peft(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) ->
 def _to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
     if cfg.base is None:
         raise InputError("base: needed; name the checkpoint of ours that the adapter stands on")
-    base = resolve_checkpoint(Path(cfg.base).expanduser())
-    peft = section_of_folder(source)
-    run = decode_saved({**read_config(base), "peft": {**read_shipped(f"peft/{peft['kind']}"), **peft}})
-    run = replace(run, checkpoint=replace(run.checkpoint, init_from=str(base.resolve())), model=saved_model(base))
+    saved = SavedRun.open(Path(cfg.base).expanduser())
+    base, peft = saved.folder, section_of_folder(source)
+    run = decode({**saved.mapping, "peft": {**read_shipped(f"peft/{peft['kind']}"), **peft}})
+    run = replace(run, checkpoint=replace(run.checkpoint, init_from=str(base.resolve())), model=saved_model(saved))
     assert run.peft is not None
     setting = reference_fp32(run.model, run.peft)
     with _adapted(setting, base) as (chunk, fingerprint):
@@ -105,7 +105,7 @@ def _to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) ->
         seconds = time.monotonic() - began
         report = _compare(cfg, setting, chunk, (base, source)) if cfg.verify else None
     write_description(temporary, run.peft, fingerprint)
-    (temporary / "config.yaml").write_text(yaml.safe_dump(to_dict(run), sort_keys=False), encoding="utf-8")
+    write_config(temporary, to_dict(run))
     if (base / "tokenizer").is_dir():
         shutil.copytree(base / "tokenizer", temporary / "tokenizer")
         if (source / TEMPLATE_FILE_NAME).is_file():
@@ -127,21 +127,21 @@ def merge_checkpoint(checkpoint: Path, output: Path) -> Path:
     """
     if output.exists():
         raise InputError(f"{output}: exists already; name another folder")
-    folder = resolve_checkpoint(checkpoint)
-    cfg = decode_saved(read_config(folder))
+    saved = SavedRun.open(checkpoint)
+    folder, cfg = saved.folder, saved.sections
     if cfg.peft is None:
         raise InputError(f"{folder} was made by a run without peft: there is nothing to merge")
     base = None if cfg.checkpoint.init_from is None else resolve_checkpoint(Path(cfg.checkpoint.init_from))
     if base is not None:
         verify(base, cfg.checkpoint.verify, (0, 1))
-    setting = replace(reference_fp32(saved_model(folder), cfg.peft), seed=cfg.trainer.seed)
+    setting = replace(reference_fp32(saved_model(saved), cfg.peft), seed=cfg.trainer.seed)
     with _adapted(setting, base, new_head=True) as (chunk, fingerprint):
         load_adapter([chunk], folder, fingerprint)
         merge_adapters([chunk])
         plain = replace(cfg, peft=None, checkpoint=replace(cfg.checkpoint, init_from=None))
         with writing(output) as temporary:
             save_weights([chunk], temporary)
-            (temporary / "config.yaml").write_text(yaml.safe_dump(to_dict(plain), sort_keys=False), encoding="utf-8")
+            write_config(temporary, to_dict(plain))
             shutil.copytree(folder / "tokenizer", temporary / "tokenizer")
     return output
 

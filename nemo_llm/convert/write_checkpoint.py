@@ -13,10 +13,10 @@ from typing import Any, Protocol, TypeVar
 
 import psutil
 import torch
-import yaml
 from tqdm import tqdm
 
-from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, begin, commit, temporary_of
+from nemo_llm.checkpoint.folder import begin, commit, temporary_of
+from nemo_llm.checkpoint.saved_run import write_config
 from nemo_llm.config.commands.convert import ConvertConfig
 from nemo_llm.config.sections.data import TokenizerConfig
 from nemo_llm.convert.hf_files import TensorInfo
@@ -153,8 +153,7 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 
 def finish_ours(config: Mapping[str, Any], tokenizer: TokenizerConfig | None, temporary: Path, source: Path) -> None:
     """Configuration, and tokenizer where there is one, beside the weights."""
-    text = yaml.safe_dump(dict(config), sort_keys=False, width=120)
-    (temporary / CONFIG_FILE_NAME).write_text(text, encoding="utf-8")
+    write_config(temporary, config)
     if tokenizer is not None:
         load_tokenizer(tokenizer).save(temporary / "tokenizer")
     else:

@@ -9,17 +9,16 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.utils import unwrap_model
 
-from nemo_llm.checkpoint.folder import read_config, resolve_checkpoint
 from nemo_llm.checkpoint.manifest import verify
+from nemo_llm.checkpoint.saved_run import SavedRun
 from nemo_llm.checkpoint.weights import load_weights
-from nemo_llm.config import ModelConfig, PrecisionConfig
+from nemo_llm.config import PrecisionConfig
 from nemo_llm.config.checks import setting_problems
 from nemo_llm.config.checks.code_paths import qkv_in_one
 from nemo_llm.config.commands.generate import ModelPlace
-from nemo_llm.config.compose.load import decode_saved
 from nemo_llm.config.sections.model_setting import ModelSetting, RuntimeSetting
 from nemo_llm.config.shipped import reference_fp32, shipped
-from nemo_llm.errors import ConfigError, InputError, Problem
+from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.inference.graphs import DecodeGraphs
 from nemo_llm.log import get_logger
 from nemo_llm.models.build import build_model_chunks
@@ -33,11 +32,8 @@ _log = get_logger(__name__)
 _GPU_SLOT_STEP = 256
 
 
-def for_inference(model: ModelConfig, place: ModelPlace, dtype: str, world_size: int) -> ModelSetting:
+def for_inference(saved: SavedRun, place: ModelPlace, world_size: int) -> ModelSetting:
     """What builds a trained model for ``place.parallelism``, whatever concerned its training.
-
-    Args:
-        dtype: of its parameters.
 
     Raises:
         ConfigError: a layout that this model or these processes do not allow.
@@ -47,18 +43,18 @@ def for_inference(model: ModelConfig, place: ModelPlace, dtype: str, world_size:
     layout = replace(layout, recompute_granularity=None)
     # Chunks of logits stay in a CPU's cache. On a GPU the fused loss would be compiled for every number of tokens.
     on_cpu = place.accelerator == "cpu" or not torch.cuda.is_available()
-    setting = reference_fp32(replace(model, transformer_impl="torch"))
+    setting = reference_fp32(replace(saved.sections.model, transformer_impl="torch"))
     performance = replace(
         setting.performance,
         fused_linear_cross_entropy=on_cpu,
         cross_entropy_chunk_tokens=256,
         gradient_accumulation_fusion=False,
         # One kernel for any length; the rotation alone would be compiled for every length of prompts.
-        fused_rope=not on_cpu and qkv_in_one(model, layout),
+        fused_rope=not on_cpu and qkv_in_one(setting.model, layout),
         compile_layers=False,
         flex_attention=False,  # compiled for every length of prompts
     )
-    precision = shipped(PrecisionConfig, f"precision/{dtype}")
+    precision = shipped(PrecisionConfig, f"precision/{place.dtype or saved.sections.precision.params_dtype}")
     setting = replace(setting, parallelism=layout, precision=precision, performance=performance)
     # Lengths, sequence parallelism for experts under TP, and ways of balancing experts matter in training alone.
     trained = ("data.seq_length", "parallelism.sequence_parallel", "model.moe.moe_router_load_balancing_type")
@@ -89,25 +85,19 @@ def open_checkpoint(place: ModelPlace, path: Path, world_size: int) -> LoadedFol
     Raises:
         InputError, ConfigError, CheckpointNotFoundError: each names what is missing and the fix.
     """
-    folder = resolve_checkpoint(path)
-    if not (folder / "tokenizer").is_dir():
-        raise InputError(
-            f"{folder}: holds no tokenizer/ folder, so that text cannot be encoded.\n      fix: copy tokenizer/ from a "
-            "checkpoint of the same run, or convert the model again with its tokenizer"
-        )
-    tokenizer = load_tokenizer_from_folder(folder / "tokenizer")
+    saved = SavedRun.open(path)
+    tokenizer = load_tokenizer_from_folder(saved.tokenizer)
     if isinstance(tokenizer, HuggingFaceTokenizer) and (bos := tokenizer.unsaved_bos()) is not None:
         _log.warning(
             "%s: its tokenizer.json puts %s before a text, and this checkpoint was saved without: texts are read as "
             "they were until now. To have it, convert the model again (tools/convert_checkpoint.py, from its Hugging "
             "Face folder; a trained one to format hf and back)",
-            folder,
+            saved.folder,
             bos,
         )
-    saved = decode_saved(read_config(folder))
-    setting = for_inference(saved.model, place, place.dtype or saved.precision.params_dtype, world_size)
+    setting = for_inference(saved, place, world_size)
     runtime = RuntimeSetting(parallelism=setting.parallelism, accelerator=place.accelerator)
-    return LoadedFolder(folder, setting, runtime, tokenizer)
+    return LoadedFolder(saved.folder, setting, runtime, tokenizer)
 
 
 class InferenceModel:

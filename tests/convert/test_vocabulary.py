@@ -15,6 +15,7 @@ def extend(folder: str) -> dict[str, Any]:
     import torch
 
     from nemo_llm.checkpoint.inspect import read_tensors
+    from nemo_llm.checkpoint.saved_run import SavedRun
     from nemo_llm.checkpoint.weights import load_weights
     from nemo_llm.convert.logit_check import float32_model, saved_model
     from nemo_llm.convert.vocabulary import extend_vocabulary
@@ -28,7 +29,7 @@ def extend(folder: str) -> dict[str, Any]:
         found[name] = dict(read_tensors(place, names))
         tokenizer = load_tokenizer_from_folder(place / "tokenizer")
         found[f"{name} ids"] = tokenizer.encode(TEXT)
-        with float32_model(saved_model(place)) as chunk, torch.no_grad():
+        with float32_model(saved_model(SavedRun.at(place))) as chunk, torch.no_grad():
             load_weights([chunk], place)
             ids = torch.tensor([tokenizer.encode("The old ship is at sea.")])
             found[f"{name} logits"] = chunk(ids, torch.arange(ids.shape[1])[None], None)[0, :, :2048]

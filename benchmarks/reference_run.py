@@ -159,17 +159,16 @@ def main() -> int:
     parser.add_argument("--no-compile", dest="compiled", action="store_false")
     arguments = parser.parse_args()
 
-    from nemo_llm.checkpoint.folder import read_config
-    from nemo_llm.config.compose.load import decode_saved
+    from nemo_llm.checkpoint.saved_run import SavedRun
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 
-    cfg = decode_saved(read_config(arguments.ours))
+    cfg = SavedRun.at(arguments.ours).sections
     log = [json.loads(line) for line in (arguments.ours / "metrics.jsonl").read_text().splitlines()]
     ours = [(row["loss"], row["grad_norm"]) for row in log if "loss" in row]
     if len(ours) != cfg.trainer.max_steps:
         print(f"{arguments.ours} has {len(ours)} losses of {cfg.trainer.max_steps} steps: train it to its end with trainer.log_interval=1")  # fmt: skip
         return 2
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     from nemo_llm.training.checkpoint import CheckpointSaver
     from nemo_llm.training.setup import build_training_run
 

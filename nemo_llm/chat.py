@@ -24,11 +24,11 @@ def main(cfg: ChatConfig) -> None:
 
     opened = open_checkpoint(cfg, Path(cfg.checkpoint).expanduser(), launched_world_size())
     prompts = load_chat_prompts(opened.tokenizer, cfg.chat_template)
-    with own_runtime(opened.cfg) as runtime:
+    with own_runtime(opened.runtime) as runtime:
         model = load_model(opened, runtime, cfg.verify)
         history = ChatHistory(prompts, model.max_length, cfg.sampling.max_new_tokens, cfg.system)
         if is_first_rank() and sys.stdin.isatty():
-            print(f"{opened.cfg.model.name}: {_RESET} forgets the conversation, {_END} ends it")
+            print(f"{opened.setting.model.name}: {_RESET} forgets the conversation, {_END} ends it")
         while (text := agree(read_line(), runtime.world_size)) is not None:
             if text == _RESET:
                 history.reset()

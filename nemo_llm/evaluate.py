@@ -23,7 +23,7 @@ def main(cfg: EvaluateConfig) -> None:
     suite = read_suite(cfg)
     opened = [(name, open_checkpoint(cfg, path, launched_world_size())) for name, path in find_models(cfg)]
     results = []
-    with own_runtime(opened[0][1].cfg) as runtime:
+    with own_runtime(opened[0][1].runtime) as runtime:
         for name, found in opened:
             scorer = ModelScorer(load_model(found, runtime, cfg.verify), cfg.batch_size)
             results.append(measure(suite, scorer, name, found.folder, step_of(found.folder)))

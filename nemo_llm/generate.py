@@ -29,9 +29,9 @@ def main(cfg: GenerateConfig) -> None:
     from nemo_llm.inference.decoder import check_prompts, generate
     from nemo_llm.parallel.runtime import own_runtime
 
-    check_prompts(prompts, cfg.sampling.max_new_tokens, opened.cfg.model.max_position_embeddings)
+    check_prompts(prompts, cfg.sampling.max_new_tokens, opened.setting.model.max_position_embeddings)
     streaming = cfg.stream and len(texts) == 1 and is_first_rank()
-    with own_runtime(opened.cfg) as runtime:
+    with own_runtime(opened.runtime) as runtime:
         model = load_model(opened, runtime, cfg.verify)
         if streaming:
             print("" if cfg.chat else texts[0], end="", flush=True)

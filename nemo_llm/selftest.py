@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nemo_llm.training.setup import build_training_run
 
     cfg = _configuration(launched_world_size())
-    with own_runtime(cfg) as runtime:
+    with own_runtime(cfg.runtime_setting) as runtime:
         place, device = runtime.place, runtime.device
         say(f"{place.world_size} ranks on {place.num_nodes} nodes, {dist.get_backend()}, torch {torch.__version__}")
         peers = {"within a node": 1, "across nodes": place.local_world_size}
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         losses, resumed = _train_and_resume(cfg, runtime, arguments.folder)
     if not is_first_rank():
         return ExitCode.DONE  # the first rank's verdict is the job's
-    with own_runtime(cfg, ProcessPlace(0, 1, 0, 1, "single")) as alone:
+    with own_runtime(cfg.runtime_setting, ProcessPlace(0, 1, 0, 1, "single")) as alone:
         wanted = _losses(build_training_run(cfg, alone), _STEPS)
     worst = max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True))
     allowed = _TOLERANCE[device.type]

@@ -54,6 +54,7 @@ TO_BE_MERGED = {
     "conversation/history.py",
     "inference/prompts.py",
     "models/layers/fused_residual_layer.py",
+    "optim/gradients.py",
     "models/layers/swiglu.py",
     "models/layers/vocab_parallel_cross_entropy.py",
     "planner/loss.py",
@@ -66,6 +67,7 @@ TORCH_FREE = (
     "tasks",
     "planner",
     "report",
+    "training/check_only.py",
     "parallel/layout.py",
     "parallel/stages.py",
     "megatron/config_fields.py",
@@ -74,6 +76,8 @@ TORCH_FREE = (
     "log.py",
     "assets",
 )
+# What knows of training runs, besides the commands; the others take the sections that they read, or a `ModelSetting`.
+OF_RUNS = {"config", "tasks", "training", "run", "optim", "resilience"}
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 70
 MAX_PARAMETERS = 6
@@ -258,6 +262,18 @@ def test_a_touch_of_megatron_is_seen(code: str) -> None:
     assert list(touches(ast.parse(code)))
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if p.parent != PACKAGE and part_of(p) not in OF_RUNS], ids=relative
+)
+def test_a_model_needs_no_run(path: Path) -> None:
+    """Rooms that neither train nor configure name no `RunConfig`, and compose no run of a shipped model."""
+    if relative(path) != "checkpoint/saved_run.py":  # the reader of saved runs
+        assert "RunConfig" not in {name.rpartition(".")[2] for name in imported_names(TREES[path])}
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Constant) and str(node.value).startswith(("model=", "+model=")):
+            assert node.value == "+model=from_hf", f"{relative(path)}:{node.lineno} composes {node.value}"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_sizes(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").count("\n")
@@ -283,7 +299,7 @@ def test_configuration_is_read_without_defaults(path: Path) -> None:
 def names_configuration(node: ast.AST) -> bool:
     while isinstance(node, ast.Attribute):
         node = node.value
-    return isinstance(node, ast.Name) and node.id in {"cfg", "run_config", "model_config"}
+    return isinstance(node, ast.Name) and node.id in {"cfg", "setting", "run_config", "model_config"}
 
 
 MUTATING = {"append", "appendleft", "add", "update", "clear", "pop", "popitem", "setdefault", "extend", "insert"}

@@ -21,7 +21,7 @@ except ImportError:  # PyYAML without libyaml
 
 from nemo_llm.checkpoint.manifest import COMPLETE, manifest_digest, verify, write_manifest
 from nemo_llm.config.sections.run_services import CheckpointConfig
-from nemo_llm.errors import CheckpointNotFoundError, InputError
+from nemo_llm.errors import CheckpointDamagedError, CheckpointNotFoundError, InputError
 from nemo_llm.storage.atomic_files import fsync
 
 __all__ = ["verify"]  # defined beside the manifest; users of a folder look for it here
@@ -143,6 +143,21 @@ def _found_instead(path: Path) -> str:
     return f"a folder with {', '.join(names[:5])}" if names else "an empty folder"
 
 
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """How far training was: ``training.json``; None where a checkpoint holds weights alone.
+
+    Raises:
+        CheckpointDamagedError: the file is not readable.
+    """
+    path = folder / TRAINING_FILE_NAME
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointDamagedError(f"{path}: damaged; not readable ({error})") from None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Configuration saved in a run or checkpoint folder, as nested plain mappings.
 
@@ -186,6 +201,6 @@ def remove_old(checkpoints: Path, settings: CheckpointConfig) -> list[Path]:
 
 def _validation_loss(folder: Path) -> float | None:
     try:
-        return json.loads((folder / TRAINING_FILE_NAME).read_text())["validation_loss"]
-    except (OSError, ValueError, KeyError):
+        return (read_progress(folder) or {}).get("validation_loss")
+    except (OSError, CheckpointDamagedError):
         return None

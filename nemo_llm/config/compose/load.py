@@ -26,11 +26,14 @@ from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 __all__ = ["decode", "to_dict"]  # beside `compose`, where their users look for them
 
 
-def compose(overrides: Sequence[str], extra_folder: Path | None = None) -> RunConfig:
+def compose(
+    overrides: Sequence[str], extra_folder: Path | None = None, model: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Configuration that ``conf/`` and `overrides` (``key=value``, ``group=name``) make together.
 
     Args:
         extra_folder: a folder of the user's own groups, searched besides the shipped one.
+        model: the model's whole section, where `overrides` choose none.
 
     Raises:
         ConfigError: with every problem found.
@@ -52,6 +55,8 @@ def compose(overrides: Sequence[str], extra_folder: Path | None = None) -> RunCo
         text = texts.restore(" ".join(str(error).split()))
         problem = Problem("", NO_VALUE, text, "correct the argument or the file that it names")
         raise ConfigError([*problems, problem]) from error
+    if model is not None:
+        mapping |= {"model": dict(model), "run": {**mapping["run"], "name": model["name"]}}
     has_model = "model" in mapping
     if not has_model and all(problem.key != "model" for problem in problems):
         problems.insert(0, missing_model(groups))

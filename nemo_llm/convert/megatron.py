@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nemo_llm.checkpoint.folder import resolve_checkpoint
+from nemo_llm.checkpoint.state_files import NativeReader
 from nemo_llm.config import RunConfig
 from nemo_llm.config.commands.convert import ConvertConfig
 from nemo_llm.config.compose.arguments import as_hydra
@@ -18,7 +19,6 @@ from nemo_llm.convert.logit_check import GateReport, GateSettings, Sides, compar
 from nemo_llm.convert.mapping import Mapped
 from nemo_llm.convert.megatron_files import Source, open_megatron, write_megatron
 from nemo_llm.convert.megatron_model import run_megatron
-from nemo_llm.convert.native_files import NativeReader
 from nemo_llm.convert.reach import Reach
 from nemo_llm.convert.write_checkpoint import (
     Outcome,

@@ -17,13 +17,12 @@ import yaml
 from tqdm import tqdm
 
 from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, begin, commit, temporary_of
+from nemo_llm.checkpoint.state_files import NativeReader, NativeWriter, TensorInfo
 from nemo_llm.config import RunConfig
 from nemo_llm.config.commands.convert import ConvertConfig
 from nemo_llm.config.compose.load import to_dict
-from nemo_llm.convert.hf_files import TensorInfo
 from nemo_llm.convert.logit_check import GateReport, GateSettings
 from nemo_llm.convert.mapping import Mapped
-from nemo_llm.convert.native_files import NativeReader, NativeWriter
 from nemo_llm.convert.reach import Reach
 from nemo_llm.errors import InputError
 from nemo_llm.families.spec import Link

@@ -43,6 +43,7 @@ TORCH_FREE = (
     "families",
     "migrate",
     "planner",
+    "training/check_only.py",
     "parallel/layout.py",
     "parallel/stages.py",
     "environment.py",
@@ -50,6 +51,8 @@ TORCH_FREE = (
     "log.py",
     "assets",
 )
+# What knows of training runs, besides the commands; the others take the sections that they read, or a `ModelSetting`.
+OF_RUNS = {"config", "training", "run", "optim", "resilience"}
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 70
 MAX_PARAMETERS = 6
@@ -144,6 +147,18 @@ def test_special_imports_stay_in_their_place(path: Path) -> None:
         assert not {name for name in names if name.endswith("parallel_state")}, place
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if p.parent != PACKAGE and part_of(p) not in OF_RUNS], ids=relative
+)
+def test_a_model_needs_no_run(path: Path) -> None:
+    """Rooms that neither train nor configure name no `RunConfig`, and compose no run of a shipped model."""
+    if relative(path) != "checkpoint/saved_run.py":  # the reader of saved runs
+        assert "RunConfig" not in {name.rpartition(".")[2] for name in imported_names(TREES[path])}
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Constant) and str(node.value).startswith(("model=", "+model=")):
+            assert node.value == "+model=from_hf", f"{relative(path)}:{node.lineno} composes {node.value}"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_sizes(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").count("\n")
@@ -169,11 +184,56 @@ def test_configuration_is_read_without_defaults(path: Path) -> None:
 def names_configuration(node: ast.AST) -> bool:
     while isinstance(node, ast.Attribute):
         node = node.value
-    return isinstance(node, ast.Name) and node.id in {"cfg", "run_config", "model_config"}
+    return isinstance(node, ast.Name) and node.id in {"cfg", "setting", "run_config", "model_config"}
+
+
+MUTATING = {"append", "appendleft", "add", "update", "clear", "pop", "popitem", "setdefault", "extend", "insert"}
+MUTATING |= {"remove", "discard", "move_to_end"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_no_global_statement(path: Path) -> None:
+def test_functions_leave_module_level_names_alone(path: Path) -> None:
     """Module-level values are constants; what changes lives in objects that are handed on."""
-    found = [node.lineno for node in ast.walk(TREES[path]) if isinstance(node, ast.Global)]
-    assert not found, f"{relative(path)}: global at lines {found}"
+    tree = TREES[path]
+    constants = {name.id for node in tree.body for name in ast.walk(node) if is_stored(name) and in_module(node)}
+    found = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Global)]
+    for function in functions(tree):
+        arguments = {argument.arg for argument in ast.walk(function.args) if isinstance(argument, ast.arg)}
+        local = arguments | {node.id for node in ast.walk(function) if is_stored(node)}
+        found += [node.lineno for node in ast.walk(function) if names_of_changed(node) & (constants - local)]
+    assert not found, f"{relative(path)}: module-level names change at lines {sorted(set(found))}"
+
+
+def in_module(node: ast.stmt) -> bool:
+    return not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+
+
+def is_stored(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
+def names_of_changed(node: ast.AST) -> set[str]:
+    """Names whose value this node changes: ``x[...] = ``, ``x.y = ``, ``del x[...]``, ``x.append(...)``."""
+    changed: list[ast.AST] = []
+    if isinstance(node, ast.Subscript | ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+        changed = [node.value]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATING:
+        changed = [node.func.value]
+    names = set()
+    for value in changed:
+        while isinstance(value, ast.Subscript | ast.Attribute):
+            value = value.value
+        names |= {value.id} if isinstance(value, ast.Name) else set()
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_annotations_are_complete(path: Path) -> None:
+    """For mypy, which leaves the kernels out: Triton takes no Python type for a pointer. Their callers have types."""
+    for function in functions(TREES[path]):
+        if any("jit" in ast.unparse(decorator) for decorator in function.decorator_list):
+            continue
+        parameters = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        missing = [p.arg for p in parameters if p.annotation is None and p.arg not in {"self", "cls", "ctx"}]
+        missing += [] if function.returns or function.name == "__init__" else ["return"]
+        assert not missing, f"{relative(path)}:{function.lineno} {function.name}: {missing}"

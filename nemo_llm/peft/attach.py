@@ -9,8 +9,8 @@ from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.utils import get_model_config, unwrap_model
 
 from nemo_llm.checkpoint.collective_errors import raise_together
-from nemo_llm.config import RunConfig
 from nemo_llm.config.compose.catalog import nearest
+from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.config.sections.peft import LINEAR_KINDS, PeftConfig
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.initialize import fill_normal
@@ -22,7 +22,7 @@ from nemo_llm.peft.lora import LoraAdapter, LoraSettings
 from nemo_llm.peft.prompt import PromptAdapter
 
 
-def attach_peft(cfg: RunConfig, chunks: list[torch.nn.Module], runtime: ParallelRuntime) -> None:
+def attach_peft(setting: ModelSetting, chunks: list[torch.nn.Module], runtime: ParallelRuntime) -> None:
     """Freeze these chunks and put adapters on them, initialised by name as all weights are.
 
     Must come before Megatron's gradient buffers and the optimizer are made: what is frozen then gets neither gradients
@@ -31,17 +31,17 @@ def attach_peft(cfg: RunConfig, chunks: list[torch.nn.Module], runtime: Parallel
     Raises:
         ConfigError: a pattern that matches nothing, or a layer that an adapter cannot go on.
     """
-    assert cfg.peft is not None
+    assert setting.peft is not None
     for chunk in chunks:
         chunk.requires_grad_(False)
     for head in heads(chunks):  # new, as the adapters are
         head.requires_grad_(True)
-    if cfg.peft.kind in LINEAR_KINDS:
-        _attach_to_linears(cfg.peft, chunks, runtime)
+    if setting.peft.kind in LINEAR_KINDS:
+        _attach_to_linears(setting.peft, chunks, runtime)
     else:
-        _attach_to_embedding(cfg, cfg.peft, chunks, runtime)
+        _attach_to_embedding(setting, setting.peft, chunks, runtime)
     for module in adapted_modules(chunks):
-        _initialize(module.adapter, cfg.trainer.seed)
+        _initialize(module.adapter, setting.seed)
     for chunk in chunks:
         _let_gradients_begin(chunk)
 
@@ -134,9 +134,9 @@ def _check_patterns(peft: PeftConfig, names: list[str]) -> None:
 
 
 def _attach_to_embedding(
-    cfg: RunConfig, peft: PeftConfig, chunks: list[torch.nn.Module], runtime: ParallelRuntime
+    setting: ModelSetting, peft: PeftConfig, chunks: list[torch.nn.Module], runtime: ParallelRuntime
 ) -> None:
-    size = (peft.encoder_hidden_size or cfg.model.hidden_size) if peft.kind == "p_tuning" else None
+    size = (peft.encoder_hidden_size or setting.model.hidden_size) if peft.kind == "p_tuning" else None
     for chunk in chunks:
         whole = unwrap_model(chunk)
         if whole.pre_process:

@@ -105,7 +105,7 @@ def _timeouts(minutes: float) -> None:
     from nemo_llm.parallel.runtime import start_runtime
 
     cfg = compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "parallelism.tensor_model_parallel_size=2"])
-    start_runtime(cfg).shorten_timeouts(minutes)
+    start_runtime(cfg.runtime_setting).shorten_timeouts(minutes)
 
 
 def test_timeouts_of_living_groups_can_be_shortened(ranks: RankPool) -> None:

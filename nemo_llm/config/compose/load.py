@@ -15,18 +15,20 @@ from nemo_llm.config.compose.catalog import conf_dir, group_choices
 from nemo_llm.config.compose.decode import decode, to_dict
 from nemo_llm.config.compose.from_folder import derived_overrides
 from nemo_llm.config.compose.overrides import missing_model, normalise, rename_keys
-from nemo_llm.config.migrations import migrate
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 
 __all__ = ["decode", "to_dict"]  # beside `compose`, where their users look for them
 
 
-def compose(overrides: Sequence[str], extra_folder: Path | None = None) -> RunConfig:
+def compose(
+    overrides: Sequence[str], extra_folder: Path | None = None, model: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Configuration that ``conf/`` and `overrides` (``key=value``, ``group=name``) make together.
 
     Args:
         extra_folder: a folder of the user's own groups, searched besides the shipped one.
+        model: the model's whole section, where `overrides` choose none.
 
     Raises:
         ConfigError: with every problem found.
@@ -48,6 +50,8 @@ def compose(overrides: Sequence[str], extra_folder: Path | None = None) -> RunCo
         text = texts.restore(" ".join(str(error).split()))
         problem = Problem("", NO_VALUE, text, "correct the argument or the file that it names")
         raise ConfigError([*problems, problem]) from error
+    if model is not None:
+        mapping |= {"model": dict(model), "run": {**mapping["run"], "name": model["name"]}}
     has_model = "model" in mapping
     if not has_model and all(problem.key != "model" for problem in problems):
         problems.insert(0, missing_model(groups))
@@ -58,20 +62,6 @@ def compose(overrides: Sequence[str], extra_folder: Path | None = None) -> RunCo
     if problems:
         raise ConfigError(problems)
     return cfg
-
-
-def decode_saved(saved: Mapping[str, Any]) -> RunConfig:
-    """A saved configuration as a `RunConfig`.
-
-    Raises:
-        ConfigError: with every problem found.
-    """
-    return decode(with_younger_keys(saved))
-
-
-def with_younger_keys(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved configuration as this version would have saved it."""
-    return migrate(saved, "the saved configuration")
 
 
 def _compose_mapping(shipped: Path, arguments: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Saved configurations of earlier versions: each change since then is a migration, and today's keys come out."""
 
 import copy
+import datetime
 import importlib
 import logging
 import random
@@ -187,6 +188,13 @@ def test_a_key_that_is_gone_is_refused_by_name(tmp_path: Path) -> None:
         SavedRun.at(saved_in(tmp_path, **config, museum={"saved_by": 1}))
     assert sorted(problem.key for problem in caught.value.problems) == ["model.ancient", "museum", "trainer.warp_speed"]
     assert all(f"nemo_llm {__version__} has no such key" in problem.rule for problem in caught.value.problems)
+
+
+def test_a_date_that_was_written_by_hand_is_a_text(tmp_path: Path) -> None:
+    folder = saved_in(tmp_path)
+    data = read_config(HEADS)["data"]
+    data["chat"] |= {"date": datetime.date(2026, 11, 26)}
+    assert SavedRun.at(saved_in(folder, data=data)).sections.data.chat.date == "2026-11-26"
 
 
 @pytest.mark.parametrize("name", ["mtp_num_layers", "softmax_type", "qk_clip", "qk_clip_alpha"])

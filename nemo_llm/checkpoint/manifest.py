@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import xxhash
 
+from nemo_llm import __version__
 from nemo_llm.errors import CheckpointDamagedError, CheckpointRefusedError
 
 SCHEMA = 2
@@ -80,9 +81,9 @@ def write_manifest(folder: Path, known: dict[str, dict[str, Any]]) -> list[Path]
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {str(path.relative_to(folder)): path for path in files}
     entries = {name: known.get(name) or describe_file(path) for name, path in names.items()}
-    content = {"schema": SCHEMA, "block_bytes": BLOCK_BYTES, "hash": "xxh3_128", "files": entries}
+    about = {"schema": SCHEMA, "version": __version__, "block_bytes": BLOCK_BYTES, "hash": "xxh3_128"}
     manifest = folder / MANIFEST_FILE_NAME
-    manifest.write_text(json.dumps(content, indent=1))
+    manifest.write_text(json.dumps({**about, "files": entries}, indent=1))
     return [*files, manifest]
 
 
@@ -107,9 +108,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointDamagedError(f"{path}: damaged; not readable as a manifest ({error})") from None
     if schema not in (1, SCHEMA):
+        writer = manifest.get("version", "which it does not name")
         raise CheckpointRefusedError(
-            f"{folder}: written in format {schema} by a newer version of nemo_llm; this version reads formats up to "
-            f"{SCHEMA}.\n      fix: update nemo_llm"
+            f"{folder}: written in format {schema} by a newer version of nemo_llm ({writer}); this version, "
+            f"{__version__}, reads formats up to {SCHEMA}.\n      fix: use that version or a later one"
         )
     recorded = (folder / COMPLETE).read_text().strip() if (folder / COMPLETE).exists() else ""
     if schema == SCHEMA and recorded and recorded != manifest_digest(folder):

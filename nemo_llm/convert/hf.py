@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nemo_llm.checkpoint.saved_run import SavedRun
+from nemo_llm.checkpoint.state_files import NativeReader
 from nemo_llm.config.commands.convert import ConvertConfig
 from nemo_llm.config.compose.hf_tokenizer import SPECIAL_IDS, add_special_ids, as_list, special_ids
 from nemo_llm.config.compose.load import compose, to_dict
@@ -22,7 +23,6 @@ from nemo_llm.convert.hf_files import HfReader, write_safetensors, written_names
 from nemo_llm.convert.layer_subset import write_samples
 from nemo_llm.convert.logit_check import GateReport, GateSettings, compare, saved_model, their_config
 from nemo_llm.convert.mapping import Mapped
-from nemo_llm.convert.native_files import NativeReader
 from nemo_llm.convert.reach import Reach
 from nemo_llm.convert.write_checkpoint import (
     Outcome,

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from nemo_llm.checkpoint.saved_run import SavedRun, write_config
+from nemo_llm.checkpoint.state_files import NativeReader, NativeWriter
 from nemo_llm.convert.hf_files import HfReader, write_safetensors
 from nemo_llm.convert.mapping import Mapped
-from nemo_llm.convert.native_files import NativeReader, NativeWriter
 from nemo_llm.families.registry import read_hf_config
 from nemo_llm.families.spec import Link
 

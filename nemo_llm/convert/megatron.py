@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nemo_llm.checkpoint.saved_run import SavedRun
+from nemo_llm.checkpoint.state_files import NativeReader
 from nemo_llm.config.commands.convert import ConvertConfig
 from nemo_llm.config.compose.from_folder import hf_tokenizer
 from nemo_llm.config.compose.load import compose, to_dict
@@ -19,7 +20,6 @@ from nemo_llm.convert.logit_check import GateReport, GateSettings, Sides, compar
 from nemo_llm.convert.mapping import Mapped
 from nemo_llm.convert.megatron_files import Source, open_megatron, write_megatron
 from nemo_llm.convert.megatron_model import run_megatron
-from nemo_llm.convert.native_files import NativeReader
 from nemo_llm.convert.reach import Reach
 from nemo_llm.convert.write_checkpoint import (
     Outcome,

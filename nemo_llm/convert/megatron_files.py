@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import yaml
 
+from nemo_llm.checkpoint.state_files import NativeReader, NativeWriter, TensorInfo
 from nemo_llm.checkpoint.unpickle import Record, read_torch
 from nemo_llm.config.shipped import completed_model
-from nemo_llm.convert.hf_files import TensorInfo
-from nemo_llm.convert.native_files import NativeReader, NativeWriter
 from nemo_llm.convert.nemo1_ranks import RankFiles
 from nemo_llm.errors import InputError
 from nemo_llm.families.mcore import arguments_of_fields, fields_of_arguments, fields_of_section, section_of_fields

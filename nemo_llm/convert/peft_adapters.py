@@ -38,10 +38,9 @@ from nemo_llm.convert.write_checkpoint import Outcome, appear, paths_of, write_r
 from nemo_llm.errors import InputError
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.parallel.runtime import own_runtime
-from nemo_llm.peft.adapter import adapter_state
+from nemo_llm.peft.adapter import adapter_state, merge_adapters
 from nemo_llm.peft.attach import attach_peft
 from nemo_llm.peft.hf_format import export_adapter, load_hf_adapter, section_of_folder
-from nemo_llm.peft.adapter import merge_adapters
 from nemo_llm.peft.state import load_adapter, write_description
 
 

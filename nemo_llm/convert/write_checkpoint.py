@@ -17,12 +17,11 @@ from tqdm import tqdm
 
 from nemo_llm.checkpoint.folder import begin, commit, temporary_of
 from nemo_llm.checkpoint.saved_run import write_config
+from nemo_llm.checkpoint.state_files import NativeReader, NativeWriter, TensorInfo
 from nemo_llm.config.commands.convert import ConvertConfig
 from nemo_llm.config.sections.data import TokenizerConfig
-from nemo_llm.convert.hf_files import TensorInfo
 from nemo_llm.convert.logit_check import GateReport, GateSettings
 from nemo_llm.convert.mapping import Mapped
-from nemo_llm.convert.native_files import NativeReader, NativeWriter
 from nemo_llm.convert.reach import Reach
 from nemo_llm.errors import InputError
 from nemo_llm.families.spec import Link

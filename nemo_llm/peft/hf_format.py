@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_llm.checkpoint.collective_errors import raise_together
 from nemo_llm.checkpoint.inspect import read_tensors, tensors
-from nemo_llm.checkpoint.saved_run import TEMPLATE_FILE_NAME
+from nemo_llm.checkpoint.saved_run import TEMPLATE_FILE_NAME, SavedRun
 from nemo_llm.config.sections.peft import PeftConfig
 from nemo_llm.errors import CheckpointError, InputError
 from nemo_llm.models.layers.classification_head import HEAD_PREFIX
@@ -87,10 +87,10 @@ def export_adapter(checkpoint: Path, output: Path, base_model: str | None) -> di
     Raises:
         CheckpointError: no adapter there, or one that PEFT has no form for.
     """
-    description = read_description(checkpoint)
+    read_description(checkpoint)  # or there is no adapter
     names = [name for name in tensors(checkpoint) if name.startswith(KEY_PREFIX)]
     state = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in read_tensors(checkpoint, names)}
-    peft = description["peft"]
+    peft = SavedRun.at(checkpoint).mapping["peft"]
     weights = to_hf_weights(state, peft)
     settings = _hf_config(peft, state, base_model)
     output.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_llm.config.commands.entry import run_tool
 from nemo_llm.config.commands.generate import GenerateConfig
+from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.log import is_first_rank, launched_world_size
 from nemo_llm.storage.atomic_files import write_output
 
@@ -54,11 +55,18 @@ def main(cfg: GenerateConfig) -> None:
 
 
 def encode(cfg: GenerateConfig, opened: Any, texts: list[str]) -> tuple[list[list[int]], Any]:
-    """Ids of every prompt, and the chat template that they were put into; None where none is asked for."""
+    """Ids of every prompt, and the chat template that they were put into; None where none is asked for.
+
+    Raises:
+        ConfigError: a chat template for prompts that are put into none, or one that there is not.
+    """
     from nemo_llm.conversation.prompts import load_chat_prompts
     from nemo_llm.inference.prompts import encode_prompt
 
     if not cfg.chat:
+        if cfg.chat_template is not None:
+            rule = "has no effect: prompts are put into a chat template with chat=true alone"
+            raise ConfigError([Problem("chat_template", cfg.chat_template, rule, "add chat=true")])
         return [encode_prompt(opened.tokenizer, text) for text in texts], None
     prompts = load_chat_prompts(opened.tokenizer, cfg.chat_template)
     return [prompts.encode([{"role": "user", "content": text}]) for text in texts], prompts.template

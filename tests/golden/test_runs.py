@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import yaml
-from nemo_llm.config.commands.entry import load
 
 from nemo_llm.checkpoint.saved_run import SavedRun
+from nemo_llm.config.commands.entry import load
 from nemo_llm.errors import InputError
 from nemo_llm.runs import main as list_runs
 from tests.golden.make_runs import MAX_BYTES, MAX_FOLDER_BYTES, RECIPES, RUNS, check_size

@@ -66,9 +66,6 @@ class GenerateConfig(ModelPlace):
             raise ConfigError(
                 [Problem("text", self.text, f"give either text or text_file, received {received}", 'add text="..."')]
             )
-        if self.chat_template is not None and not self.chat:
-            rule = "has no effect: prompts are put into a chat template with chat=true alone"
-            raise ConfigError([Problem("chat_template", self.chat_template, rule, "add chat=true")])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

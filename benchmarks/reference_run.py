@@ -159,11 +159,10 @@ def main() -> int:
     parser.add_argument("--no-compile", dest="compiled", action="store_false")
     arguments = parser.parse_args()
 
-    from nemo_llm.checkpoint.folder import read_config
-    from nemo_llm.config.compose.load import decode_saved
+    from nemo_llm.checkpoint.saved_run import SavedRun
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 
-    cfg = decode_saved(read_config(arguments.ours))
+    cfg = SavedRun.at(arguments.ours).sections
     log = [json.loads(line) for line in (arguments.ours / "metrics.jsonl").read_text().splitlines()]
     ours = [(row["loss"], row["grad_norm"]) for row in log if "loss" in row]
     if len(ours) != cfg.trainer.max_steps:

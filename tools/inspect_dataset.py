@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from nemo_llm.checkpoint.saved_run import TOKENIZER_FILE_NAME
+from nemo_llm.checkpoint.saved_run import TOKENIZER_FILE_NAME, SavedRun
 from nemo_llm.config.chat import ChatConfig
 from nemo_llm.config.compose.catalog import conf_dir
 from nemo_llm.config.sections.data import TokenizerConfig
@@ -156,15 +156,11 @@ def _split(options: argparse.Namespace) -> None:
 
 
 def _ledger(options: argparse.Namespace) -> None:
-    from nemo_llm.config.compose.load import decode as decode_config
     from nemo_llm.config.sections.batch_ramp import build_batch_ramp
     from nemo_llm.data.build import build_train_and_validation
     from nemo_llm.data.sampling.sample_provenance import ledger
 
-    path = options.run / "config.yaml"
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; --run wants a run folder")
-    config = decode_config(yaml.safe_load(path.read_text(encoding="utf-8")))
+    config = SavedRun.at(options.run).sections
     steps = _range(options.steps, "--steps")
     if not steps or steps.start < 1:
         raise InputError(f"--steps {options.steps}: give a half-open range of steps from 1 on, such as 1:11")

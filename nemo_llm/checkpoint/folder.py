@@ -5,6 +5,7 @@
 What conversion makes has the same form, at step 0 and with weights alone.
 """
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ except ImportError:  # PyYAML without libyaml
     from yaml import SafeLoader as _SafeLoader  # type: ignore[assignment]
 
 from nemo_llm.checkpoint.manifest import COMPLETE, manifest_digest, verify, write_manifest
-from nemo_llm.errors import CheckpointNotFoundError, InputError
+from nemo_llm.errors import CheckpointDamagedError, CheckpointNotFoundError, InputError
 from nemo_llm.storage.atomic_files import fsync
 
 __all__ = ["verify"]  # defined beside the manifest; users of a folder look for it here
@@ -139,6 +140,21 @@ def _found_instead(path: Path) -> str:
         return f"{', '.join(unfinished[:5])}, none of them finished (no COMPLETE)"
     names = sorted(entry.name for entry in path.iterdir())
     return f"a folder with {', '.join(names[:5])}" if names else "an empty folder"
+
+
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """How far training was: ``training.json``; None where a checkpoint holds weights alone.
+
+    Raises:
+        CheckpointDamagedError: the file is not readable.
+    """
+    path = folder / TRAINING_FILE_NAME
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointDamagedError(f"{path}: damaged; not readable ({error})") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Look into checkpoints on CPU, without a run: what is in one, whether it is whole, how two differ."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, read_config, resolve_checkpoint
+from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, read_progress, resolve_checkpoint
 from nemo_llm.checkpoint.manifest import read_manifest
 from nemo_llm.checkpoint.safe_load import check_safe, read_metadata, reader
+from nemo_llm.checkpoint.saved_run import SavedRun
 
 _BATCH_BYTES = 256 << 20
 
@@ -74,9 +74,8 @@ def show(path: Path, with_norms: bool) -> Iterator[str]:
     manifest = read_manifest(folder)
     total = sum(entry["bytes"] for entry in manifest["files"].values())
     yield f"{folder}: format {manifest['schema']}, {len(manifest['files'])} files, {total / 2**20:,.1f} MiB"
-    progress = folder / "training.json"
-    if progress.exists():
-        state = json.loads(progress.read_text())
+    state = read_progress(folder)
+    if state is not None:
         yield (
             f"step {state['step']:,}, {state['consumed_samples']:,} samples, {state['consumed_tokens']:,} tokens, "
             f"validation loss {state.get('validation_loss')}"
@@ -100,7 +99,7 @@ def show(path: Path, with_norms: bool) -> Iterator[str]:
 
 
 def _show_config(folder: Path) -> Iterator[str]:
-    config = read_config(folder)
+    config = SavedRun.at(folder).mapping
     header = [line for line in (folder / CONFIG_FILE_NAME).read_text().splitlines() if line.startswith("# versions")]
     yield from (line.removeprefix("# ") for line in header)
     model = config["model"]

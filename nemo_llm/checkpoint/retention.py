@@ -1,11 +1,11 @@
 """Which checkpoints stay. No torch."""
 
-import json
 import shutil
 from pathlib import Path
 
-from nemo_llm.checkpoint.folder import find_checkpoints, remove, step_of
+from nemo_llm.checkpoint.folder import find_checkpoints, read_progress, remove, step_of
 from nemo_llm.config.sections.run_services import CheckpointConfig
+from nemo_llm.errors import CheckpointDamagedError
 
 
 def remove_old(checkpoints: Path, settings: CheckpointConfig) -> list[Path]:
@@ -33,6 +33,6 @@ def remove_old(checkpoints: Path, settings: CheckpointConfig) -> list[Path]:
 
 def _validation_loss(folder: Path) -> float | None:
     try:
-        return json.loads((folder / "training.json").read_text())["validation_loss"]
-    except (OSError, ValueError, KeyError):
+        return (read_progress(folder) or {}).get("validation_loss")
+    except (OSError, CheckpointDamagedError):
         return None

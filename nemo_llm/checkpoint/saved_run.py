@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+import yaml
+
 from nemo_llm import __version__
 from nemo_llm.checkpoint.folder import (
     ADAPTER_FILE_NAME,
@@ -21,7 +23,7 @@ from nemo_llm.checkpoint.folder import (
     step_of,
 )
 from nemo_llm.config.compose.decode import decode, key_problems
-from nemo_llm.config.migrations import SAVED_BY, migrate
+from nemo_llm.config.migrations import SAVED_BY, migrate, saved_by
 from nemo_llm.config.sections.data import NEMO_PATHS, TokenizerConfig
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import NO_VALUE, ConfigError, InputError, Problem
@@ -107,6 +109,17 @@ class SavedRun:
     def is_adapter(self) -> bool:
         """Whether it holds an adapter alone, and not the weights that it stands beside."""
         return (self.folder / ADAPTER_FILE_NAME).is_file()
+
+
+def config_text(sections: Mapping[str, Any]) -> str:
+    """What ``config.yaml`` says: these sections, and by which version they are saved."""
+    stamped = {**sections, SAVED_BY: saved_by()}
+    return yaml.safe_dump(stamped, sort_keys=False, allow_unicode=True, width=120)
+
+
+def write_config(folder: Path, sections: Mapping[str, Any]) -> None:
+    """Write the configuration of a checkpoint that no run saves."""
+    (folder / CONFIG_FILE_NAME).write_text(config_text(sections), encoding="utf-8")
 
 
 def _of_file(problem: Problem, path: Path, version: object) -> Problem:

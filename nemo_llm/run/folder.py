@@ -13,7 +13,6 @@
 Everything here is for the first rank alone.
 """
 
-import dataclasses
 import json
 import os
 import platform
@@ -28,14 +27,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-
-from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, find_checkpoint, read_config
+from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, find_checkpoint, read_progress
+from nemo_llm.checkpoint.saved_run import SavedRun, config_text
 from nemo_llm.config import RunConfig
-from nemo_llm.config.compose.load import decode_data, with_younger_keys
+from nemo_llm.config.compose.decode import to_dict
 from nemo_llm.data.sampling.blend_history import check_blend_history
-from nemo_llm.errors import ConfigError, ExitCode, InputError
-from nemo_llm.run.resume_rules import Change, check_agreement, compare_configs
+from nemo_llm.errors import CheckpointDamagedError, ConfigError, ExitCode, InputError
+from nemo_llm.run.resume_rules import Change, check_agreement
 from nemo_llm.storage.atomic_files import write_atomic
 from nemo_llm.storage.folder_lock import RunLock, holder_info
 
@@ -76,8 +74,7 @@ def open_run_dir(
 
     ``run.dir: null`` makes a new folder ``runs/<name>-<timestamp>-<4 hex digits>``. In a folder with a complete
     checkpoint ``checkpoint.resume: never`` is refused, and otherwise the configuration must agree with the one saved
-    there, but for `CHANGEABLE_KEYS` and the patterns in `also_allowed`; a key that it lacks, since an earlier version
-    saved it, counts as saved with the shipped value. Nothing is written before all that has passed.
+    there, but for `CHANGEABLE_KEYS` and the patterns in `also_allowed`. Nothing is written before all that has passed.
 
     Raises:
         ConfigError: a key differs that a resume may not change.
@@ -103,14 +100,14 @@ def open_run_dir(
 
 
 def to_plain(cfg: RunConfig) -> dict[str, Any]:
-    """`cfg` as `read_config` would give it back: plain mappings, lists and scalars."""
-    return yaml.safe_load(_to_yaml(dataclasses.asdict(cfg)))
+    """`cfg` as `SavedRun` would give it back: plain mappings, lists and scalars."""
+    return json.loads(json.dumps(to_dict(cfg)))
 
 
 def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
     """Write ``config.yaml``; one with other values is first kept as ``config.before-N.yaml``."""
     path = run_dir / CONFIG_FILE_NAME
-    body = _to_yaml(config)
+    body = config_text(config)
     if path.exists():
         before = path.read_text(encoding="utf-8")
         if before.endswith("\n\n" + body):
@@ -145,27 +142,23 @@ def _check_present_run(
             f"run.dir = {cfg.run.dir!r} holds the checkpoints of an earlier run, and checkpoint.resume=never would mix "
             "two runs in one folder.\n      fix: choose another run.dir, or checkpoint.resume=auto to go on"
         )
-    saved = read_config(path)
-    patterns = [*also_allowed, *_blend_keys(path, saved, cfg)]
-    allowed, forbidden = compare_configs(saved, config, patterns)
-    if forbidden:  # but for keys younger than the run that have their shipped values, which are listed
-        check_agreement(with_younger_keys(saved), config, path / CONFIG_FILE_NAME, patterns)
-    return [*allowed, *forbidden]
+    saved = SavedRun.at(path)
+    patterns = [*also_allowed, *_blend_keys(saved, cfg, config)]
+    return check_agreement(saved.mapping, config, path / CONFIG_FILE_NAME, patterns)
 
 
-def _blend_keys(path: Path, saved: Mapping[str, Any], cfg: RunConfig) -> Sequence[str]:
+def _blend_keys(saved: SavedRun, cfg: RunConfig, config: Mapping[str, Any]) -> Sequence[str]:
     """Keys of the blend that may change, since what the run has read so far stays as it was.
 
     Raises:
         ConfigError: the new blend would have given other samples.
     """
-    found = find_checkpoint(path)
-    if found is None or all(saved["data"].get(key) == to_plain(cfg)["data"][key] for key in _BLEND_KEYS):
+    found = find_checkpoint(saved.folder)
+    if found is None or all(saved.mapping["data"][key] == config["data"][key] for key in _BLEND_KEYS):
         return ()
     try:
-        before = decode_data(with_younger_keys(saved)["data"])
-        consumed = json.loads((found / "training.json").read_text(encoding="utf-8"))["consumed_samples"]
-    except (ConfigError, OSError, ValueError, KeyError):  # of another version: then nothing may change
+        before, consumed = saved.sections.data, (read_progress(found) or {})["consumed_samples"]
+    except (ConfigError, CheckpointDamagedError, KeyError):  # not to be read: then nothing may change
         return ()
     if problems := list(check_blend_history(before, cfg.data, consumed)):
         raise ConfigError(problems)
@@ -192,10 +185,6 @@ def _make_folder(path: Path) -> None:
         raise InputError(
             f"run.dir = {str(path)!r} cannot be written to by this user.\n      fix: choose another run.dir"
         )
-
-
-def _to_yaml(config: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _header() -> str:

@@ -123,26 +123,17 @@ class Change:
         return f"{self.key}: {self.before!r} -> {self.after!r}"
 
 
-# Overrides that changed nothing when they were accepted, and are refused by name since: a run resumes without them.
-_NEVER_READ = (
-    "model.mcore_overrides.mtp_num_layers",
-    "model.mcore_overrides.mtp_loss_scaling_factor",
-    "model.mcore_overrides.softmax_type",
-    "model.mcore_overrides.qk_clip*",
-)
-
-
 def compare_configs(
     saved: Mapping[str, Any], new: Mapping[str, Any], also_allowed: Sequence[str] = ()
 ) -> tuple[list[Change], list[Change]]:
     """Changes from `saved` to `new`, both nested plain mappings: (changed and allowed, changed and forbidden).
 
     Args:
-        saved: configuration that the run was started with; may lack keys that later versions added.
+        saved: configuration that the run was started with, as this version would have saved it.
         new: configuration to go on with.
         also_allowed: patterns of dotted keys that the user allows beside `CHANGEABLE_KEYS`.
     """
-    patterns = (*CHANGEABLE_KEYS, *_NEVER_READ, *also_allowed)
+    patterns = (*CHANGEABLE_KEYS, *also_allowed)
     fixed = _fixed_by_router(new)
     allowed: list[Change] = []
     forbidden: list[Change] = []

@@ -20,7 +20,16 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from nemo_llm.checkpoint.collective_errors import raise_together
-from nemo_llm.checkpoint.folder import TRAINING_FILE_NAME, begin, commit, is_complete, temporary_of
+from nemo_llm.checkpoint.folder import (
+    CONFIG_FILE_NAME,
+    TOKENIZER_FOLDER_NAME,
+    TRAINING_FILE_NAME,
+    begin,
+    commit,
+    is_complete,
+    read_progress,
+    temporary_of,
+)
 from nemo_llm.checkpoint.optimizer_state import apply_optimizer_scalars, optimizer_scalars, optimizer_tensors
 from nemo_llm.checkpoint.retention import remove_old
 from nemo_llm.checkpoint.safe_load import load_sharded
@@ -153,7 +162,7 @@ def load_checkpoint(run: TrainingRun, folder: Path) -> None:
         if run.cfg.peft is not None:
             check_base(folder, run.base_fingerprint)
         check_same_tensors(trained_state(run), folder)
-        progress = read_progress(folder)
+        progress = progress_of(folder)
         _check_chat_template(run, progress, folder)
         _check_has_optimizer(state, folder)
     loaded = load_sharded(state, folder / "state", validate_access_integrity=False)
@@ -172,20 +181,19 @@ def load_checkpoint(run: TrainingRun, folder: Path) -> None:
     vars(run.state).update(vars(saved))  # in place: the loop holds the object
 
 
-def read_progress(folder: Path) -> dict[str, Any]:
-    """``training.json`` of a checkpoint.
+def progress_of(folder: Path) -> dict[str, Any]:
+    """As `read_progress`, of a checkpoint to resume from.
 
     Raises:
-        CheckpointError: there is none, as in a converted checkpoint.
+        CheckpointError: it holds weights alone, as a converted one does.
     """
-    path = folder / TRAINING_FILE_NAME
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    progress = read_progress(folder)
+    if progress is None:
         raise CheckpointError(
             f"{folder} holds weights and no training state (no {TRAINING_FILE_NAME}), so that nothing can be resumed "
             f"from it.\n      fix: start from its weights with checkpoint.init_from={folder}"
-        ) from None
+        )
+    return progress
 
 
 def _check_chat_template(run: TrainingRun, progress: dict[str, Any], folder: Path) -> None:
@@ -238,10 +246,10 @@ def _write_companions(run: TrainingRun, folder: Path) -> None:
         "chat_template": _template_digest(run),
     }
     (folder / TRAINING_FILE_NAME).write_text(json.dumps(progress))
-    shutil.copyfile(run.run_dir / "config.yaml", folder / "config.yaml")
-    run.tokenizer.save(folder / "tokenizer")
+    shutil.copyfile(run.run_dir / CONFIG_FILE_NAME, folder / CONFIG_FILE_NAME)
+    run.tokenizer.save(folder / TOKENIZER_FOLDER_NAME)
     if run.data.chat_template is not None:
-        save_template(run.data.chat_template, folder / "tokenizer")
+        save_template(run.data.chat_template, folder / TOKENIZER_FOLDER_NAME)
     if run.cfg.peft is not None:
         write_description(folder, run.cfg.peft, run.base_fingerprint)
 

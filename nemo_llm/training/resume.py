@@ -13,7 +13,7 @@ from nemo_llm.config import RunConfig
 from nemo_llm.errors import CheckpointDamagedError
 from nemo_llm.log import get_logger
 from nemo_llm.parallel.runtime import ParallelRuntime
-from nemo_llm.training.checkpoint import load_checkpoint, read_progress
+from nemo_llm.training.checkpoint import load_checkpoint, progress_of
 from nemo_llm.training.state import TrainingRun
 
 _log = get_logger(__name__)
@@ -78,7 +78,7 @@ def _check_step(folder: Path) -> None:
     named = step_of(folder)
     if named is None or not (folder / TRAINING_FILE_NAME).exists():
         return
-    held = read_progress(folder)["step"]
+    held = progress_of(folder)["step"]
     if held != named:
         raise CheckpointDamagedError(
             f"{folder}: it holds step {held}, and its name says step {named}; rename it step_{held:08d}, or remove it"

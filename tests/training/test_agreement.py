@@ -87,19 +87,6 @@ def test_every_forbidden_key_is_reported_and_allowed_ones_are_not():
     assert [problem.key for problem in caught.value.problems] == ["data.seq_length", "trainer.seed"]
 
 
-def test_an_override_that_never_had_an_effect_may_go():
-    saved = config()
-    saved = {**saved, "model": {**saved["model"], "mcore_overrides": {"softmax_type": "learnable", "qk_clip": True}}}
-    allowed, forbidden = compare_configs(saved, config())
-    assert {change.key for change in allowed} == {
-        "model.mcore_overrides.softmax_type",
-        "model.mcore_overrides.qk_clip",
-    }
-    assert forbidden == []
-    saved["model"]["mcore_overrides"] = {"glu_linear_offset": 1.0}
-    assert [change.key for change in compare_configs(saved, config())[1]] == ["model.mcore_overrides.glu_linear_offset"]
-
-
 def test_user_may_allow_more():
     changed = check_agreement(config(), config("trainer.seed=5"), Path("c"), also_allowed=["trainer.seed"])
     assert changed == [Change("trainer.seed", config()["trainer"]["seed"], 5)]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import os
 import re
 import signal
@@ -13,9 +14,12 @@ import time
 import pytest
 import yaml
 
-from nemo_llm.config.compose.load import compose, decode
+from nemo_llm.checkpoint.folder import read_config
+from nemo_llm.checkpoint.saved_run import SavedRun
+from nemo_llm.config.compose.load import compose
+from nemo_llm.config.migrations import saved_by
 from nemo_llm.errors import ConfigError, ExitCode, InputError
-from nemo_llm.run.folder import git_commit, open_run_dir, read_config, to_plain, write_exit
+from nemo_llm.run.folder import git_commit, open_run_dir, to_plain, write_exit
 from nemo_llm.storage.folder_lock import RunLock
 
 
@@ -45,7 +49,7 @@ def test_each_start_without_a_name_gets_a_new_folder(tmp_path, monkeypatch):
 def test_config_yaml_decodes_to_the_same_configuration_and_says_what_ran(tmp_path):
     cfg = config(tmp_path / "run", "optim.lr=1e-8")
     with open_run_dir(cfg) as run_dir:
-        assert decode(read_config(run_dir.path)) == cfg
+        assert SavedRun.at(run_dir.path).sections == cfg
         header = (run_dir.path / "config.yaml").read_text().split("\n\n")[0]
     assert "# command: " in header
     assert f"python {sys.version.split()[0]}" in header
@@ -81,7 +85,9 @@ def test_resume_with_allowed_changes_lists_them_and_keeps_the_old_file(tmp_path)
     with open_run_dir(config(tmp_path, "trainer.max_steps=7", "optim.lr=0.5")) as run_dir:
         assert [change.key for change in run_dir.changes] == ["optim.lr", "trainer.max_steps"]
     assert read_config(tmp_path)["trainer"]["max_steps"] == 7
-    assert yaml.safe_load((tmp_path / "config.before-1.yaml").read_text()) == to_plain(config(tmp_path))
+    before = yaml.safe_load((tmp_path / "config.before-1.yaml").read_text())
+    assert before.pop("saved_by") == saved_by()
+    assert before == to_plain(config(tmp_path))
 
 
 def test_resume_with_another_model_is_refused_and_writes_nothing(tmp_path):
@@ -97,14 +103,40 @@ def test_a_run_of_an_earlier_version_resumes_and_its_missing_keys_are_listed(tmp
     with open_run_dir(config(tmp_path)):
         with_checkpoint(tmp_path)
     saved = read_config(tmp_path)
-    del saved["data"]["labelled"], saved["data"]["chat"]["train_on"], saved["performance"]["flex_attention"]
+    del saved["saved_by"], saved["data"]["labelled"], saved["performance"]["flex_attention"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
-    with pytest.raises(ConfigError, match=r"data\.chat\.train_on = 'all': .* was made with 'answers'"):
-        open_run_dir(config(tmp_path, "data.chat.train_on=all"))
+    with pytest.raises(ConfigError, match=r"data\.labelled\.too_long = 'drop': .* was made with 'truncate'"):
+        open_run_dir(config(tmp_path, "data.labelled.too_long=drop"))
     with open_run_dir(config(tmp_path)) as run_dir:
-        listed = {change.key: str(change) for change in run_dir.changes}
-    assert set(listed) == {"data.labelled", "data.chat.train_on", "performance.flex_attention"}
-    assert listed["data.chat.train_on"] == "data.chat.train_on: <nothing> -> 'answers'"
+        assert [str(change) for change in run_dir.changes] == ["performance.flex_attention: False -> True"]
+
+
+def test_an_override_that_never_had_an_effect_may_go(tmp_path, caplog):
+    with open_run_dir(config(tmp_path)):
+        with_checkpoint(tmp_path)
+    saved = read_config(tmp_path)
+    del saved["saved_by"]
+    saved["model"]["mcore_overrides"] = {"softmax_type": "learnable", "qk_clip": True}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    with caplog.at_level(logging.INFO, "nemo_llm"), open_run_dir(config(tmp_path)) as run_dir:
+        assert run_dir.changes == []
+    for name in ("softmax_type", "qk_clip"):
+        assert f"model.mcore_overrides.{name} is left out" in caplog.text
+    saved["model"]["mcore_overrides"] = {"glu_linear_offset": 1.0}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    with pytest.raises(ConfigError, match=r"model\.mcore_overrides\.glu_linear_offset: .* was made with 1\.0"):
+        open_run_dir(config(tmp_path))
+
+
+@pytest.mark.parametrize("where", ["trainer", "museum"])
+def test_a_run_with_a_key_that_is_gone_is_not_resumed(where, tmp_path):
+    with open_run_dir(config(tmp_path)):
+        with_checkpoint(tmp_path)
+    saved = read_config(tmp_path)
+    saved.setdefault(where, {})["gone"] = 1
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    with pytest.raises(ConfigError, match=rf"{where}\S* = .*config\.yaml holds it, and nemo_llm \S+ has no such key"):
+        open_run_dir(config(tmp_path))
 
 
 def test_start_that_left_no_checkpoint_may_be_mended(tmp_path):

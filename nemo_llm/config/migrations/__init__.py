@@ -29,6 +29,9 @@ from typing import Any
 
 from nemo_llm import __version__
 from nemo_llm.errors import InputError
+from nemo_llm.log import get_logger
+
+_log = get_logger(__name__)
 
 SAVED_BY = "saved_by"
 """Section of a saved configuration that is no section of `RunConfig`: ``version`` and ``migrations``."""
@@ -92,8 +95,12 @@ def migrate(saved: Mapping[str, Any], source: object, known: Sequence[Migration]
             f"      fix: use nemo_llm {stamp.get('version')} or a later one"
         )
     for migration in known:
-        if migration.name not in applied:
-            result = migration(result)
+        if migration.name in applied:
+            continue
+        for pattern in migration.dropped:
+            for _, name in _matches(result, pattern):
+                _log.info("%s: %s is left out: it never had an effect", source, pattern.rpartition(".")[0] + "." + name)
+        result = migration(result)
     return result
 
 

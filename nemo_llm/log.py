@@ -43,6 +43,8 @@ def configure_logging(level: int = logging.INFO) -> None:
     Megatron's warnings are left out: it says at every start what is not installed, and we print what was chosen.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    # Of torch 2.13, about a class that Megatron's checkpoints are made of; on a CPU it seems to come from us.
+    warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
     logger = logging.getLogger("nemo_llm")
     logger.setLevel(level if is_first_rank() else max(level, logging.WARNING))
     logger.propagate = False

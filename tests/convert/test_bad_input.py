@@ -147,7 +147,15 @@ def test_a_checkpoint_older_than_some_keys_is_exported(hf: Path, tmp_path: Path)
     ours = run(hf, tmp_path / "ours").output
     saved = yaml.safe_load((ours / "config.yaml").read_text())
     del saved["saved_by"]  # as before there were migrations
-    for key in ("mla", "head", "rotary_local_base"):
+    for key in (
+        "mla",
+        "head",
+        "rotary_local_base",
+        "norm_placement",
+        "parallel_residual",
+        "qk_layernorm_scope",
+        "family",
+    ):
         del saved["model"][key]
     del saved["performance"]["flex_attention"], saved["trainer"]["check_memory"]
     (ours / "config.yaml").write_text(yaml.safe_dump(saved))

@@ -1,7 +1,8 @@
 """Megatron's optimizer (plain or distributed) from our section, with our AdamW or Muon inside."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
@@ -14,18 +15,20 @@ from megatron.core.optimizer import (
     distrib_optimizer,
     get_megatron_optimizer,
 )
-from megatron.core.optimizer import optimizer as optimizer_module
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.utils import local_multi_tensor_l2_norm
 
-from nemo_llm.checkpoint.optimizer_state import optimizer_parts, updates_experts
+from nemo_llm.checkpoint.optimizer_state import optimizer_parts, owned_ranges, updates_experts
 from nemo_llm.config import RunConfig
 from nemo_llm.models.transformer_config import DTYPES
 from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.training.adamw import FusedAdamW
 from nemo_llm.training.muon import Muon
 from nemo_llm.training.muon_matrices import connect_muon
+
+_MOST_JOINED = 1 << 25  # elements: a CPU makes a copy in float64
 
 
 def build_optimizer(
@@ -57,9 +60,6 @@ def build_optimizer(
         # large tensors, by more or less as a layout cuts them; on CUDA it waits for the device once a tensor. It takes
         # no other function. tests/models/test_megatron_contract.py fails when these names are gone.
         clip_grads.l2_norm_impl = _l2_norm
-    # megatron-core 0.16.1 without apex copies updated weights into the model's one tensor a launch, which with hundreds
-    # of experts takes as long as a layer. tests/models/test_megatron_contract.py fails when the name is gone.
-    optimizer_module._multi_tensor_copy_this_to_that = _copy_all
     # `FusedAdamW` keeps its step where apex's optimizer does: these flags, of the same version, make the distributed
     # optimizer look for it there when it saves and loads.
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
@@ -69,7 +69,7 @@ def build_optimizer(
         if updates_experts(part):
             # megatron-core 0.16.1 gives every part TP's group, by which copies count once in the gradient norm.
             part.tp_group = runtime.groups.expt_tp
-        part.get_main_grads_for_grad_norm = _counted_gradients(part)
+        _connect(part)
         if cfg.performance.offload_optimizer_moments:
             part.optimizer.offload_moments()
         if cfg.optim.muon is not None:
@@ -77,28 +77,61 @@ def build_optimizer(
     return optimizer
 
 
-def _counted_gradients(part: MegatronOptimizer) -> Callable[[], list[torch.Tensor]]:
-    """Megatron's ``get_main_grads_for_grad_norm`` for this part, which asks once which parameters count on this rank.
+def _connect(part: Any) -> None:
+    """Tell an optimizer once where gradients and the model's 16-bit weights are; it writes the latter itself.
 
-    Megatron-Core 0.16.1 asks every parameter in every step, while the GPU waits: 15 ms for 1,500 weights of experts.
+    Megatron-Core 0.16.1 looks for both in every step, one parameter after another, asks which of them count in the
+    gradient norm, and copies the weights in a pass of its own: with 1,500 weights of experts the GPU waits for the host
+    as long as two layers take. tests/models/test_megatron_contract.py fails when a method is gone.
     """
-    counted: list[torch.nn.Parameter] = []
+    ranges = list(owned_ranges(part))
+    mixed = isinstance(part, MixedPrecisionOptimizer)
+    if mixed:
+        pairs = [(main, _range(parameter.detach(), start, main)) for parameter, start, main in ranges]
+        part.optimizer.halves = {main: copy for main, copy in pairs if copy.dtype != torch.float32}
+        part._copy_main_params_to_model_params = lambda: None
+    counted = [main for _, _, main in ranges if _counts(main, part.tp_group)]
+    if any(parameter.main_grad.dtype != torch.float32 for parameter, _, _ in ranges):
+        part.get_main_grads_for_grad_norm = lambda: [main.grad for main in counted]  # Megatron makes them in each step
+        return
+    gradients = {main: _range(parameter.main_grad, start, main) for parameter, start, main in ranges}
+    joined = _joined([gradients[main] for main in counted])
+    part.get_main_grads_for_grad_norm = lambda: joined
+    if mixed:
+        for main, gradient in gradients.items():
+            main.grad = gradient
+        # Parameters of the model itself have none outside an update: a backward pass would add to it.
+        own = [parameter for parameter, _, main in ranges if main is parameter]
+        part._copy_model_grads_to_main_grads = partial(_set_gradients, own, gradients)
+        part.zero_grad = lambda *_: _set_gradients(own, {})
 
-    def gradients() -> list[torch.Tensor]:
-        if not counted:
-            counted.extend(p for p in part.get_parameters() if _counts(p, getattr(part, "tp_group", None)))
-        return [p.grad for p in counted if p.grad is not None]
 
-    return gradients
+def _range(whole: torch.Tensor, start: int, main: torch.Tensor) -> torch.Tensor:
+    """The elements of ``whole`` that ``main`` stands for, in its shape."""
+    return whole.view(-1)[start : start + main.numel()].view(main.shape)
+
+
+def _set_gradients(parameters: list[torch.Tensor], gradients: dict[torch.Tensor, torch.Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = gradients.get(parameter)
+
+
+def _joined(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same elements in fewer tensors, flat: small ones that lie one behind the other in a buffer are one."""
+    joined: list[torch.Tensor] = []
+    for tensor in sorted(tensors, key=torch.Tensor.data_ptr):
+        last = joined[-1] if joined else tensor
+        total = last.numel() + tensor.numel()
+        storage = last.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        if storage and last.data_ptr() + last.nbytes == tensor.data_ptr() and total <= _MOST_JOINED:
+            joined[-1] = last.as_strided((total,), (1,))
+        else:
+            joined.append(tensor.view(-1))
+    return joined
 
 
 def _counts(parameter: torch.nn.Parameter, tp_group: Any) -> bool:
     return param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, tp_group)
-
-
-def _copy_all(this: list[torch.Tensor], that: list[torch.Tensor], overflow_buf: Any = None) -> None:  # noqa: ARG001
-    if this:
-        torch._foreach_copy_(that, this)  # few launches; underscored like all of PyTorch's lists of tensors
 
 
 def _l2_norm(_chunk: int, _overflow: Any, tensors: list[list[torch.Tensor]], *_: Any) -> tuple[torch.Tensor, None]:

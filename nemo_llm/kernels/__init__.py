@@ -1,0 +1,1 @@
+"""Triton kernels that import nothing of the house."""

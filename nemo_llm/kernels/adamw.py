@@ -81,7 +81,7 @@ def _distance(tensor: torch.Tensor, first: torch.Tensor) -> int:
 _BLOCK = {"BLOCK": 1024, "num_warps": 8}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _adamw(
     weight,
     gradient,

@@ -131,6 +131,7 @@ def run_kernels(cfg: RunConfig, device: torch.device, vocab_size: int) -> None:
         for rows in _chunks_of_tokens(tokens, cfg.performance.cross_entropy_chunk_tokens):
             _run_loss(torch.zeros(rows, columns, **like), alone=tp == 1 and model.final_logit_softcapping is None)
     _run_embedding(cfg, tokens, like)
+    _run_adamw(like)
 
 
 def _run_norms(cfg: RunConfig, rows: int, like: dict) -> None:
@@ -254,3 +255,11 @@ def _run_embedding(cfg: RunConfig, tokens: int, like: dict) -> None:
     numbers = torch.zeros(tokens, dtype=torch.int64, device=like["device"])
     buffer = torch.zeros(1, cfg.model.hidden_size, dtype=torch.float32, device=like["device"])
     add_rows(buffer, numbers, torch.zeros(tokens, cfg.model.hidden_size, **like))
+
+
+def _run_adamw(like: dict) -> None:
+    from nemo_llm.kernels.adamw import AdamWPass, Rule
+
+    lists = list(torch.zeros(4, 1, 64, dtype=torch.float32, device=like["device"]).unbind())
+    halves = [] if like["dtype"] == torch.float32 else [torch.zeros(1, 64, **like)]
+    AdamWPass([*lists, *halves]).run(Rule(1, 0.0, (0.9, 0.95), 1e-8, 0.0))

@@ -21,10 +21,10 @@ import torch.distributed as dist
 
 from nemo_llm.checkpoint.manifest import read_manifest, verify
 from nemo_llm.checkpoint.weights import model_state
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 from nemo_llm.parallel.runtime import start_runtime, stop_runtime
+from nemo_llm.run.folder import to_plain, write_config
 from nemo_llm.training.checkpoint import finish_saving, load_checkpoint, save_checkpoint
-from nemo_llm.training.rundir import to_plain, write_config
 from nemo_llm.training.setup import build_training_run
 from nemo_llm.training.step import train_step
 

@@ -57,8 +57,8 @@ print(time.perf_counter() - began)
 
 CONVERT = """
 import sys, time, resource
-from nemo_llm.config.convert_tool import ConvertConfig
-from nemo_llm.config.data_tools import compose_tool
+from nemo_llm.config.commands.convert import ConvertConfig
+from nemo_llm.config.commands.data import compose_tool
 from nemo_llm.convert.convert import convert
 way = sys.argv[3:5]
 arguments = [f"source_format={way[0]}", f"target_format={way[1]}", f"input={sys.argv[1]}", f"output={sys.argv[2]}"]
@@ -115,7 +115,7 @@ def measure_equality(hf: Path, ours: Path, text: Path, tokens: int) -> None:
     """Greedy continuations and perplexity of both models."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nemo_llm.convert.gate import forward_ours, our_model
+    from nemo_llm.convert.logit_check import forward_ours, our_model
 
     tokenizer = AutoTokenizer.from_pretrained(hf)
     theirs: Any = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()

@@ -20,12 +20,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A build of some tenths of a second, noted in a file by whoever finishes it. Nothing but nemo_llm.data.cache is
+# A build of some tenths of a second, noted in a file by whoever finishes it. Nothing but nemo_llm.storage.build_cache is
 # needed, so that a process starts fast and a trial is mostly race.
 _PROCESS = """
 import os, sys, time
 from pathlib import Path
-from nemo_llm.data.cache import build_once
+from nemo_llm.storage.build_cache import build_once
 folder, log = Path(sys.argv[1]), Path(sys.argv[2])
 def build(temporary):
     for part in range(5):

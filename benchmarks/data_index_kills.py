@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from nemo_llm.assets import asset_names, resolve_path
-from nemo_llm.data.documents import read_documents
+from nemo_llm.corpus.documents import read_documents
 
 ROOT = Path(__file__).resolve().parents[1]
 

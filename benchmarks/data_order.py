@@ -13,13 +13,13 @@ import time
 import numpy as np
 import yaml
 
-from nemo_llm.config.catalog import conf_dir
-from nemo_llm.config.data import BlendSource, DataConfig, TokenizerConfig
+from nemo_llm.config.compose.catalog import conf_dir
+from nemo_llm.config.sections.data import BlendSource, DataConfig, TokenizerConfig
 from nemo_llm.data.build import build_train_and_validation
-from nemo_llm.data.indexed import IndexedDataset
+from nemo_llm.data.index.format import IndexedDataset
 from nemo_llm.data.loader import MicroBatchLoader
-from nemo_llm.data.packing import best_fit
-from nemo_llm.data.tokenizer import load_tokenizer
+from nemo_llm.data.sampling.packed_documents import best_fit
+from nemo_llm.tokenizers.tokenizer import load_tokenizer
 
 SAMPLES = 1_000_000_000
 _WEIGHTS = (0.6, 0.25, 0.1, 0.05)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from benchmarks.checkpoint_kills import kill_at_file_operation, losses
 from nemo_llm.assets import resolve_path
-from nemo_llm.data.documents import read_documents
+from nemo_llm.corpus.documents import read_documents
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 8
@@ -103,7 +103,7 @@ def load_commands() -> dict[str, Command]:
     import torch
 
     import nemo_llm.training.setup  # noqa: F401
-    from nemo_llm.config.entry import run_entry_point
+    from nemo_llm.config.commands.entry_train import run_entry_point
     from nemo_llm.train import main as train
 
     torch.set_num_threads(
@@ -203,10 +203,10 @@ def decoded(journey: Path) -> list[str]:
     """The documents of the indexed dataset as text."""
     import yaml
 
-    from nemo_llm.config.catalog import conf_dir
-    from nemo_llm.config.data import TokenizerConfig
-    from nemo_llm.data.indexed import IndexedDataset
-    from nemo_llm.data.tokenizer import load_tokenizer
+    from nemo_llm.config.compose.catalog import conf_dir
+    from nemo_llm.config.sections.data import TokenizerConfig
+    from nemo_llm.data.index.format import IndexedDataset
+    from nemo_llm.tokenizers.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(TokenizerConfig(**yaml.safe_load((conf_dir() / "tokenizer/demo.yaml").read_text())))
     data = IndexedDataset(journey / "indexed")

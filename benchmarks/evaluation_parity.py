@@ -68,10 +68,10 @@ def main() -> None:
 
     from lm_eval.models.huggingface import HFLM
 
-    from nemo_llm.config.data_tools import compose_tool
-    from nemo_llm.config.evaluate import EvaluateConfig
+    from nemo_llm.config.commands.data import compose_tool
+    from nemo_llm.config.commands.evaluate import EvaluateConfig
     from nemo_llm.evaluation.harness import build_lm, evaluate, find_task_files
-    from nemo_llm.inference.model import load_model, open_checkpoint
+    from nemo_llm.inference.loaded_model import load_model, open_checkpoint
     from nemo_llm.inference.scoring import ModelScorer
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 

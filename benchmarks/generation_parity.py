@@ -37,10 +37,10 @@ def run_theirs(folder: str, prompts: list[str], tokens: int) -> tuple[list[list[
 def run_ours(checkpoint: str, prompts: list[str], tokens: int, batch_sizes: list[int]) -> list:
     from pathlib import Path
 
-    from nemo_llm.config.data_tools import compose_tool
-    from nemo_llm.config.inference import GenerateConfig
+    from nemo_llm.config.commands.data import compose_tool
+    from nemo_llm.config.commands.generate import GenerateConfig
     from nemo_llm.inference.decoder import generate
-    from nemo_llm.inference.model import load_model, open_checkpoint
+    from nemo_llm.inference.loaded_model import load_model, open_checkpoint
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 
     keys = [f"sampling.max_new_tokens={tokens}", "sampling.ignore_eod=true", "text=unused", "accelerator=cpu"]

@@ -28,10 +28,10 @@ def save_checkpoint(folder: Path, model: str) -> None:
 
     from nemo_llm.checkpoint.folder import writing
     from nemo_llm.checkpoint.weights import save_weights
-    from nemo_llm.config.load import compose, to_dict
-    from nemo_llm.data.tokenizer import load_tokenizer
+    from nemo_llm.config.compose.load import compose, to_dict
     from nemo_llm.models.build import build_model_chunks
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
+    from nemo_llm.tokenizers.tokenizer import load_tokenizer
 
     # Llama 3's stretched wavelengths cost nothing at a step; transformers' name for them needs no match here.
     cfg = compose([f"+model={model}", "precision=bf16", "model.transformer_impl=torch", "exp_manager.enabled=false"])
@@ -45,10 +45,10 @@ def save_checkpoint(folder: Path, model: str) -> None:
 
 
 def run_ours(folder: Path, rows: int, prompt: int, new: int) -> dict:
-    from nemo_llm.config.data_tools import compose_tool
-    from nemo_llm.config.inference import GenerateConfig
+    from nemo_llm.config.commands.data import compose_tool
+    from nemo_llm.config.commands.generate import GenerateConfig
     from nemo_llm.inference.decoder import generate
-    from nemo_llm.inference.model import load_model, open_checkpoint
+    from nemo_llm.inference.loaded_model import load_model, open_checkpoint
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 
     def settings(count: int):

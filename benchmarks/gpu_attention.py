@@ -32,7 +32,7 @@ MASKED = [
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention as models/attention.py calls it: [s, b, n, d] -> [s, b, n * d]."""
+    """Causal attention as models/layers/attention.py calls it: [s, b, n, d] -> [s, b, n * d]."""
     parts = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     context = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
     return context.permute(2, 0, 1, 3).flatten(2)
@@ -55,7 +55,7 @@ def masked() -> None:
     """Attention that is not plainly causal, both ways."""
     from types import SimpleNamespace
 
-    from nemo_llm.models.attention import CoreAttention
+    from nemo_llm.models.layers.attention import CoreAttention
 
     for (s, b, n, g, d), documents, window, cap in MASKED:
         torch.manual_seed(1)

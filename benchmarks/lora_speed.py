@@ -109,7 +109,7 @@ def plain_step(options: argparse.Namespace) -> Callable[[], float]:
 def our_step(options: argparse.Namespace, overrides: list[str]) -> Callable[[], float]:
     """A function that takes one step of a training run of ours."""
     from nemo_llm.config.checks import check
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
 
     cfg = compose(

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gpu_table import ROOT, machine
-from nemo_llm.config.code_paths import fused_chunk_tokens
-from nemo_llm.config.load import compose
-from nemo_llm.config.run import RunConfig
+from nemo_llm.config.checks.code_paths import fused_chunk_tokens
+from nemo_llm.config.compose.load import compose
+from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.planner.activations import tokens_per_rank
 from nemo_llm.planner.loss import chunk_bytes, vocabulary
 from nemo_llm.planner.memory import GIB, estimate_memory

@@ -24,7 +24,7 @@ def main() -> None:
 
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from nemo_llm.config.load import compose, to_dict
+    from nemo_llm.config.compose.load import compose, to_dict
     from nemo_llm.families.registry import family_for, hf_config
 
     cfg = compose(overrides)

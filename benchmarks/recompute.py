@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from nemo_llm.config import RunConfig
 from nemo_llm.config.checks import find_problems
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 from nemo_llm.parallel.runtime import ParallelRuntime, start_runtime
 from nemo_llm.training.setup import build_training_run
 from nemo_llm.training.step import train_step

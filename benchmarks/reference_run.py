@@ -160,7 +160,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     from nemo_llm.checkpoint.folder import read_config
-    from nemo_llm.config.load import decode_saved
+    from nemo_llm.config.compose.load import decode_saved
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 
     cfg = decode_saved(read_config(arguments.ours))

@@ -14,8 +14,8 @@ import sys
 from dataclasses import dataclass
 
 from nemo_llm.config import RunConfig
-from nemo_llm.config.arithmetic import padded_vocab_size
-from nemo_llm.config.model import ModelConfig
+from nemo_llm.config.sections.arithmetic import padded_vocab_size
+from nemo_llm.config.sections.model import ModelConfig
 from nemo_llm.planner.flops import flops_per_token, matmul_weights
 from nemo_llm.planner.parameters import count_parameters, is_moe_layer
 
@@ -119,8 +119,8 @@ def main() -> int:
     parser.add_argument("--terabytes-per-second", type=float, default=3.03)
     arguments, overrides = parser.parse_known_args()
 
-    from nemo_llm.config.load import compose
-    from nemo_llm.data.tokenizer import load_tokenizer
+    from nemo_llm.config.compose.load import compose
+    from nemo_llm.tokenizers.tokenizer import load_tokenizer
 
     cfg = compose(overrides)
     vocab_size = cfg.model.vocab_size or load_tokenizer(cfg.data.tokenizer).vocab_size

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import mean
 
 from nemo_llm.checkpoint.inspect import diff
-from nemo_llm.training.signals import STOP_FILE_NAME
+from nemo_llm.resilience.stop_signals import STOP_FILE_NAME
 from tests.slurm.cluster import FINAL_STATES, Cluster, what_is_missing
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -42,8 +42,8 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
 
     from nemo_llm.config.checks import check
-    from nemo_llm.config.entry import intended_world_size
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.commands.entry_train import intended_world_size
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 
     cfg = compose(overrides)
@@ -91,10 +91,10 @@ def memory(device: torch.device) -> dict[str, float]:
 
 def figures(name: str, run, times: list[float], losses: list[float], built: float) -> dict:
     """Speed by the median step, in both conventions of model FLOPs."""
-    from nemo_llm.config.arithmetic import padded_vocab_size
+    from nemo_llm.config.sections.arithmetic import padded_vocab_size
     from nemo_llm.planner.flops import flops_per_token
+    from nemo_llm.run.throughput import find_peak
     from nemo_llm.training.loop import peak_memory_gib
-    from nemo_llm.training.throughput import find_peak
 
     cfg = run.cfg
     step = sorted(times)[len(times) // 2]

@@ -8,8 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from nemo_llm.config.inference import ChatConfig
-from nemo_llm.config.tool_entry import run_tool
+from nemo_llm.config.commands.entry import run_tool
+from nemo_llm.config.commands.generate import ChatConfig
 from nemo_llm.errors import InputError
 from nemo_llm.log import configure_logging, is_first_rank, launched_world_size
 
@@ -22,7 +22,7 @@ def main(cfg: ChatConfig) -> None:
     # Megatron says at every start what is not installed.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     from nemo_llm.inference.conversation import Conversation
-    from nemo_llm.inference.model import load_model, open_checkpoint
+    from nemo_llm.inference.loaded_model import load_model, open_checkpoint
     from nemo_llm.inference.prompts import load_chat_prompts
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 

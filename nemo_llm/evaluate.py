@@ -7,8 +7,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from nemo_llm.config.evaluate import EvaluateConfig
-from nemo_llm.config.tool_entry import run_tool
+from nemo_llm.config.commands.entry import run_tool
+from nemo_llm.config.commands.evaluate import EvaluateConfig
 from nemo_llm.log import configure_logging, is_first_rank, launched_world_size
 
 
@@ -20,7 +20,7 @@ def main(cfg: EvaluateConfig) -> None:
     from nemo_llm.checkpoint.folder import step_of
     from nemo_llm.evaluation.report import as_text, write_html, write_json
     from nemo_llm.evaluation.suite import measure, read_suite
-    from nemo_llm.inference.model import load_model, open_checkpoint
+    from nemo_llm.inference.loaded_model import load_model, open_checkpoint
     from nemo_llm.inference.scoring import ModelScorer
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 

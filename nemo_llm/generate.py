@@ -9,8 +9,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from nemo_llm.config.inference import GenerateConfig
-from nemo_llm.config.tool_entry import run_tool
+from nemo_llm.config.commands.entry import run_tool
+from nemo_llm.config.commands.generate import GenerateConfig
 from nemo_llm.errors import InputError
 from nemo_llm.log import configure_logging, is_first_rank, launched_world_size
 
@@ -20,7 +20,7 @@ def main(cfg: GenerateConfig) -> None:
     configure_logging()
     # Megatron says at every start what is not installed.
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    from nemo_llm.inference.model import load_model, open_checkpoint
+    from nemo_llm.inference.loaded_model import load_model, open_checkpoint
     from nemo_llm.inference.prompts import read_prompts
 
     if cfg.text_file is not None:

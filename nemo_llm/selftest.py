@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _configuration(world_size: int) -> "RunConfig":
     """A small model, and a global batch that all ranks share evenly."""
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
 
     return compose([
         "+model=gpt_tiny", "model.num_layers=2", "model.hidden_size=64", "model.num_attention_heads=4", "data=mock",
@@ -100,8 +100,8 @@ def _train_and_resume(cfg: "RunConfig", runtime: "ParallelRuntime", parent: Path
     """Losses of 20 steps, and of those after the checkpoint once more from it; it is written to a new folder."""
     import torch.distributed as dist
 
+    from nemo_llm.run.folder import to_plain, write_config
     from nemo_llm.training.checkpoint import CheckpointSaver, load_checkpoint
-    from nemo_llm.training.rundir import to_plain, write_config
     from nemo_llm.training.setup import build_training_run
 
     made = [""]

@@ -8,7 +8,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from nemo_llm.config import RunConfig
-from nemo_llm.config.entry import intended_world_size, run_entry_point
+from nemo_llm.config.commands.entry_train import intended_world_size, run_entry_point
 from nemo_llm.errors import ExitCode
 from nemo_llm.log import configure_logging, get_logger
 
@@ -27,7 +27,7 @@ def main(cfg: RunConfig) -> ExitCode:
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 
     runtime = start_runtime(cfg)
-    from nemo_llm.training.closing import close_run, open_run
+    from nemo_llm.training.lifecycle import close_run, open_run
     from nemo_llm.training.loop import train
     from nemo_llm.training.resume import resume
     from nemo_llm.training.setup import build_training_run
@@ -46,10 +46,10 @@ def main(cfg: RunConfig) -> ExitCode:
 
 def check_only(cfg: RunConfig) -> ExitCode:
     """Print what the run would read, its plan and whether it fits; starts nothing."""
-    from nemo_llm.config.batch_ramp import build_batch_ramp
+    from nemo_llm.config.sections.batch_ramp import build_batch_ramp
     from nemo_llm.data.check import describe_data
-    from nemo_llm.data.tokenizer import load_tokenizer
     from nemo_llm.planner.check_only import report
+    from nemo_llm.tokenizers.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     ramp = build_batch_ramp(cfg.trainer.global_batch_size, cfg.trainer.rampup_batch_size)
@@ -68,9 +68,9 @@ def check_memory(cfg: RunConfig, runtime: "ParallelRuntime") -> None:
         return
     import torch
 
-    from nemo_llm.data.tokenizer import load_tokenizer
     from nemo_llm.planner.check_only import check_card
     from nemo_llm.planner.memory import GIB
+    from nemo_llm.tokenizers.tokenizer import load_tokenizer
 
     card = torch.cuda.get_device_properties(runtime.device)
     vocab_size = cfg.model.vocab_size or load_tokenizer(cfg.data.tokenizer).vocab_size

@@ -173,7 +173,7 @@ submit() { # on the login node
   [[ ${nodes:-1} =~ ^[0-9]+$ ]] || fail 2 "--nodes=$nodes: give one number, the layout depends on it"
   command -v sbatch >/dev/null || fail 2 "sbatch is not here: run this on a login node (without Slurm: slurm/local.sh)"
   if [ "$TRAINING" = 1 ]; then
-    if [ "$CONTAINER" = none ] || "$PYTHON" -c 'import nemo_llm.config.load' 2>/dev/null; then
+    if [ "$CONTAINER" = none ] || "$PYTHON" -c 'import nemo_llm.config.compose.load' 2>/dev/null; then
       check_configuration "${nodes:-1}" "${tasks:-1}"
     else
       say "no Python environment here: the configuration is checked as the job's first action"

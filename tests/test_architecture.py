@@ -42,7 +42,7 @@ def relative(path: Path) -> str:
 
 
 def part_of(path: Path) -> str:
-    """First name below the package: ``config`` for nemo_llm/config/load.py, ``train`` for nemo_llm/train.py."""
+    """First name below the package: ``config`` for nemo_llm/config/compose/load.py, ``train`` for nemo_llm/train.py."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

@@ -45,7 +45,7 @@ def test_the_wheel_holds_the_configuration_and_the_assets(installed):
 
 def test_an_installed_package_composes_a_run_from_any_folder(installed, tmp_path):
     code = (
-        "from nemo_llm.config.catalog import conf_dir; from nemo_llm.config.load import compose; "
+        "from nemo_llm.config.compose.catalog import conf_dir; from nemo_llm.config.compose.load import compose; "
         "print(conf_dir()); print(compose(['+model=gpt_tiny']).model.name)"
     )
     folder, name = run_python(code, tmp_path, installed).split()

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from nemo_llm.config.arguments import key_of
-from nemo_llm.config.catalog import annotation_at, conf_dir, group_choices
-from nemo_llm.config.run import RunConfig
+from nemo_llm.config.compose.arguments import key_of
+from nemo_llm.config.compose.catalog import annotation_at, conf_dir, group_choices
+from nemo_llm.config.sections.run import RunConfig
 from tests.config.test_arguments import COMMANDS
 from tests.test_architecture import ROOT
 
@@ -76,7 +76,7 @@ def test_the_readme_is_among_what_is_looked_at() -> None:
 
 def test_the_cluster_command_of_the_readme_fits_its_nodes() -> None:
     """It passes the check that slurm/pretrain.sh makes, for as many nodes as it asks for."""
-    from nemo_llm.config.entry import load
+    from nemo_llm.config.commands.entry_train import load
     from nemo_llm.planner.check_only import report
 
     (line,) = [line for line in README.splitlines() if line.startswith("    bash slurm/pretrain.sh")]

@@ -11,13 +11,13 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
-from nemo_llm.config.convert_tool import ConvertConfig
-from nemo_llm.config.data_tools import compose_tool
+from nemo_llm.config.commands.convert import ConvertConfig
+from nemo_llm.config.commands.data import compose_tool
 from nemo_llm.errors import ExitCode, NemoLlmError
 from nemo_llm.log import configure_logging
 
 if TYPE_CHECKING:
-    from nemo_llm.convert.common import Outcome
+    from nemo_llm.convert.write_checkpoint import Outcome
 
 
 def main(arguments: list[str]) -> int:
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
 def _convert(cfg: ConvertConfig) -> "Outcome":
     # Imported here: torch takes seconds, which --help need not pay.
     if "peft" in (cfg.source_format, cfg.target_format):
-        from nemo_llm.training.adapters import convert_adapter
+        from nemo_llm.convert.peft_adapters import convert_adapter
 
         return convert_adapter(cfg)
     from nemo_llm.convert.convert import convert

@@ -11,7 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from nemo_llm.data.documents import read_lines
+from nemo_llm.corpus.documents import read_lines
 from nemo_llm.errors import ExitCode, InputError, NemoLlmError
 from nemo_llm.log import configure_logging
 

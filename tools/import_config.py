@@ -11,8 +11,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from nemo_llm.config.convert_tool import ImportConfig
-from nemo_llm.config.data_tools import compose_tool
+from nemo_llm.config.commands.convert import ImportConfig
+from nemo_llm.config.commands.data import compose_tool
 from nemo_llm.errors import ExitCode, InputError, NemoLlmError
 
 
@@ -30,8 +30,8 @@ def main(arguments: list[str]) -> int:
 
 def _import(wanted: ImportConfig) -> ExitCode:
     from nemo_llm.config.checks import find_problems
-    from nemo_llm.config.import_config import import_file, model_file
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
+    from nemo_llm.migrate.configs import import_file, model_file
 
     source = Path(wanted.input).expanduser()
     name = wanted.name or source.stem

@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from nemo_llm.config.data_tools import IndexConfig, compose_tool
-from nemo_llm.data.cache import cache_folder
-from nemo_llm.data.index_build import IndexJob, Progress, build_index
-from nemo_llm.data.index_plan import IndexSettings
+from nemo_llm.config.commands.data import IndexConfig, compose_tool
+from nemo_llm.data.index.build import IndexJob, Progress, build_index
+from nemo_llm.data.index.plan import IndexSettings
 from nemo_llm.errors import ExitCode, NemoLlmError
+from nemo_llm.storage.build_cache import cache_folder
 
 
 def main(arguments: list[str]) -> int:

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import yaml
 
-from nemo_llm.config.catalog import conf_dir
 from nemo_llm.config.chat import ChatConfig
-from nemo_llm.config.data import TokenizerConfig
-from nemo_llm.data import inspect
-from nemo_llm.data.chat_store import list_unused, show_chats
-from nemo_llm.data.indexed import IndexedDataset
-from nemo_llm.data.tokenizer import SAVED_CONFIG, Tokenizer, load_tokenizer, load_tokenizer_from_folder
+from nemo_llm.config.compose.catalog import conf_dir
+from nemo_llm.config.sections.data import TokenizerConfig
+from nemo_llm.data.index import inspect
+from nemo_llm.data.index.format import IndexedDataset
+from nemo_llm.data.sources.chats import list_unused, show_chats
 from nemo_llm.errors import ExitCode, InputError, NemoLlmError
+from nemo_llm.tokenizers.tokenizer import SAVED_CONFIG, Tokenizer, load_tokenizer, load_tokenizer_from_folder
 
 
 def main(arguments: list[str]) -> int:
@@ -155,10 +155,10 @@ def _split(options: argparse.Namespace) -> None:
 
 
 def _ledger(options: argparse.Namespace) -> None:
-    from nemo_llm.config.batch_ramp import build_batch_ramp
-    from nemo_llm.config.load import decode as decode_config
+    from nemo_llm.config.compose.load import decode as decode_config
+    from nemo_llm.config.sections.batch_ramp import build_batch_ramp
     from nemo_llm.data.build import build_train_and_validation
-    from nemo_llm.data.ledger import ledger
+    from nemo_llm.data.sampling.sample_provenance import ledger
 
     path = options.run / "config.yaml"
     if not path.is_file():

@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from nemo_llm.config.data_tools import compose_tool
-from nemo_llm.config.prepare import PrepareConfig
-from nemo_llm.data.download import fetch_inputs
+from nemo_llm.config.commands.data import compose_tool
+from nemo_llm.config.commands.prepare import PrepareConfig
+from nemo_llm.corpus.download import fetch_inputs
 from nemo_llm.errors import ExitCode, InputError, NemoLlmError
 
 
@@ -32,8 +32,8 @@ def main(arguments: list[str]) -> int:
 
 def _prepare(config: PrepareConfig) -> int:
     try:
-        from nemo_llm.data.prepare.plan import make_plan
-        from nemo_llm.data.prepare.run import HowToRun, prepare
+        from nemo_llm.corpus.prepare.plan import make_plan
+        from nemo_llm.corpus.prepare.run import HowToRun, prepare
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed; pip install 'nemo_llm[data]'") from error
     began = time.monotonic()

@@ -8,9 +8,9 @@ All keys with their defaults: conf/train_tokenizer.yaml.
 import sys
 from pathlib import Path
 
-from nemo_llm.config.data_tools import TrainTokenizerConfig, compose_tool
-from nemo_llm.data.train_tokenizer import report, take_samples, train_tokenizer, write_report
+from nemo_llm.config.commands.data import TrainTokenizerConfig, compose_tool
 from nemo_llm.errors import ExitCode, NemoLlmError
+from nemo_llm.tokenizers.training import report, take_samples, train_tokenizer, write_report
 
 
 def main(arguments: list[str]) -> int:

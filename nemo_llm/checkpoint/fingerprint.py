@@ -9,7 +9,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
 
 from nemo_llm.checkpoint.weights import model_state
-from nemo_llm.models.head import HEAD_PREFIX
+from nemo_llm.models.layers.classification_head import HEAD_PREFIX
 
 _CHUNK_ELEMENTS = 1 << 24
 _MASK = (1 << 63) - 1

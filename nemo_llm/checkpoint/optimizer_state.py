@@ -24,7 +24,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from nemo_llm.checkpoint.boxes import boxes_of_range
+from nemo_llm.checkpoint.hyperrectangles import boxes_of_range
 
 
 def optimizer_tensors(optimizer: MegatronOptimizer, model: dict) -> list[ShardedTensor]:

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from nemo_llm.checkpoint.folder import find_checkpoints, remove, step_of
-from nemo_llm.config.services import CheckpointConfig
+from nemo_llm.config.sections.run_services import CheckpointConfig
 
 
 def remove_old(checkpoints: Path, settings: CheckpointConfig) -> list[Path]:

@@ -36,8 +36,8 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat, _Storag
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from nemo_llm.checkpoint.manifest import BlockHasher
-from nemo_llm.checkpoint.snapshot import HostBuffer, Snapshot
 from nemo_llm.errors import CheckpointError
+from nemo_llm.storage.host_buffers import HostBuffer, Snapshot
 
 _POLL_SECONDS = 0.02
 _ANNOUNCE_BYTES = 64 << 20

@@ -1,6 +1,6 @@
 """Configuration: Hydra composes YAML, one strict decoder turns it into frozen dataclasses, checks find what disagrees.
 
-`nemo_llm.config.load` composes and decodes; the dataclasses are importable from here.
+`nemo_llm.config.compose.load` composes and decodes; the dataclasses are importable from here.
 """
 
 # ruff: noqa: E402 (what is missing is said before the imports that need it)
@@ -9,15 +9,21 @@ from nemo_llm.environment import require_packages
 
 require_packages(("annotated_types", "hydra", "omegaconf", "pydantic", "yaml"))
 
-from nemo_llm.config.data import DataConfig
-from nemo_llm.config.model import ModelConfig, MoeConfig, RopeScaling
-from nemo_llm.config.optim import OptimConfig, SchedConfig
-from nemo_llm.config.parallelism import ParallelismConfig
-from nemo_llm.config.peft import PeftConfig
-from nemo_llm.config.precision import Fp8Config, PrecisionConfig
-from nemo_llm.config.run import RunConfig
-from nemo_llm.config.services import CheckpointConfig, ClusterConfig, ExpManagerConfig, SampleConfig, TaskConfig
-from nemo_llm.config.trainer import RampupBatchSize, RunSection, TrainerConfig
+from nemo_llm.config.sections.data import DataConfig
+from nemo_llm.config.sections.model import ModelConfig, MoeConfig, RopeScaling
+from nemo_llm.config.sections.optim import OptimConfig, SchedConfig
+from nemo_llm.config.sections.parallelism import ParallelismConfig
+from nemo_llm.config.sections.peft import PeftConfig
+from nemo_llm.config.sections.precision import Fp8Config, PrecisionConfig
+from nemo_llm.config.sections.run import RunConfig
+from nemo_llm.config.sections.run_services import (
+    CheckpointConfig,
+    ClusterConfig,
+    ExpManagerConfig,
+    SampleConfig,
+    TaskConfig,
+)
+from nemo_llm.config.sections.trainer import RampupBatchSize, RunSection, TrainerConfig
 
 __all__ = [
     "CheckpointConfig",

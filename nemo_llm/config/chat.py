@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Literal
 
-from nemo_llm.config.section import NonEmptyStr, PathStr, Section
+from nemo_llm.config.sections.fields import NonEmptyStr, PathStr, Section
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

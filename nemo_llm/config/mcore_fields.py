@@ -8,8 +8,8 @@ tries every field.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nemo_llm.config.run import RunConfig
-from nemo_llm.config.section import Scalar
+from nemo_llm.config.sections.fields import Scalar
+from nemo_llm.config.sections.run import RunConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """Weights from one format to another; the output folder appears whole, proven, or not at all."""
 
-from nemo_llm.config.convert_tool import ConvertConfig
-from nemo_llm.convert.common import Outcome, begin_or_continue, forget_beginning, paths_of
+from nemo_llm.config.commands.convert import ConvertConfig
 from nemo_llm.convert.hf import hf_to_ours, ours_to_hf
 from nemo_llm.convert.megatron import megatron_to_ours, ours_to_megatron
+from nemo_llm.convert.write_checkpoint import Outcome, begin_or_continue, forget_beginning, paths_of
 from nemo_llm.errors import InputError
 
 WAYS = {

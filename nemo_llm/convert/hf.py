@@ -12,10 +12,18 @@ from typing import Any
 import torch
 
 from nemo_llm.checkpoint.folder import resolve_checkpoint
-from nemo_llm.config.convert_tool import ConvertConfig
-from nemo_llm.config.hf_tokenizer import SPECIAL_IDS, add_special_ids, as_list, special_ids
-from nemo_llm.config.load import compose, to_dict
-from nemo_llm.convert.common import (
+from nemo_llm.config.commands.convert import ConvertConfig
+from nemo_llm.config.compose.hf_tokenizer import SPECIAL_IDS, add_special_ids, as_list, special_ids
+from nemo_llm.config.compose.load import compose, to_dict
+from nemo_llm.convert.gguf import unpack_gguf
+from nemo_llm.convert.hf_files import HfReader, write_safetensors, written_names
+from nemo_llm.convert.layer_subset import write_samples
+from nemo_llm.convert.logit_check import GateReport, GateSettings, compare, saved_model, their_config
+from nemo_llm.convert.mapping import Mapped
+from nemo_llm.convert.native_files import NativeReader
+from nemo_llm.convert.reach import Reach
+from nemo_llm.convert.token_ids import compare_token_ids
+from nemo_llm.convert.write_checkpoint import (
     Outcome,
     ahead,
     appear,
@@ -27,19 +35,11 @@ from nemo_llm.convert.common import (
     write_ours,
     write_report,
 )
-from nemo_llm.convert.gate import GateReport, GateSettings, compare, saved_model, their_config
-from nemo_llm.convert.gguf import unpack_gguf
-from nemo_llm.convert.hf_files import HfReader, write_safetensors, written_names
-from nemo_llm.convert.mapping import Mapped
-from nemo_llm.convert.native_files import NativeReader
-from nemo_llm.convert.reach import Reach
-from nemo_llm.convert.sample import write_samples
-from nemo_llm.convert.token_ids import compare_token_ids
-from nemo_llm.data.tokenizer import COMPANIONS, load_tokenizer_from_folder
 from nemo_llm.data.turn_end import turn_end_id
 from nemo_llm.errors import InputError
 from nemo_llm.families.registry import FAMILIES, family_for, family_of, hf_config, read_hf_config
 from nemo_llm.log import get_logger
+from nemo_llm.tokenizers.tokenizer import COMPANIONS, load_tokenizer_from_folder
 
 _log = get_logger(__name__)
 

@@ -10,10 +10,17 @@ import torch
 
 from nemo_llm.checkpoint.folder import resolve_checkpoint
 from nemo_llm.config import RunConfig
-from nemo_llm.config.arguments import as_hydra
-from nemo_llm.config.convert_tool import ConvertConfig
-from nemo_llm.config.load import compose, to_dict
-from nemo_llm.convert.common import (
+from nemo_llm.config.commands.convert import ConvertConfig
+from nemo_llm.config.compose.arguments import as_hydra
+from nemo_llm.config.compose.load import compose, to_dict
+from nemo_llm.convert.layer_subset import write_our_sample
+from nemo_llm.convert.logit_check import GateReport, GateSettings, Sides, compare_sides, run_ours, saved_model
+from nemo_llm.convert.mapping import Mapped
+from nemo_llm.convert.megatron_files import Source, open_megatron, write_megatron
+from nemo_llm.convert.megatron_model import run_megatron
+from nemo_llm.convert.native_files import NativeReader
+from nemo_llm.convert.reach import Reach
+from nemo_llm.convert.write_checkpoint import (
     Outcome,
     appear,
     check_room,
@@ -25,16 +32,9 @@ from nemo_llm.convert.common import (
     write_ours,
     write_report,
 )
-from nemo_llm.convert.gate import GateReport, GateSettings, Sides, compare_sides, run_ours, saved_model
-from nemo_llm.convert.mapping import Mapped
-from nemo_llm.convert.megatron_files import Source, open_megatron, write_megatron
-from nemo_llm.convert.megatron_model import run_megatron
-from nemo_llm.convert.native_files import NativeReader
-from nemo_llm.convert.reach import Reach
-from nemo_llm.convert.sample import write_our_sample
-from nemo_llm.data.tokenizer import load_tokenizer
 from nemo_llm.errors import InputError
 from nemo_llm.families.mcore import LOCAL_NAMES, MCORE, fields_of_section
+from nemo_llm.tokenizers.tokenizer import load_tokenizer
 
 
 def megatron_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:

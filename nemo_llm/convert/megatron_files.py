@@ -16,14 +16,14 @@ import torch
 import yaml
 
 from nemo_llm.checkpoint.unpickle import Record, read_torch
-from nemo_llm.config.import_config import import_nemo_model
-from nemo_llm.config.import_yaml import check_yaml
-from nemo_llm.config.load import compose, to_dict
+from nemo_llm.config.compose.load import compose, to_dict
 from nemo_llm.convert.hf_files import TensorInfo
 from nemo_llm.convert.native_files import NativeReader, NativeWriter
 from nemo_llm.convert.nemo1_ranks import RankFiles
 from nemo_llm.errors import InputError
 from nemo_llm.families.mcore import arguments_of_fields, fields_of_arguments, fields_of_section, section_of_fields
+from nemo_llm.migrate.configs import import_nemo_model
+from nemo_llm.migrate.yaml import check_yaml
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"

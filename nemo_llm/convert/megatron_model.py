@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from nemo_llm.config.load import compose
-from nemo_llm.convert.gate import Outputs, forward_megatron
+from nemo_llm.config.compose.load import compose
+from nemo_llm.convert.logit_check import Outputs, forward_megatron
 from nemo_llm.convert.megatron_files import MegatronReader, canonical
 from nemo_llm.parallel.runtime import own_runtime
 

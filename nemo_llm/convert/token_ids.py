@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from nemo_llm.data.tokenizer import load_tokenizer_from_folder
 from nemo_llm.errors import CheckpointError
 from nemo_llm.log import get_logger
+from nemo_llm.tokenizers.tokenizer import load_tokenizer_from_folder
 
 _log = get_logger(__name__)
 

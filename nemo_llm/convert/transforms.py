@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nemo_llm.config.arithmetic import padded_vocab_size
+from nemo_llm.config.sections.arithmetic import padded_vocab_size
 
 Tensors = list[torch.Tensor]
 

@@ -13,9 +13,9 @@ from nemo_llm.checkpoint.inspect import read_tensors
 from nemo_llm.checkpoint.new_tokens import NEW_TOKENS, new_tokens
 from nemo_llm.checkpoint.safe_load import load_sharded
 from nemo_llm.checkpoint.weights import ADAPTER_FILE_NAME, apply_model_state, model_state, save_weights
-from nemo_llm.convert.gate import float32_model, saved_model
-from nemo_llm.data.tokenizer import SAVED_CONFIG, HuggingFaceTokenizer, load_tokenizer_from_folder
+from nemo_llm.convert.logit_check import float32_model, saved_model
 from nemo_llm.errors import InputError
+from nemo_llm.tokenizers.tokenizer import SAVED_CONFIG, HuggingFaceTokenizer, load_tokenizer_from_folder
 
 Start = Literal["pieces", "mean"]
 _ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")

@@ -6,24 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_llm.config.data import BlendSource, DataConfig, blend_entries
-from nemo_llm.config.run import RunConfig
-from nemo_llm.data.blend import Blend
-from nemo_llm.data.blended import BlendedSource, Phase
-from nemo_llm.data.cache import build_once, cache_folder, content_key
-from nemo_llm.data.chat_store import ChatStore, open_chats
-from nemo_llm.data.dataset import Source, TokenWindowDataset
-from nemo_llm.data.indexed import IndexedDataset
-from nemo_llm.data.labelled import LabelRules, open_labelled
-from nemo_llm.data.packing import PackedDataset, build_packs
-from nemo_llm.data.permutation import derive_key
-from nemo_llm.data.rules import SampleRules
-from nemo_llm.data.split import SourcePart, TokenRange, cut, split_parts
-from nemo_llm.data.store import MockStore, TokenStore
-from nemo_llm.data.text_cache import open_text
-from nemo_llm.data.tokenizer import Tokenizer
-from nemo_llm.data.virtual_tokens import VirtualTokenSource
+from nemo_llm.config.sections.data import BlendSource, DataConfig, blend_entries
+from nemo_llm.config.sections.run import RunConfig
+from nemo_llm.data.index.format import IndexedDataset
+from nemo_llm.data.sampling.blend_order import Blend
+from nemo_llm.data.sampling.blended_source import BlendedSource, Phase
+from nemo_llm.data.sampling.keyed_permutation import derive_key
+from nemo_llm.data.sampling.packed_documents import PackedDataset, build_packs
+from nemo_llm.data.sampling.token_windows import Source, TokenWindowDataset
+from nemo_llm.data.sampling.virtual_tokens import VirtualTokenSource
+from nemo_llm.data.sampling.window_to_sample import SampleRules
+from nemo_llm.data.sources.chats import ChatStore, open_chats
+from nemo_llm.data.sources.labelled_texts import LabelRules, open_labelled
+from nemo_llm.data.sources.raw_text import open_text
+from nemo_llm.data.sources.split import SourcePart, TokenRange, cut, split_parts
+from nemo_llm.data.sources.token_store import MockStore, TokenStore
 from nemo_llm.errors import ConfigError, InputError, Problem
+from nemo_llm.storage.build_cache import build_once, cache_folder, content_key
+from nemo_llm.tokenizers.tokenizer import Tokenizer
 
 _VALIDATION_SEED = 0  # validation always reads in the same order, so that runs of different seeds can be compared
 

@@ -15,8 +15,8 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from nemo_llm.config.catalog import nearest
-from nemo_llm.config.hf_tokenizer import read_json, token_text
+from nemo_llm.config.compose.catalog import nearest
+from nemo_llm.config.compose.hf_tokenizer import read_json, token_text
 from nemo_llm.data.chat_format import Message
 from nemo_llm.data.template_tokens import TemplateEncoder
 from nemo_llm.errors import ConfigError, InputError, Problem

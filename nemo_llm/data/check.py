@@ -5,12 +5,12 @@ import os
 import tempfile
 from pathlib import Path
 
-from nemo_llm.config.data import DataConfig, blend_entries
-from nemo_llm.config.run import RunConfig
+from nemo_llm.config.sections.data import DataConfig, blend_entries
+from nemo_llm.config.sections.run import RunConfig
+from nemo_llm.corpus.documents import as_path, expand_inputs
 from nemo_llm.data.build import open_data
-from nemo_llm.data.cache import cache_folder
-from nemo_llm.data.documents import as_path, expand_inputs
-from nemo_llm.data.tokenizer import Tokenizer
+from nemo_llm.storage.build_cache import cache_folder
+from nemo_llm.tokenizers.tokenizer import Tokenizer
 
 _MOST_BYTES = 1 << 24  # 16 MiB of text take some seconds the first time, and nothing once they are in the cache
 

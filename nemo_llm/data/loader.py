@@ -14,7 +14,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_llm.data.sample import Sample, SampleSource
+from nemo_llm.data.sampling.sample import Sample, SampleSource
 
 
 class MicroBatch(TypedDict):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from nemo_llm.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from nemo_llm.tokenizers.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 # Stands in a template's text for the end-of-document token where no name is read as it. It is half of a surrogate
 # pair and no character, so that no message can hold it.

@@ -4,8 +4,8 @@ from nemo_llm.assets import resolve_path
 from nemo_llm.data.chat_template import load_template
 from nemo_llm.data.template_checks import answer_end
 from nemo_llm.data.template_tokens import TemplateEncoder
-from nemo_llm.data.tokenizer import Tokenizer
 from nemo_llm.errors import NemoLlmError
+from nemo_llm.tokenizers.tokenizer import Tokenizer
 
 
 def turn_end_id(tokenizer: Tokenizer) -> int | None:

@@ -6,9 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nemo_llm.data.documents import text_of
-from nemo_llm.data.labelled import text_ids
-from nemo_llm.data.tokenizer import Tokenizer
+from nemo_llm.corpus.documents import text_of
+from nemo_llm.data.sources.labelled_texts import text_ids
 from nemo_llm.errors import ConfigError, InputError, Problem
 from nemo_llm.evaluation.metrics import (
     ClassificationFigures,
@@ -20,6 +19,7 @@ from nemo_llm.evaluation.metrics import (
 from nemo_llm.evaluation.records import read_records
 from nemo_llm.evaluation.scorer import Scorer
 from nemo_llm.evaluation.templates import Example, PromptTemplate, choose_shots
+from nemo_llm.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

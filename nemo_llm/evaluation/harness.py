@@ -18,11 +18,11 @@ import yaml
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from nemo_llm.config.catalog import nearest
-from nemo_llm.config.import_yaml import check_yaml
+from nemo_llm.config.compose.catalog import nearest
 from nemo_llm.errors import InputError
 from nemo_llm.evaluation.records import is_table, read_records
 from nemo_llm.evaluation.scorer import Scorer
+from nemo_llm.migrate.yaml import check_yaml
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 _DEFAULT_NEW_TOKENS = 256

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_llm.data.documents import COMPRESSION, open_stream, reading
-from nemo_llm.data.documents import read_records as read_objects
+from nemo_llm.corpus.documents import COMPRESSION, open_stream, reading
+from nemo_llm.corpus.documents import read_records as read_objects
 from nemo_llm.errors import InputError
 
 _MOST_CELL_CHARACTERS = 1 << 30

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from nemo_llm.data.tokenizer import Tokenizer
+from nemo_llm.tokenizers.tokenizer import Tokenizer
 
 Score = tuple[float, bool]
 """Log-likelihood (nats) of a continuation, and whether greedy decoding would give it."""

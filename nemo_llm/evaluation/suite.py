@@ -6,9 +6,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nemo_llm.config.evaluate import ClassificationConfig, EvaluateConfig
-from nemo_llm.data.documents import expand_inputs, read_documents
-from nemo_llm.data.labelled import is_held_out
+from nemo_llm.config.commands.evaluate import ClassificationConfig, EvaluateConfig
+from nemo_llm.corpus.documents import expand_inputs, read_documents
+from nemo_llm.data.sources.labelled_texts import is_held_out
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.evaluation.classification import (
     Comparison,

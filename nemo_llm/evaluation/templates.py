@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from nemo_llm.config.catalog import conf_dir, nearest
+from nemo_llm.config.compose.catalog import conf_dir, nearest
 from nemo_llm.data.chat_template import line_of
 from nemo_llm.errors import InputError
 

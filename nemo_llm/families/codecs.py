@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_llm.config.model import SCALING_FIELDS
+from nemo_llm.config.sections.model import SCALING_FIELDS
 from nemo_llm.errors import InputError
 
 

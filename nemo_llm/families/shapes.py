@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_llm.config.arithmetic import padded_vocab_size
+from nemo_llm.config.sections.arithmetic import padded_vocab_size
 
 
 def our_shape(key: str, model: Mapping[str, Any]) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_llm.config.arithmetic import is_mixture
+from nemo_llm.config.sections.arithmetic import is_mixture
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from nemo_llm.config.inference import SamplingConfig
+from nemo_llm.config.commands.generate import SamplingConfig
 from nemo_llm.data.chat_format import Message
 from nemo_llm.errors import InputError
 from nemo_llm.inference.decoder import generate
-from nemo_llm.inference.model import InferenceModel
+from nemo_llm.inference.loaded_model import InferenceModel
 from nemo_llm.inference.prompts import ChatPrompts
 
 

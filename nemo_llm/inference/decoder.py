@@ -6,13 +6,13 @@ from typing import Literal
 
 import torch
 
-from nemo_llm.config.inference import SamplingConfig
-from nemo_llm.data.tokenizer import Tokenizer
+from nemo_llm.config.commands.generate import SamplingConfig
 from nemo_llm.data.turn_end import turn_end_id
 from nemo_llm.errors import ConfigError, InputError, Problem
-from nemo_llm.inference.model import InferenceModel
+from nemo_llm.inference.detokenize import TextStream
+from nemo_llm.inference.loaded_model import InferenceModel
 from nemo_llm.inference.sampling import Sampler
-from nemo_llm.inference.text import TextStream
+from nemo_llm.tokenizers.tokenizer import Tokenizer
 
 # What ends a turn in the chat formats of ChatML, Llama 3, Gemma, Phi and Mistral.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "</s>")

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from nemo_llm.models.kv_cache import KVCache
-from nemo_llm.models.rope import offer_fused_rope
+from nemo_llm.models.layers.kv_cache import KVCache
+from nemo_llm.models.layers.rope import offer_fused_rope
 
 _WARM_UP_STEPS = 3
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

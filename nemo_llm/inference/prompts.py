@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_llm.corpus.documents import BadRecord, file_format, read_documents, read_lines
 from nemo_llm.data.chat_format import Message
 from nemo_llm.data.chat_template import ChatTemplate, load_template
-from nemo_llm.data.documents import BadRecord, file_format, read_documents, read_lines
 from nemo_llm.data.template_checks import content_form
 from nemo_llm.data.template_tokens import TemplateEncoder
-from nemo_llm.data.tokenizer import Tokenizer
 from nemo_llm.errors import InputError
+from nemo_llm.tokenizers.tokenizer import Tokenizer
 
 
 def read_prompts(path: Path) -> list[str]:

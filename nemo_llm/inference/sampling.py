@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from nemo_llm.config.inference import SamplingConfig
+from nemo_llm.config.commands.generate import SamplingConfig
 
 
 class Sampler:

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from nemo_llm.config.inference import SamplingConfig
+from nemo_llm.config.commands.generate import SamplingConfig
 from nemo_llm.errors import InputError
 from nemo_llm.inference.decoder import generate
-from nemo_llm.inference.model import InferenceModel
+from nemo_llm.inference.loaded_model import InferenceModel
 
 _TOKENS_OF_A_BATCH = {"cpu": 1024, "cuda": 8192}
 

@@ -13,12 +13,12 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from nemo_llm.config import RunConfig
-from nemo_llm.config.code_paths import fused_chunk_tokens
+from nemo_llm.config.checks.code_paths import fused_chunk_tokens
 from nemo_llm.errors import ConfigError, Problem
-from nemo_llm.models.activation_offload import offload_activations
-from nemo_llm.models.experts import use_local_dispatcher
 from nemo_llm.models.initialize import InitRule, initialize_weights
 from nemo_llm.models.language_model import LanguageModel
+from nemo_llm.models.layers.activation_offload import offload_activations
+from nemo_llm.models.layers.experts import use_local_dispatcher
 from nemo_llm.models.specs import build_block_spec, choose_backend
 from nemo_llm.models.transformer_config import to_transformer_config
 from nemo_llm.parallel.runtime import ParallelRuntime

@@ -13,13 +13,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_llm.config import ModelConfig
-from nemo_llm.config.arithmetic import padded_vocab_size
-from nemo_llm.models.cross_entropy import VocabParallelCrossEntropy
-from nemo_llm.models.embedding import Embedding
-from nemo_llm.models.head import ScoreHead, head_losses
-from nemo_llm.models.linear_cross_entropy import LinearCrossEntropy, LossInputs, LossRule
-from nemo_llm.models.rope_scaling import LocalRotaryEmbedding, ScaledRotaryEmbedding
-from nemo_llm.models.router import Router, position_facts
+from nemo_llm.config.sections.arithmetic import padded_vocab_size
+from nemo_llm.models.layers.classification_head import ScoreHead, head_losses
+from nemo_llm.models.layers.embedding import Embedding
+from nemo_llm.models.layers.linear_cross_entropy import LinearCrossEntropy, LossInputs, LossRule
+from nemo_llm.models.layers.rope_scaling import LocalRotaryEmbedding, ScaledRotaryEmbedding
+from nemo_llm.models.layers.router import Router, position_facts
+from nemo_llm.models.layers.vocab_parallel_cross_entropy import VocabParallelCrossEntropy
 
 
 class OutputLayer(ColumnParallelLinear):

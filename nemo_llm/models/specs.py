@@ -34,17 +34,17 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from nemo_llm.config import ModelConfig, RunConfig
-from nemo_llm.config.code_paths import keys_of_own_layers, why_no_flex
+from nemo_llm.config.checks.code_paths import keys_of_own_layers, why_no_flex
 from nemo_llm.errors import ConfigError, Problem
-from nemo_llm.models.attention import CoreAttention, LocalRotaryAttention
-from nemo_llm.models.experts import experts_spec
-from nemo_llm.models.fp8 import LINEARS
-from nemo_llm.models.fused_layer import FusedLayer
-from nemo_llm.models.latent_attention import LatentAttention
-from nemo_llm.models.linear import WholeColumnLinear, WholeRowLinear
-from nemo_llm.models.norm import Norm
-from nemo_llm.models.norm_variants import ParallelResidualLayer, WholeWidthNorm, with_post_norm
-from nemo_llm.models.router import use_own_router
+from nemo_llm.models.layers.attention import CoreAttention, LocalRotaryAttention
+from nemo_llm.models.layers.experts import experts_spec
+from nemo_llm.models.layers.fp8 import LINEARS
+from nemo_llm.models.layers.fused_residual_layer import FusedLayer
+from nemo_llm.models.layers.latent_attention import LatentAttention
+from nemo_llm.models.layers.linear import WholeColumnLinear, WholeRowLinear
+from nemo_llm.models.layers.norm import Norm
+from nemo_llm.models.layers.norm_variants import ParallelResidualLayer, WholeWidthNorm, with_post_norm
+from nemo_llm.models.layers.router import use_own_router
 
 if not hasattr(moe_utils, "te_general_gemm"):
     # megatron-core 0.16.1 imports this name from Transformer Engine alone, then reads it in the router on every

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from nemo_llm.config import ModelConfig, ParallelismConfig, PrecisionConfig, RunConfig
-from nemo_llm.config.code_paths import fuses_rope, splits_qkv
+from nemo_llm.config.checks.code_paths import fuses_rope, splits_qkv
 from nemo_llm.config.mcore_fields import UNFUSED_ACTIVATION
 from nemo_llm.errors import ConfigError, Problem
-from nemo_llm.models.activation import offer_fused_swiglu
-from nemo_llm.models.gradients import offer_gradient_accumulation
-from nemo_llm.models.norm_recomputation import offer_norm_recomputation
-from nemo_llm.models.rope import offer_fused_qkv, offer_fused_rope
-from nemo_llm.models.rope_scaling import attention_factor
+from nemo_llm.models.layers.main_grad import offer_gradient_accumulation
+from nemo_llm.models.layers.norm_recomputation import offer_norm_recomputation
+from nemo_llm.models.layers.rope import offer_fused_qkv, offer_fused_rope
+from nemo_llm.models.layers.rope_scaling import attention_factor
+from nemo_llm.models.layers.swiglu import offer_fused_swiglu
 from nemo_llm.models.specs import choose_backend
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -128,7 +128,7 @@ def _model_fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def softmax_scale(model: ModelConfig) -> float | None:
-    """YaRN's factor on queries and keys is one on the logits: all channels are rotated (config/checks_model.py)."""
+    """YaRN's factor on queries and keys is one on the logits: all channels are rotated (config/checks/model.py)."""
     factor = attention_factor(model.rope_scaling)
     if factor == 1.0:
         return model.softmax_scale
@@ -148,7 +148,7 @@ def _moe_fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def _mla_fields(model: ModelConfig) -> dict[str, Any]:
-    """Latent attention, whose rotary positions Megatron scales by itself (config/checks_model.py: by YaRN alone)."""
+    """Latent attention, whose rotary positions Megatron scales by itself (config/checks/model.py: by YaRN alone)."""
     if model.mla is None:
         return {}
     fields = {**dataclasses.asdict(model.mla), "rotary_base": model.rotary_base, "softmax_scale": None}
@@ -203,7 +203,7 @@ def _precision_fields(precision: PrecisionConfig, backend: str) -> dict[str, Any
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
     }
-    # Megatron's FP8 is Transformer Engine's; the torch backend has linear modules of its own (models/fp8.py).
+    # Megatron's FP8 is Transformer Engine's; the torch backend has linear modules of its own (models/layers/fp8.py).
     if precision.fp8 is not None and backend == "transformer_engine":
         fields.update(
             fp8=precision.fp8.fp8,

@@ -16,8 +16,7 @@ import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 
 from nemo_llm.config import RunConfig
-from nemo_llm.config.arithmetic import padded_vocab_size
-from nemo_llm.config.code_paths import (
+from nemo_llm.config.checks.code_paths import (
     fused_chunk_tokens,
     fuses_rope,
     splits_qkv,
@@ -25,15 +24,16 @@ from nemo_llm.config.code_paths import (
     why_no_flex,
     why_not_grouped,
 )
+from nemo_llm.config.sections.arithmetic import padded_vocab_size
+from nemo_llm.kernels.cublaslt import Shape
+from nemo_llm.kernels.matmul import choose_kernels, shapes_of_linear
 from nemo_llm.log import get_logger
-from nemo_llm.models import flex
-from nemo_llm.models.cublaslt import Shape
-from nemo_llm.models.experts import ExpertProducts, routes_of_choices, routes_of_counts
 from nemo_llm.models.language_model import LanguageModel
-from nemo_llm.models.linear import WholeLinear, weights_with_product
-from nemo_llm.models.linear_cross_entropy import compile_for_loss
-from nemo_llm.models.products import choose_kernels, shapes_of_linear
-from nemo_llm.models.rope import rotate_fused
+from nemo_llm.models.layers import flex_attention
+from nemo_llm.models.layers.experts import ExpertProducts, routes_of_choices, routes_of_counts
+from nemo_llm.models.layers.linear import WholeLinear, weights_with_product
+from nemo_llm.models.layers.linear_cross_entropy import compile_for_loss
+from nemo_llm.models.layers.rope import rotate_fused
 from nemo_llm.models.specs import choose_backend
 from nemo_llm.models.transformer_config import DTYPES, softmax_scale
 from nemo_llm.parallel.runtime import ParallelRuntime
@@ -135,7 +135,7 @@ def run_kernels(cfg: RunConfig, device: torch.device, vocab_size: int) -> None:
 
 
 def _run_norms(cfg: RunConfig, rows: int, like: dict) -> None:
-    from nemo_llm.models.kernels import FusedNorm
+    from nemo_llm.kernels.norm_swiglu import FusedNorm
 
     model = cfg.model
     rule = (model.layernorm_epsilon, model.layernorm_zero_centered_gamma)
@@ -151,7 +151,7 @@ def _run_norms(cfg: RunConfig, rows: int, like: dict) -> None:
 def _run_fp8(cfg: RunConfig, rows: int, like: dict) -> None:
     if cfg.precision.fp8 is None:
         return
-    from nemo_llm.models.fp8 import quantize
+    from nemo_llm.models.layers.fp8 import quantize
 
     x = torch.zeros(rows, cfg.model.hidden_size, **like)
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
@@ -159,7 +159,7 @@ def _run_fp8(cfg: RunConfig, rows: int, like: dict) -> None:
 
 
 def _run_swiglu(cfg: RunConfig, rows: int, like: dict) -> None:
-    from nemo_llm.models.kernels import FusedSwiGLU
+    from nemo_llm.kernels.norm_swiglu import FusedSwiGLU
 
     units = cfg.model.ffn_hidden_size // cfg.parallelism.tensor_model_parallel_size
     x = torch.zeros(rows, 2 * units, **like).requires_grad_()
@@ -189,7 +189,7 @@ def _run_experts(cfg: RunConfig, tokens: int, like: dict) -> None:
 
 
 def _run_rope(cfg: RunConfig, length: int, like: dict) -> None:
-    from nemo_llm.models.qkv_kernels import FusedQKV
+    from nemo_llm.kernels.qkv_split_rotary import FusedQKV
 
     model, tp = cfg.model, cfg.parallelism.tensor_model_parallel_size
     batch, turned = cfg.trainer.micro_batch_size, int(model.head_dim * model.rotary_percent)
@@ -231,13 +231,15 @@ def run_flex(cfg: RunConfig, like: dict) -> None:
         v = torch.zeros(length, batch, groups, joint * width, **like).requires_grad_()[..., -width:]
         scale = softmax_scale(model) or 1.0 / math.sqrt(width)  # to the last bit: it is a constant of the kernel
         heads_first = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        flex.attend(tuple(heads_first), documents, window, (scale, cap)).permute(2, 0, 1, 3).flatten(2).sum().backward()
+        flex_attention.attend(tuple(heads_first), documents, window, (scale, cap)).permute(2, 0, 1, 3).flatten(
+            2
+        ).sum().backward()
 
 
 def _run_loss(logits: torch.Tensor, alone: bool) -> None:
     labels = torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
     if alone:
-        from nemo_llm.models.loss_kernels import losses_and_gradient
+        from nemo_llm.kernels.cross_entropy_inplace import losses_and_gradient
 
         losses_and_gradient(logits, labels, torch.zeros_like(labels, dtype=torch.float32), logits.shape[1], 0.0)
     # In evaluation, and where the vocabulary is split. Each a tensor of its own: for one that is given twice another
@@ -250,7 +252,7 @@ def _run_loss(logits: torch.Tensor, alone: bool) -> None:
 
 
 def _run_embedding(cfg: RunConfig, tokens: int, like: dict) -> None:
-    from nemo_llm.models.embedding_kernels import add_rows
+    from nemo_llm.kernels.embedding_gradient import add_rows
 
     numbers = torch.zeros(tokens, dtype=torch.int64, device=like["device"])
     buffer = torch.zeros(1, cfg.model.hidden_size, dtype=torch.float32, device=like["device"])

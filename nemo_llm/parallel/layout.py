@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from nemo_llm.config.parallelism import ParallelismConfig
+from nemo_llm.config.sections.parallelism import ParallelismConfig
 
 DENSE_AXES = ("tp", "cp", "dp", "pp")
 EXPERT_AXES = ("etp", "ep", "edp", "pp")

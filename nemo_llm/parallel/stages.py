@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_llm.config.parallelism import ParallelismConfig
-from nemo_llm.config.pipeline_layout import parse_pipeline_layout
+from nemo_llm.config.sections.parallelism import ParallelismConfig
+from nemo_llm.config.sections.pipeline_layout import parse_pipeline_layout
 
 
 @dataclass(frozen=True, slots=True)

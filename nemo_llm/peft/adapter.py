@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.utils import unwrap_model
 from torch import nn
 
-from nemo_llm.models.head import HEAD_PREFIX, ScoreHead
+from nemo_llm.models.layers.classification_head import HEAD_PREFIX, ScoreHead
 
 KEY_PREFIX = "adapter."
 

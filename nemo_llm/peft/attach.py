@@ -8,10 +8,10 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.utils import get_model_config, unwrap_model
 
-from nemo_llm.checkpoint.agree import raise_together
+from nemo_llm.checkpoint.collective_errors import raise_together
 from nemo_llm.config import RunConfig
-from nemo_llm.config.catalog import nearest
-from nemo_llm.config.peft import LINEAR_KINDS, PeftConfig
+from nemo_llm.config.compose.catalog import nearest
+from nemo_llm.config.sections.peft import LINEAR_KINDS, PeftConfig
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.initialize import fill_normal
 from nemo_llm.parallel.runtime import ParallelRuntime

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nemo_llm.checkpoint.agree import raise_together
+from nemo_llm.checkpoint.collective_errors import raise_together
 from nemo_llm.checkpoint.inspect import read_tensors, tensors
-from nemo_llm.config.peft import PeftConfig
+from nemo_llm.config.sections.peft import PeftConfig
 from nemo_llm.data.chat_template import TEMPLATE_FILE_NAME
 from nemo_llm.errors import CheckpointError, InputError
-from nemo_llm.models.head import HEAD_PREFIX
+from nemo_llm.models.layers.classification_head import HEAD_PREFIX
 from nemo_llm.peft.adapter import KEY_PREFIX, adapted_modules, heads
 from nemo_llm.peft.state import read_description
 

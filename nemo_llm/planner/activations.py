@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from nemo_llm.config.code_paths import (
+from nemo_llm.config.checks.code_paths import (
     keeps_tokens_here,
     keys_of_own_layers,
     layer_has_window,
@@ -19,8 +19,8 @@ from nemo_llm.config.code_paths import (
     why_no_flex,
     why_not_grouped,
 )
-from nemo_llm.config.model import MlaConfig, MoeConfig
-from nemo_llm.config.run import RunConfig
+from nemo_llm.config.sections.model import MlaConfig, MoeConfig
+from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.planner.adapters import Linear, keeps_inputs, kept_bytes, linears
 from nemo_llm.planner.parameters import count_layer, is_moe_layer
 

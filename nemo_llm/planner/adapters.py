@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from nemo_llm.config.model import ModelConfig
-from nemo_llm.config.peft import LINEAR_KINDS, PeftConfig
-from nemo_llm.config.run import RunConfig
+from nemo_llm.config.sections.model import ModelConfig
+from nemo_llm.config.sections.peft import LINEAR_KINDS, PeftConfig
+from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.parallel.layout import ParallelLayout
 from nemo_llm.planner.parameters import is_moe_layer
 

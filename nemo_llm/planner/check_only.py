@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from nemo_llm.config.run import RunConfig
+from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.planner.flops import flops_per_token
 from nemo_llm.planner.loss import vocabulary

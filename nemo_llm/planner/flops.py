@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nemo_llm.config.model import ModelConfig
+from nemo_llm.config.sections.model import ModelConfig
 from nemo_llm.planner.parameters import attention_weights, is_moe_layer
 
 # A multiplication and an addition a weight, once forward and twice backward (arXiv:2001.08361).

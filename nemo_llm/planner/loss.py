@@ -1,8 +1,8 @@
 """Bytes at the end of the forward pass: hidden states around the output projection, logits and the loss over them."""
 
-from nemo_llm.config.arithmetic import padded_vocab_size
-from nemo_llm.config.code_paths import fused_chunk_tokens
-from nemo_llm.config.run import RunConfig
+from nemo_llm.config.checks.code_paths import fused_chunk_tokens
+from nemo_llm.config.sections.arithmetic import padded_vocab_size
+from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.planner.activations import DTYPE_BYTES, boundary_bytes, tokens_per_rank
 
 

@@ -9,8 +9,8 @@ to compute, are taken to need less than a training step; checkpoints are copied 
 
 from dataclasses import dataclass
 
-from nemo_llm.config.arithmetic import evenly_spread
-from nemo_llm.config.run import RunConfig
+from nemo_llm.config.sections.arithmetic import evenly_spread
+from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.parallel.layout import ParallelLayout
 from nemo_llm.parallel.stages import Stage, StagePlan, format_table, plan_stages
 from nemo_llm.planner.activations import boundary_bytes, gathered_bytes, layer_activations

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from fractions import Fraction
 
-from nemo_llm.config.model import ModelConfig, MoeConfig
+from nemo_llm.config.sections.model import ModelConfig, MoeConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from nemo_llm.config.run import RunConfig
+from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.parallel.layout import ParallelLayout
 from nemo_llm.parallel.stages import Stage
 from nemo_llm.planner.activations import DTYPE_BYTES, uses_transformer_engine
@@ -13,9 +13,9 @@ _ADAM_MOMENTS_BYTES = 8  # two float32 moments a parameter
 _MASTER_BYTES = 4  # a float32 copy of a two-byte parameter
 _TE_FP8_BYTES = 2  # Transformer Engine's FP8 copy of a weight and its transpose, kept from micro-batch to micro-batch
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # four bits; a byte a block of 64; a float32 for 256 of those
-# Windows of moments on their way from and to the host (training/host_moments.py).
+# Windows of moments on their way from and to the host (optim/host_offload.py).
 _STAGING_BYTES = 3 * 2 * 4 * (1 << 25)
-_MUON_ROUND = 1 << 28  # elements of matrices that are under way at once (training/muon.py)
+_MUON_ROUND = 1 << 28  # elements of matrices that are under way at once (optim/muon.py)
 _MUON_BATCH = 1 << 25  # and of those that are orthogonalised together
 
 

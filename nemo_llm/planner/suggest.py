@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from nemo_llm.config.checks import find_problems
-from nemo_llm.config.checks_recompute import UNUSED_MODULES
-from nemo_llm.config.parallelism import ParallelismConfig
-from nemo_llm.config.run import RunConfig
+from nemo_llm.config.checks.recompute import UNUSED_MODULES
+from nemo_llm.config.sections.parallelism import ParallelismConfig
+from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.planner.memory import GIB, estimate_memory
 
 _MOST_SUGGESTIONS = 3

@@ -8,11 +8,11 @@ import torch
 from nemo_llm.config import RunConfig
 from nemo_llm.data.build import DataSets, open_data, short_vocabulary
 from nemo_llm.data.loader import MicroBatch, MicroBatchLoader
-from nemo_llm.data.sample import Sample, SampleSource
-from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer
+from nemo_llm.data.sampling.sample import Sample, SampleSource
 from nemo_llm.errors import InputError
-from nemo_llm.models.context_parallel import take_local_chunks
+from nemo_llm.models.layers.context_parallel import take_local_chunks
 from nemo_llm.parallel.runtime import ParallelRuntime
+from nemo_llm.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 
 class DeviceBatches:

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
-from nemo_llm.checkpoint.agree import raise_together
+from nemo_llm.checkpoint.collective_errors import raise_together
 from nemo_llm.checkpoint.folder import begin, commit, is_complete, temporary_of
 from nemo_llm.checkpoint.optimizer_state import apply_optimizer_scalars, optimizer_scalars, optimizer_tensors
 from nemo_llm.checkpoint.retention import remove_old

@@ -9,22 +9,22 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from nemo_llm.config.arithmetic import padded_vocab_size
+from nemo_llm.config.sections.arithmetic import padded_vocab_size
 from nemo_llm.errors import ExitCode
 from nemo_llm.planner.flops import flops_per_token
+from nemo_llm.resilience.phase import StepPhase
+from nemo_llm.resilience.stop_signals import StopReason, StopSignals
+from nemo_llm.resilience.watchdog import Watchdog, straggler_report
+from nemo_llm.run.experiment_loggers import ExperimentLogger, ExperimentRun, start_experiment
+from nemo_llm.run.folder import to_plain
+from nemo_llm.run.metrics import EvaluationRow, MetricsFile, StepRow, ValidationRow, progress_line
+from nemo_llm.run.throughput import Throughput, ThroughputMeter, find_peak
 from nemo_llm.training.checkpoint import finish_saving, save_checkpoint
-from nemo_llm.training.evaluation import read_evaluation
-from nemo_llm.training.experiment import ExperimentLogger, ExperimentRun, start_experiment
-from nemo_llm.training.metrics import EvaluationRow, MetricsFile, StepRow, ValidationRow, progress_line
-from nemo_llm.training.progress import StepPhase
+from nemo_llm.training.evaluate_in_loop import read_evaluation
 from nemo_llm.training.rollback import BadSteps
-from nemo_llm.training.rundir import to_plain
-from nemo_llm.training.signals import StopReason, StopSignals
 from nemo_llm.training.state import StepResult, TrainingRun
 from nemo_llm.training.step import train_step
-from nemo_llm.training.throughput import Throughput, ThroughputMeter, find_peak
 from nemo_llm.training.validation import ValidationResult, validate
-from nemo_llm.training.watchdog import Watchdog, straggler_report
 
 
 @dataclass(frozen=True)

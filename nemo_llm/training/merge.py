@@ -9,14 +9,14 @@ import yaml
 from nemo_llm.checkpoint.fingerprint import weights_fingerprint
 from nemo_llm.checkpoint.folder import read_config, resolve_checkpoint, writing
 from nemo_llm.checkpoint.weights import save_weights
-from nemo_llm.config.load import compose, decode_saved, to_dict
-from nemo_llm.data.tokenizer import load_tokenizer_from_folder
+from nemo_llm.config.compose.load import compose, decode_saved, to_dict
 from nemo_llm.errors import InputError
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 from nemo_llm.peft.attach import attach_peft
 from nemo_llm.peft.merge import merge_adapters
 from nemo_llm.peft.state import load_adapter
+from nemo_llm.tokenizers.tokenizer import load_tokenizer_from_folder
 from nemo_llm.training.resume import load_first_weights
 
 

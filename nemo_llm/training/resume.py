@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nemo_llm.checkpoint.agree import raise_together
+from nemo_llm.checkpoint.collective_errors import raise_together
 from nemo_llm.checkpoint.folder import find_checkpoints, is_complete, resolve_checkpoint, step_of
 from nemo_llm.checkpoint.manifest import verify
 from nemo_llm.checkpoint.weights import load_weights

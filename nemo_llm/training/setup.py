@@ -18,11 +18,13 @@ from nemo_llm.checkpoint.fingerprint import weights_fingerprint
 from nemo_llm.checkpoint.folder import resolve_checkpoint
 from nemo_llm.checkpoint.new_tokens import new_tokens
 from nemo_llm.config import RunConfig
-from nemo_llm.config.batch_ramp import build_batch_ramp
+from nemo_llm.config.sections.batch_ramp import build_batch_ramp
 from nemo_llm.log import get_logger
 from nemo_llm.models.build import build_model_chunks
-from nemo_llm.models.choices import describe_choices
+from nemo_llm.models.describe_backend import describe_choices
 from nemo_llm.models.warm_kernels import choose_products, warm_kernels
+from nemo_llm.optim.build import build_optimizer
+from nemo_llm.optim.gradients import mark_overwritten, zero_untouched
 from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.peft.attach import attach_peft, count_parameters
 from nemo_llm.peft.four_bit import quantize_base
@@ -30,8 +32,6 @@ from nemo_llm.peft.hf_format import CONFIG_FILE, load_hf_adapter
 from nemo_llm.peft.state import load_adapter
 from nemo_llm.tasks import pretrain
 from nemo_llm.training.batches import build_loaders
-from nemo_llm.training.gradients import mark_overwritten, zero_untouched
-from nemo_llm.training.optimizer import build_optimizer
 from nemo_llm.training.resume import load_first_weights
 from nemo_llm.training.state import TrainingRun, TrainState
 

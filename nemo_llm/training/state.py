@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from nemo_llm.config import RunConfig
-from nemo_llm.config.batch_ramp import BatchRamp
+from nemo_llm.config.sections.batch_ramp import BatchRamp
 from nemo_llm.data.build import DataSets
-from nemo_llm.data.tokenizer import Tokenizer
 from nemo_llm.parallel.runtime import ParallelRuntime
+from nemo_llm.resilience.phase import Progress
+from nemo_llm.tokenizers.tokenizer import Tokenizer
 from nemo_llm.training.batches import DeviceBatches
-from nemo_llm.training.progress import Progress
 
 
 @dataclass

@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
 
+from nemo_llm.optim.gradients import forget_gradients
+from nemo_llm.optim.schedule import learning_rate
 from nemo_llm.parallel.runtime import ParallelRuntime
-from nemo_llm.training.badstep import BadStep, diagnose, find_reason, record, remember, update_weights
-from nemo_llm.training.gradients import forget_gradients
-from nemo_llm.training.progress import StepPhase
-from nemo_llm.training.schedule import learning_rate
+from nemo_llm.resilience.phase import StepPhase
+from nemo_llm.training.bad_steps import BadStep, diagnose, find_reason, record, remember, update_weights
 from nemo_llm.training.state import StepResult, TrainingRun
 
 

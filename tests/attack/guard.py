@@ -83,8 +83,8 @@ def weights(path: Path, out: Path) -> int:
 
 
 def generate(path: Path, out: Path) -> int:
-    from nemo_llm.config.inference import GenerateConfig
-    from nemo_llm.config.tool_entry import run_tool
+    from nemo_llm.config.commands.entry import run_tool
+    from nemo_llm.config.commands.generate import GenerateConfig
     from nemo_llm.generate import main
 
     del out
@@ -93,7 +93,7 @@ def generate(path: Path, out: Path) -> int:
 
 
 def train(path: Path, out: Path) -> int:
-    from nemo_llm.config.entry import run_entry_point
+    from nemo_llm.config.commands.entry_train import run_entry_point
     from nemo_llm.train import main
 
     words = ["+model=from_checkpoint", f"model.checkpoint_path={path}", f"checkpoint.init_from={path}"]
@@ -152,9 +152,9 @@ def data_template(path: Path, out: Path) -> int:
 
 
 def task(path: Path, out: Path) -> int:
-    from nemo_llm.config.data import TokenizerConfig
-    from nemo_llm.data.tokenizer import load_tokenizer
+    from nemo_llm.config.sections.data import TokenizerConfig
     from nemo_llm.evaluation.harness import TaskFile, build_lm, evaluate
+    from nemo_llm.tokenizers.tokenizer import load_tokenizer
 
     records = out / "records.jsonl"
     records.write_text(json.dumps({"question": "who?", "answer": "a"}) + "\n")
@@ -216,7 +216,7 @@ def _import_all(work: Path) -> None:
     from megatron.core.models.gpt import GPTModel  # noqa: F401
 
     import nemo_llm.convert.megatron
-    import nemo_llm.inference.model
+    import nemo_llm.inference.loaded_model
     import nemo_llm.training.setup
 
     with contextlib.suppress(ImportError):

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from nemo_llm.config.import_config import import_file, import_nemo_model
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 from nemo_llm.convert.hf_files import INDEX_NAME, HfReader
 from nemo_llm.convert.megatron_files import _fields_of_yaml
-from nemo_llm.data.tokenizer import load_tokenizer
 from nemo_llm.errors import ConfigError, InputError
 from nemo_llm.evaluation.harness import _specification
+from nemo_llm.migrate.configs import import_file, import_nemo_model
 from nemo_llm.peft.hf_format import section_of_folder
+from nemo_llm.tokenizers.tokenizer import load_tokenizer
 from tests.convert.test_special_tokens import build, write_config, write_tokenizer
 
 DEEP = "[" * 100_000

@@ -20,7 +20,7 @@ def _with_model(folder: str, seed: int, overrides: tuple[str, ...], write: bool)
 
     from nemo_llm.checkpoint.folder import begin, commit, temporary_of
     from nemo_llm.checkpoint.weights import load_weights, save_weights
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
     from nemo_llm.training.setup import build_training_run
 

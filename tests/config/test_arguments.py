@@ -11,17 +11,17 @@ from hypothesis import example, given, seed, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from nemo_llm.config.arguments import Texts, as_hydra
-from nemo_llm.config.catalog import conf_dir, group_choices, known_keys, union_members
-from nemo_llm.config.convert_tool import ConvertConfig, ImportConfig
-from nemo_llm.config.data_tools import IndexConfig, TrainTokenizerConfig, compose_mapping, compose_tool
-from nemo_llm.config.evaluate import EvaluateConfig
-from nemo_llm.config.inference import ChatConfig, GenerateConfig
-from nemo_llm.config.load import _compose_mapping, compose
-from nemo_llm.config.overrides import normalise
-from nemo_llm.config.prepare import PrepareConfig
-from nemo_llm.config.run import RunConfig
-from nemo_llm.config.section import HomeExpanded
+from nemo_llm.config.commands.convert import ConvertConfig, ImportConfig
+from nemo_llm.config.commands.data import IndexConfig, TrainTokenizerConfig, compose_mapping, compose_tool
+from nemo_llm.config.commands.evaluate import EvaluateConfig
+from nemo_llm.config.commands.generate import ChatConfig, GenerateConfig
+from nemo_llm.config.commands.prepare import PrepareConfig
+from nemo_llm.config.compose.arguments import Texts, as_hydra
+from nemo_llm.config.compose.catalog import conf_dir, group_choices, known_keys, union_members
+from nemo_llm.config.compose.load import _compose_mapping, compose
+from nemo_llm.config.compose.overrides import normalise
+from nemo_llm.config.sections.fields import HomeExpanded
+from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,7 +137,7 @@ def test_keys_of_mappings_that_are_no_words_to_hydra_come_back_too() -> None:
 
 
 def texts_parse(written: str) -> Any:
-    from nemo_llm.config.arguments import parse
+    from nemo_llm.config.compose.arguments import parse
 
     override = parse(f"key={written}")
     assert override is not None, written

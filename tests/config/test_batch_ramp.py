@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_llm.config import RampupBatchSize
-from nemo_llm.config.batch_ramp import build_batch_ramp
-from nemo_llm.config.checks_recipe import check_batch_ramp
-from nemo_llm.config.load import compose
+from nemo_llm.config.checks.recipe import check_batch_ramp
+from nemo_llm.config.compose.load import compose
+from nemo_llm.config.sections.batch_ramp import build_batch_ramp
 from nemo_llm.errors import InputError
 
 

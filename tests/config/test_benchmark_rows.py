@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import gpu_table, many_gpus
 from nemo_llm.config.checks import find_problems
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 
 ROWS = {**gpu_table.ROWS, **many_gpus.ROWS}
 OURS = [name for name, row in ROWS.items() if "benchmarks.step_speed" in row.command]

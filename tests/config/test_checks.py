@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from nemo_llm.config import RunConfig
 from nemo_llm.config.checks import CHECKS, check, find_problems
-from nemo_llm.config.load import compose, decode, to_dict
+from nemo_llm.config.compose.load import compose, decode, to_dict
 from nemo_llm.errors import ConfigError
 
 # (arguments, processes, key, words of the message, arguments that put it right)
@@ -315,7 +315,7 @@ def test_prefix_with_suffix_is_put_right(tmp_path: Path) -> None:
 
 
 def test_fp8_needs_transformer_engine_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_llm.config.checks_recipe.find_spec", lambda _name: None)
+    monkeypatch.setattr("nemo_llm.config.checks.recipe.find_spec", lambda _name: None)
     found = {problem.key: str(problem) for problem in find_problems(composed("model=gpt_1b precision=fp8_delayed"), 1)}
     assert "delayed" in found["precision.fp8.fp8_recipe"]
     assert "without Transformer Engine" in found["precision.fp8.fp8_recipe"]

@@ -30,13 +30,13 @@ from nemo_llm.config import (
     TaskConfig,
     TrainerConfig,
 )
-from nemo_llm.config.catalog import TOOL_GROUPS, conf_dir, group_choices, known_keys
-from nemo_llm.config.data import TokenizerConfig
-from nemo_llm.config.data_tools import compose_tool
-from nemo_llm.config.load import compose, decode, to_dict
-from nemo_llm.config.performance import PerformanceConfig
-from nemo_llm.config.prepare import DataPrepConfig, PrepareConfig
-from nemo_llm.config.services import EvaluationConfig
+from nemo_llm.config.commands.data import compose_tool
+from nemo_llm.config.commands.prepare import DataPrepConfig, PrepareConfig
+from nemo_llm.config.compose.catalog import TOOL_GROUPS, conf_dir, group_choices, known_keys
+from nemo_llm.config.compose.load import compose, decode, to_dict
+from nemo_llm.config.sections.data import TokenizerConfig
+from nemo_llm.config.sections.performance import PerformanceConfig
+from nemo_llm.config.sections.run_services import EvaluationConfig
 
 ALL_FILES = sorted(conf_dir().rglob("*.yaml"))
 TOOL_FILES = [path for path in ALL_FILES if path.parent.name in TOOL_GROUPS]
@@ -218,7 +218,7 @@ def test_sections_are_frozen_and_without_dictionaries() -> None:
 
 
 def test_hydra_leaves_no_trace(tmp_path: Path) -> None:
-    script = "from nemo_llm.config.load import compose; compose(['+model=gpt_tiny'])"
+    script = "from nemo_llm.config.compose.load import compose; compose(['+model=gpt_tiny'])"
     environment = {"PYTHONPATH": str(Path(nemo_llm.__file__).resolve().parents[1]), "PATH": "/usr/bin:/bin"}
     subprocess.run([sys.executable, "-B", "-c", script], cwd=tmp_path, check=True, env=environment)
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_llm.config.load import compose, decode, to_dict
+from nemo_llm.config.compose.load import compose, decode, to_dict
 from nemo_llm.errors import ConfigError
 
 LLAMA = {

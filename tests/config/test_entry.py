@@ -10,15 +10,15 @@ import pytest
 
 import nemo_llm
 from nemo_llm.config import RunConfig
-from nemo_llm.config.catalog import known_keys
-from nemo_llm.config.entry import help_text, intended_world_size, run_entry_point
-from nemo_llm.config.load import compose
+from nemo_llm.config.commands.entry_train import help_text, intended_world_size, run_entry_point
+from nemo_llm.config.compose.catalog import known_keys
+from nemo_llm.config.compose.load import compose
 from nemo_llm.errors import CheckpointError, ConfigError, ExitCode, HangError, InputError, PreemptedError
 
 ROOT = Path(nemo_llm.__file__).resolve().parents[1]
 PROGRAM = """
 import sys
-from nemo_llm.config.entry import run_entry_point
+from nemo_llm.config.commands.entry_train import run_entry_point
 sys.exit(run_entry_point(lambda cfg: print("ran", cfg.run.name)))
 """
 
@@ -139,7 +139,7 @@ def test_help_lists_groups_and_keys(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_and_import_are_quick_and_without_torch(tmp_path: Path) -> None:
-    code = "import sys\nfrom nemo_llm.config.entry import run_entry_point\nrun_entry_point(lambda cfg: None)\n"
+    code = "import sys\nfrom nemo_llm.config.commands.entry_train import run_entry_point\nrun_entry_point(lambda cfg: None)\n"
     code += "assert not {'torch', 'hydra', 'pydantic', 'megatron'} & set(sys.modules)\n"
     seconds = []
     for _ in range(3):

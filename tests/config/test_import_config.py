@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from nemo_llm.config.catalog import known_keys
-from nemo_llm.config.import_arguments import read_arguments
-from nemo_llm.config.import_config import CODECS, import_file, model_file
-from nemo_llm.config.import_rows import Imported
-from nemo_llm.config.import_tables import MEGATRON, NEMO
-from nemo_llm.config.load import compose
-from nemo_llm.config.run import RunConfig
+from nemo_llm.config.compose.catalog import known_keys
+from nemo_llm.config.compose.load import compose
+from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import InputError
+from nemo_llm.migrate.arguments import read_arguments
+from nemo_llm.migrate.configs import CODECS, import_file, model_file
+from nemo_llm.migrate.rows import Imported
+from nemo_llm.migrate.tables import MEGATRON, NEMO
 
 LAUNCHER = """
 run:

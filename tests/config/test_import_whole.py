@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from nemo_llm.config.import_arguments import read_arguments
-from nemo_llm.config.import_config import import_file, import_nemo_model, model_file
-from nemo_llm.config.import_rows import Imported
-from nemo_llm.config.load import compose
-from nemo_llm.config.run import RunConfig
+from nemo_llm.config.compose.load import compose
+from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import InputError
+from nemo_llm.migrate.arguments import read_arguments
+from nemo_llm.migrate.configs import import_file, import_nemo_model, model_file
+from nemo_llm.migrate.rows import Imported
 
 SHORT = (
     "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 "
@@ -170,7 +170,7 @@ def _megatron_rates(cfg: RunConfig, samples: dict[str, float], consumed: list[in
 def test_rates_are_those_of_megatrons_scheduler(
     tmp_path: Path, style: str, more: str, samples: dict[str, float]
 ) -> None:
-    from nemo_llm.training.schedule import learning_rate
+    from nemo_llm.optim.schedule import learning_rate
 
     text = f"{SHORT} --global-batch-size 8 --train-iters 500 --lr-decay-style {style} {more}"
     cfg = imported(tmp_path, text)[1]
@@ -243,7 +243,7 @@ def test_rates_are_those_of_nemos_schedulers(tmp_path: Path, sched: dict[str, An
     import torch
     from nemo.core.optim import lr_scheduler
 
-    from nemo_llm.training.schedule import learning_rate
+    from nemo_llm.optim.schedule import learning_rate
 
     result, cfg = imported(tmp_path, nemo_yaml({"optim": {"lr": 1e-3, "sched": sched}}), "a.yaml")
     assert "unmapped" not in became(result).values()
@@ -360,5 +360,5 @@ def test_scripts(text: str, expected: dict[str, Any]) -> None:
 def test_importing_needs_no_torch() -> None:
     import subprocess
 
-    code = "import sys, nemo_llm.config.import_config; sys.exit('torch' in sys.modules)"
+    code = "import sys, nemo_llm.migrate.configs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

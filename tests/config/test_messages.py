@@ -2,8 +2,8 @@
 
 import pytest
 
-from nemo_llm.config.catalog import describe_type, known_keys, nearest, nearest_key
-from nemo_llm.config.load import compose, decode, to_dict
+from nemo_llm.config.compose.catalog import describe_type, known_keys, nearest, nearest_key
+from nemo_llm.config.compose.load import compose, decode, to_dict
 from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from nemo_llm.config.catalog import conf_dir
-from nemo_llm.config.load import compose, decode_saved, to_dict
+from nemo_llm.config.compose.catalog import conf_dir
+from nemo_llm.config.compose.load import compose, decode_saved, to_dict
 from nemo_llm.errors import ConfigError
 
 BLEND = "data.blend=[{{name: mine, {}: a.jsonl}}]"

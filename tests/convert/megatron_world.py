@@ -126,7 +126,7 @@ def _logits(model: Any) -> torch.Tensor:
 
 
 def _start(*overrides: str) -> Any:
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
 
     runtime = start_runtime(compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "precision=fp32", *overrides]))
@@ -264,6 +264,6 @@ def load_in_megatron(folder: str) -> torch.Tensor:
 
 def logits_of_ours(folder: str) -> torch.Tensor:
     """Of a checkpoint of ours."""
-    from nemo_llm.convert.gate import run_ours
+    from nemo_llm.convert.logit_check import run_ours
 
     return run_ours(Path(folder), tokens()).logits[..., :VOCABULARY]

@@ -38,7 +38,7 @@ def measure(checkpoint: str, output: str, overrides: tuple[str, ...]) -> None:
     import torch.distributed as dist
 
     from nemo_llm.checkpoint.weights import load_weights, save_weights
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import forward_backward

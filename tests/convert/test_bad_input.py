@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_llm.checkpoint.folder import read_config
-from nemo_llm.config.convert_tool import ConvertConfig
-from nemo_llm.config.data_tools import compose_tool
-from nemo_llm.convert import common
-from nemo_llm.convert.common import choose_layers
+from nemo_llm.config.commands.convert import ConvertConfig
+from nemo_llm.config.commands.data import compose_tool
+from nemo_llm.convert import write_checkpoint
 from nemo_llm.convert.convert import convert
-from nemo_llm.convert.gate import GateSettings, Outputs, judge
 from nemo_llm.convert.hf import compare_folders
 from nemo_llm.convert.hf_files import HfReader
+from nemo_llm.convert.logit_check import GateSettings, Outputs, judge
 from nemo_llm.convert.mapping import Mapped
+from nemo_llm.convert.write_checkpoint import choose_layers
 from nemo_llm.errors import CheckpointError, InputError
 from nemo_llm.families.registry import FAMILIES
 from tests.convert.cases import CASES, make_hf_model
@@ -130,7 +130,7 @@ def test_input_is_not_overwritten(hf: Path) -> None:
 
 def test_full_disk_is_seen_before_writing(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A full disk cannot be had here: a need that no disk meets takes its place.
-    monkeypatch.setattr(common, "SPARE_BYTES", 1 << 60)
+    monkeypatch.setattr(write_checkpoint, "SPARE_BYTES", 1 << 60)
     assert_refused(hf, tmp_path / "out", ["MiB free"])
 
 

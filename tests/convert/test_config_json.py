@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from nemo_llm.config.load import compose, decode, to_dict
-from nemo_llm.config.model import ModelConfig
+from nemo_llm.config.compose.load import compose, decode, to_dict
+from nemo_llm.config.sections.model import ModelConfig
 from nemo_llm.errors import InputError
 from nemo_llm.families import mcore
 from nemo_llm.families.codecs import flattened
@@ -110,7 +110,7 @@ ROTARY_SETTINGS: list[dict[str, Any]] = [
 
 
 def _our_rotations(sections: list[dict[str, Any]], length: int) -> list[torch.Tensor]:
-    from nemo_llm.models.rope_scaling import ScaledRotaryEmbedding, attention_factor
+    from nemo_llm.models.layers.rope_scaling import ScaledRotaryEmbedding, attention_factor
     from nemo_llm.parallel.runtime import own_runtime
 
     base = compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "precision=fp32"])

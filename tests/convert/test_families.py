@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from nemo_llm.checkpoint.folder import read_config
-from nemo_llm.config.catalog import conf_dir, group_choices
-from nemo_llm.config.convert_tool import ConvertConfig
-from nemo_llm.config.data_tools import compose_tool
-from nemo_llm.config.load import compose, to_dict
+from nemo_llm.config.commands.convert import ConvertConfig
+from nemo_llm.config.commands.data import compose_tool
+from nemo_llm.config.compose.catalog import conf_dir, group_choices
+from nemo_llm.config.compose.load import compose, to_dict
 from nemo_llm.convert.convert import convert
 from nemo_llm.convert.hf_files import HfReader
 from nemo_llm.convert.mapping import Mapped

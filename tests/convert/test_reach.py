@@ -74,11 +74,11 @@ def _convert_damaged(folder: str, damage: str) -> list[str]:
             {"rope_scaling": None} if damage == "rope" else {"sliding_window": config["sliding_window"] + 40}
         )
 
-    from nemo_llm.config import derived
+    from nemo_llm.config.compose import from_folder
     from nemo_llm.convert import hf
 
     for patched in (True, False):
-        derived.model_section = decoded if patched else decode
+        from_folder.model_section = decoded if patched else decode
         hf.hf_config = encode if patched else encoded
         way = ("hf", "nemo_llm", "hf", "ours") if patched else ("nemo_llm", "hf", "right", "back")
         try:
@@ -89,7 +89,7 @@ def _convert_damaged(folder: str, damage: str) -> list[str]:
         except NemoLlmError as error:
             answers.append(str(error))
         finally:
-            derived.model_section, hf.hf_config = decode, encode
+            from_folder.model_section, hf.hf_config = decode, encode
     return answers
 
 

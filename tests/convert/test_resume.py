@@ -40,8 +40,8 @@ if which_file:
     native_files.torch.save = dying(torch.save, int(sys.argv[4]))
 else:
     hf_files._write_all = dying(hf_files._write_all, int(sys.argv[4]))
-from nemo_llm.config.convert_tool import ConvertConfig
-from nemo_llm.config.data_tools import compose_tool
+from nemo_llm.config.commands.convert import ConvertConfig
+from nemo_llm.config.commands.data import compose_tool
 from nemo_llm.convert.convert import convert
 where = [f"input={sys.argv[1]}", f"output={sys.argv[2]}"]
 convert(compose_tool("convert_checkpoint", ConvertConfig, sys.argv[5:] + where))

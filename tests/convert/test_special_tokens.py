@@ -11,14 +11,14 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from nemo_llm.config.inference import SamplingConfig
-from nemo_llm.config.load import compose
-from nemo_llm.data.labelled import text_ids
-from nemo_llm.data.tokenizer import SAVED_CONFIG, load_tokenizer, load_tokenizer_from_folder
+from nemo_llm.config.commands.generate import SamplingConfig
+from nemo_llm.config.compose.load import compose
+from nemo_llm.data.sources.labelled_texts import text_ids
 from nemo_llm.errors import CheckpointError
 from nemo_llm.evaluation.classification import encode_pair
 from nemo_llm.inference.decoder import stop_ids
 from nemo_llm.inference.prompts import encode_prompt
+from nemo_llm.tokenizers.tokenizer import SAVED_CONFIG, load_tokenizer, load_tokenizer_from_folder
 from tests.convert.cases import CASES, SMALL, make_hf_model
 from tests.convert.test_families import convert_with
 from tests.ranks import RankPool
@@ -163,8 +163,8 @@ def ends_of(folder: Path) -> frozenset[int]:
 
 
 def compose_sampling() -> SamplingConfig:
-    from nemo_llm.config.data_tools import compose_tool
-    from nemo_llm.config.inference import GenerateConfig
+    from nemo_llm.config.commands.data import compose_tool
+    from nemo_llm.config.commands.generate import GenerateConfig
 
     return compose_tool("generate", GenerateConfig, ["checkpoint=x", "text=x"]).sampling
 
@@ -243,9 +243,9 @@ def test_a_tokenizer_that_differs_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_that_was_saved_without_its_beginning_keeps_it_and_says_so(
     tmp_path: Path, ranks: RankPool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from nemo_llm.config.data_tools import compose_tool
-    from nemo_llm.config.inference import GenerateConfig
-    from nemo_llm.inference.model import open_checkpoint
+    from nemo_llm.config.commands.data import compose_tool
+    from nemo_llm.config.commands.generate import GenerateConfig
+    from nemo_llm.inference.loaded_model import open_checkpoint
 
     _make(tmp_path / "hf", {}, None)
     write_tokenizer(tmp_path / "hf", "template")

@@ -16,9 +16,9 @@ def extend(folder: str) -> dict[str, Any]:
 
     from nemo_llm.checkpoint.inspect import read_tensors
     from nemo_llm.checkpoint.weights import load_weights
-    from nemo_llm.convert.gate import our_model
+    from nemo_llm.convert.logit_check import our_model
     from nemo_llm.convert.vocabulary import extend_vocabulary
-    from nemo_llm.data.tokenizer import load_tokenizer_from_folder
+    from nemo_llm.tokenizers.tokenizer import load_tokenizer_from_folder
 
     size = extend_vocabulary(Path(folder) / "ours", Path(folder) / "more", TOKENS, "pieces", special=False)
     found: dict[str, Any] = {"size": size}
@@ -39,7 +39,7 @@ def extend_by_control_token(folder: str) -> tuple[bool, float]:
     """Whether ordinary text gives the control token, and how far its row is from the mean of all; one process."""
     from nemo_llm.checkpoint.inspect import read_tensors
     from nemo_llm.convert.vocabulary import extend_vocabulary
-    from nemo_llm.data.tokenizer import load_tokenizer_from_folder
+    from nemo_llm.tokenizers.tokenizer import load_tokenizer_from_folder
 
     extend_vocabulary(Path(folder) / "ours", Path(folder) / "control", ["<|tool|>"], "mean", special=True)
     tokenizer = load_tokenizer_from_folder(Path(folder) / "control" / "tokenizer")
@@ -50,7 +50,7 @@ def extend_by_control_token(folder: str) -> tuple[bool, float]:
 
 def train_on(folder: str) -> tuple[float, float]:
     """Training goes on from it, on two ranks that share the vocabulary: first and last loss."""
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
     from nemo_llm.training.resume import resume
     from nemo_llm.training.setup import build_training_run
@@ -82,7 +82,7 @@ def adapt(folder: str) -> list[str]:
     """Log lines of a run with LoRA on the checkpoint before and the one after it grew."""
     import logging
 
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.models.build import build_model_chunks
     from nemo_llm.parallel.runtime import own_runtime
     from nemo_llm.training import setup
@@ -107,8 +107,8 @@ def adapt(folder: str) -> list[str]:
 
 def export(folder: str) -> None:
     """To a folder of Hugging Face's; the conversion compares logits itself."""
-    from nemo_llm.config.convert_tool import ConvertConfig
-    from nemo_llm.config.data_tools import compose_tool
+    from nemo_llm.config.commands.convert import ConvertConfig
+    from nemo_llm.config.commands.data import compose_tool
     from nemo_llm.convert.convert import convert
 
     keys = ["source_format=nemo_llm", "target_format=hf", f"input={folder}/more", f"output={folder}/out"]

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from nemo_llm.config.chat import ChatConfig
-from nemo_llm.config.data import BlendSource, DataConfig, TokenizerConfig
-from nemo_llm.data.fast_bpe import build_fast_bpe
-from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer
+from nemo_llm.config.sections.data import BlendSource, DataConfig, TokenizerConfig
+from nemo_llm.tokenizers.tiktoken_encoder import build_fast_bpe
+from nemo_llm.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 
 def tokenizer_config(**changes: object) -> TokenizerConfig:

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from benchmarks.data_cache_trials import trial
-from nemo_llm.config.data import BlendSource
+from nemo_llm.config.sections.data import BlendSource
 from nemo_llm.data.build import build_train_and_validation
-from nemo_llm.data.cache import build_once
-from nemo_llm.data.indexed import IndexedDataset, IndexedDatasetWriter
-from nemo_llm.data.lock import build_lock
-from nemo_llm.data.tokenizer import load_tokenizer
+from nemo_llm.data.index.format import IndexedDataset, IndexedDatasetWriter
 from nemo_llm.errors import InputError
+from nemo_llm.storage.build_cache import build_once
+from nemo_llm.storage.build_lock import build_lock
+from nemo_llm.tokenizers.tokenizer import load_tokenizer
 from tests.data.conftest import tokenizer_config
 
 
@@ -74,7 +74,7 @@ def test_failed_build_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
-    code = "import sys,os; from pathlib import Path; from nemo_llm.data.lock import build_lock\n"
+    code = "import sys,os; from pathlib import Path; from nemo_llm.storage.build_lock import build_lock\n"
     code += "with build_lock(Path(sys.argv[1])): os._exit(1)"
     lock = tmp_path / "lock"
     subprocess.run([sys.executable, "-c", code, str(lock)], env={"PYTHONPATH": os.getcwd()}, check=False)
@@ -89,7 +89,7 @@ def test_lock_of_another_node_is_taken_over_only_when_silent(tmp_path: Path, mon
     lock = tmp_path / "lock"
     owner = json.dumps({"host": "elsewhere", "pid": 1, "start": "1", "nonce": "n"})
     lock.write_text(owner)
-    monkeypatch.setattr("nemo_llm.data.lock.SILENT_SECONDS", 0.6)
+    monkeypatch.setattr("nemo_llm.storage.build_lock.SILENT_SECONDS", 0.6)
     alive = threading.Event()
 
     def beat() -> None:
@@ -128,7 +128,7 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path, data_config, demo
 
 
 def test_dataset_of_another_tokenizer_is_refused(tmp_path: Path, data_config, demo_tokenizer) -> None:
-    from nemo_llm.data.index_build import build_index
+    from nemo_llm.data.index.build import build_index
     from tests.data.test_index import SHAKESPEARE_FILE, job
 
     build_index(job([SHAKESPEARE_FILE], tmp_path / "d"))

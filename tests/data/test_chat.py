@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from nemo_llm.config.data import BlendSource, DataConfig
+from nemo_llm.config.sections.data import BlendSource, DataConfig
 from nemo_llm.data.build import build_train_and_validation
 from nemo_llm.data.chat_format import BadChatError, ChatRecord, to_conversation
-from nemo_llm.data.chat_store import ChatEncoder, open_chats
 from nemo_llm.data.chat_template import NAMED_TEMPLATES
-from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_from_folder
+from nemo_llm.data.sources.chats import ChatEncoder, open_chats
 from nemo_llm.errors import ConfigError, InputError
+from nemo_llm.tokenizers.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_from_folder
 from tests.data.conftest import CHAT, tokenizer_config
 
 TWO_TURNS = [

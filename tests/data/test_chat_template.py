@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from nemo_llm.data.chat_format import ChatRecord
-from nemo_llm.data.chat_store import ChatEncoder
 from nemo_llm.data.chat_template import ChatTemplate, fixed_day, load_template, save_template, saved_source
+from nemo_llm.data.sources.chats import ChatEncoder
 from nemo_llm.data.template_checks import answer_end, content_form, control_text_problems
 from nemo_llm.data.template_tokens import TemplateEncoder
-from nemo_llm.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_llm.errors import InputError
+from nemo_llm.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import CHAT, tokenizer_config
 from tests.data.test_tokenizer import gpt2_ranks, sentencepiece_model
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 from nemo_llm.data import check
-from nemo_llm.data.index_build import build_index
+from nemo_llm.data.index.build import build_index
 from nemo_llm.errors import InputError
 from nemo_llm.train import check_only
 from tests.data.test_index import job, write_jsonl

@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("aiohttp")
 
-from nemo_llm.data import download
-from nemo_llm.data.download import fetch_inputs, is_remote
+from nemo_llm.corpus import download
+from nemo_llm.corpus.download import fetch_inputs, is_remote
 from nemo_llm.errors import InputError
 
 CONTENT = bytes(range(256)) * 4000

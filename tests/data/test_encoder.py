@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from nemo_llm.assets import resolve_path
-from nemo_llm.data.documents import read_documents
-from nemo_llm.data.encoder import DocumentEncoder, build_encoder
-from nemo_llm.data.fast_bpe import FastBpe, NotProvenError, _check_merges, _read_spec, build_fast_bpe
-from nemo_llm.data.tokenizer import load_tokenizer
+from nemo_llm.corpus.documents import read_documents
+from nemo_llm.tokenizers.document_encoder import DocumentEncoder, build_encoder
+from nemo_llm.tokenizers.tiktoken_encoder import FastBpe, NotProvenError, _check_merges, _read_spec, build_fast_bpe
+from nemo_llm.tokenizers.tokenizer import load_tokenizer
 from tests.data.conftest import tokenizer_config
 from tests.data.test_tokenizer import config  # noqa: F401 - one tokenizer of each kind
 

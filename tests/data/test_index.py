@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from nemo_llm.assets import resolve_path
-from nemo_llm.data.cache import file_sha256
-from nemo_llm.data.documents import read_documents
-from nemo_llm.data.index_build import IndexJob, build_index
-from nemo_llm.data.index_plan import IndexSettings
-from nemo_llm.data.indexed import IndexedDataset
+from nemo_llm.corpus.documents import read_documents
+from nemo_llm.data.index.build import IndexJob, build_index
+from nemo_llm.data.index.format import IndexedDataset
+from nemo_llm.data.index.plan import IndexSettings
 from nemo_llm.errors import InputError, NemoLlmError
+from nemo_llm.storage.build_cache import file_sha256
 from tests.data.conftest import tokenizer_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_llm.data.indexed import IndexedDataset, IndexedDatasetWriter, token_dtype
+from nemo_llm.data.index.format import IndexedDataset, IndexedDatasetWriter, token_dtype
 from nemo_llm.errors import InputError
 
 DOCUMENTS = [[[5, 7, 9], [1]], [[65_499]], [[]], [[2, 3], [4, 5, 6]]]  # sequences of each document

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from nemo_llm.assets import resolve_path
-from nemo_llm.data.documents import read_documents
-from nemo_llm.data.index_build import build_index
-from nemo_llm.data.indexed import IndexedDataset
-from nemo_llm.data.tokenizer import load_tokenizer_from_folder
+from nemo_llm.corpus.documents import read_documents
+from nemo_llm.data.index.build import build_index
+from nemo_llm.data.index.format import IndexedDataset
+from nemo_llm.tokenizers.tokenizer import load_tokenizer_from_folder
 from tests.data.test_index import job
 
 ROOT = Path(__file__).resolve().parents[2]

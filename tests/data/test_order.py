@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_llm.config.data import BlendSource, MockConfig
-from nemo_llm.data.blend import Blend
-from nemo_llm.data.blended import BlendedSource
+from nemo_llm.config.sections.data import BlendSource, MockConfig
 from nemo_llm.data.build import build_train_and_validation
-from nemo_llm.data.dataset import TokenWindowDataset
 from nemo_llm.data.loader import MicroBatchLoader
-from nemo_llm.data.permutation import KeyedPermutation, derive_key
-from nemo_llm.data.rules import SampleRules
-from nemo_llm.data.store import MockStore
+from nemo_llm.data.sampling.blend_order import Blend
+from nemo_llm.data.sampling.blended_source import BlendedSource
+from nemo_llm.data.sampling.keyed_permutation import KeyedPermutation, derive_key
+from nemo_llm.data.sampling.token_windows import TokenWindowDataset
+from nemo_llm.data.sampling.window_to_sample import SampleRules
+from nemo_llm.data.sources.token_store import MockStore
 from nemo_llm.errors import ConfigError, InputError
 
 

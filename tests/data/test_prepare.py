@@ -19,14 +19,14 @@ import pytest
 pytest.importorskip("datatrove")
 
 from nemo_llm.assets import resolve_path
-from nemo_llm.config.data_tools import compose_tool
-from nemo_llm.config.prepare import LanguageRule, MaskRule, PrepareConfig
-from nemo_llm.data.documents import read_documents
-from nemo_llm.data.prepare.evaluation import IndexEvaluationSets
-from nemo_llm.data.prepare.masks import Masker
-from nemo_llm.data.prepare.plan import make_plan
-from nemo_llm.data.prepare.run import HowToRun, prepare
-from nemo_llm.data.prepare.steps import BoundedSignature, Dropped, LocalLanguageFilter
+from nemo_llm.config.commands.data import compose_tool
+from nemo_llm.config.commands.prepare import LanguageRule, MaskRule, PrepareConfig
+from nemo_llm.corpus.documents import read_documents
+from nemo_llm.corpus.prepare.decontamination import IndexEvaluationSets
+from nemo_llm.corpus.prepare.personal_data import Masker
+from nemo_llm.corpus.prepare.plan import make_plan
+from nemo_llm.corpus.prepare.run import HowToRun, prepare
+from nemo_llm.corpus.prepare.steps import BoundedSignature, Dropped, LocalLanguageFilter
 from nemo_llm.errors import InputError, NemoLlmError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_llm.config.data import BlendSource, DataConfig, MockConfig, parse_split
-from nemo_llm.config.labelled import LabelledConfig
-from nemo_llm.data import split as split_module
+from nemo_llm.config.sections.data import BlendSource, DataConfig, MockConfig, parse_split
+from nemo_llm.config.sections.labelled import LabelledConfig
 from nemo_llm.data.build import DataSets, build_train_and_validation
-from nemo_llm.data.dataset import TokenWindowDataset
-from nemo_llm.data.index_build import build_index
-from nemo_llm.data.packing import PackedDataset
-from nemo_llm.data.store import MockStore
-from nemo_llm.data.tokenizer import Tokenizer
+from nemo_llm.data.index.build import build_index
+from nemo_llm.data.sampling.packed_documents import PackedDataset
+from nemo_llm.data.sampling.token_windows import TokenWindowDataset
+from nemo_llm.data.sources import split as split_module
+from nemo_llm.data.sources.token_store import MockStore
 from nemo_llm.errors import InputError
+from nemo_llm.tokenizers.tokenizer import Tokenizer
 from tests.data.test_index import job, write_jsonl
 
 Config = Callable[..., DataConfig]

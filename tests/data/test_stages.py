@@ -13,15 +13,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_llm.config.data import BlendChange, BlendSource, FimConfig, MockConfig, SeqLengthRamp
-from nemo_llm.config.load import compose, to_dict
+from nemo_llm.config.compose.load import compose, to_dict
+from nemo_llm.config.sections.data import BlendChange, BlendSource, FimConfig, MockConfig, SeqLengthRamp
 from nemo_llm.data.build import build_train_and_validation
-from nemo_llm.data.fim import FimRules
-from nemo_llm.data.history import check_blend_history
-from nemo_llm.data.ledger import ledger
-from nemo_llm.data.packing import best_fit
-from nemo_llm.data.tokenizer import load_tokenizer
+from nemo_llm.data.sampling.blend_history import check_blend_history
+from nemo_llm.data.sampling.fim import FimRules
+from nemo_llm.data.sampling.packed_documents import best_fit
+from nemo_llm.data.sampling.sample_provenance import ledger
 from nemo_llm.errors import ConfigError
+from nemo_llm.tokenizers.tokenizer import load_tokenizer
 from tests.data.conftest import tokenizer_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,9 +11,9 @@ import pytest
 import zstandard
 from upath import UPath
 
-from nemo_llm.data.documents import expand_inputs
-from nemo_llm.data.index_build import build_index
-from nemo_llm.data.shards import TextFormat, cut_inputs, read_shard
+from nemo_llm.corpus.documents import expand_inputs
+from nemo_llm.corpus.shards import TextFormat, cut_inputs, read_shard
+from nemo_llm.data.index.build import build_index
 from nemo_llm.errors import InputError
 from tests.data.test_index import job, run_tool, write_jsonl
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_llm.config.labelled import LabelledConfig
-from nemo_llm.data.documents import BadRecord, read_documents, read_records
-from nemo_llm.data.labelled import LabelRules
+from nemo_llm.config.sections.labelled import LabelledConfig
+from nemo_llm.corpus.documents import BadRecord, read_documents, read_records
+from nemo_llm.data.sources.labelled_texts import LabelRules
 from nemo_llm.errors import InputError
 from nemo_llm.evaluation.classification import read_examples
 from nemo_llm.evaluation.records import read_records as read_evaluation

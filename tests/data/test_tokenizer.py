@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from nemo_llm.assets import resolve_path
-from nemo_llm.data.documents import read_documents
-from nemo_llm.data.tokenizer import SAVED_CONFIG, TIKTOKEN_PATTERNS, load_tokenizer, load_tokenizer_from_folder
+from nemo_llm.corpus.documents import read_documents
 from nemo_llm.errors import ConfigError, InputError
+from nemo_llm.tokenizers.tokenizer import SAVED_CONFIG, TIKTOKEN_PATTERNS, load_tokenizer, load_tokenizer_from_folder
 from tests.data.conftest import tokenizer_config
 
 TEXT = "Hello world, it's <|endoftext|> 123456  \n\n été 日本 🎉 \u200b ok   \n"

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_llm.config.data import BlendSource, MockConfig
+from nemo_llm.config.sections.data import BlendSource, MockConfig
 from nemo_llm.data.build import build_train_and_validation
-from nemo_llm.data.tokenizer import Tokenizer
 from nemo_llm.errors import InputError
+from nemo_llm.tokenizers.tokenizer import Tokenizer
 from nemo_llm.training.batches import DeviceBatches
 from tests.data.test_chat import chat_config
 

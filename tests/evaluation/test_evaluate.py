@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_llm.config.evaluate import EvaluateConfig
-from nemo_llm.config.tool_entry import run_tool
+from nemo_llm.config.commands.entry import run_tool
+from nemo_llm.config.commands.evaluate import EvaluateConfig
 from nemo_llm.evaluate import main
 from tests.inference.world import save_random_model
 from tests.ranks import RankPool

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from nemo_llm.config.data import TokenizerConfig
-from nemo_llm.data.tokenizer import load_tokenizer
+from nemo_llm.config.sections.data import TokenizerConfig
 from nemo_llm.errors import ConfigError, InputError
 from nemo_llm.evaluation.classification import (
     classify,
@@ -22,6 +21,7 @@ from nemo_llm.evaluation.harness import find_task_files
 from nemo_llm.evaluation.perplexity import measure_perplexity, rolling_windows
 from nemo_llm.evaluation.records import read_records
 from nemo_llm.evaluation.templates import Example, PromptTemplate, choose_shots, load_template, shipped_templates
+from nemo_llm.tokenizers.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer(
     TokenizerConfig(

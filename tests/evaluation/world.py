@@ -34,8 +34,8 @@ def make_hf_model(folder: Path) -> None:
 
 def import_model(folder: str) -> None:
     """Convert ``hf`` below the folder to ``ours``, on one rank."""
-    from nemo_llm.config.convert_tool import ConvertConfig
-    from nemo_llm.config.data_tools import compose_tool
+    from nemo_llm.config.commands.convert import ConvertConfig
+    from nemo_llm.config.commands.data import compose_tool
     from nemo_llm.convert.convert import convert
 
     arguments = ["source_format=hf", "target_format=nemo_llm", f"input={folder}/hf", f"output={folder}/ours"]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nemo_llm.config.load import decode_saved, to_dict, with_younger_keys
+from nemo_llm.config.compose.load import decode_saved, to_dict, with_younger_keys
 from nemo_llm.runs import main as list_runs
 from tests.config.test_saved import leaves
 from tests.golden.make_runs import MAX_BYTES, MAX_FOLDER_BYTES, RECIPES, RUNS, check_size
@@ -56,7 +56,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def train(at: str, arguments: list[str]) -> int | None:
     """``python -m nemo_llm.train``, on a rank."""
-    from nemo_llm.config.entry import load
+    from nemo_llm.config.commands.entry_train import load
     from nemo_llm.train import main
 
     with contextlib.chdir(at):
@@ -65,9 +65,9 @@ def train(at: str, arguments: list[str]) -> int | None:
 
 def call(at: str, name: str, arguments: list[str]) -> tuple[int | None, str]:
     """A script of ``tools/``, or the command generate or evaluate, on a rank: exit code, and what stderr says."""
-    from nemo_llm.config.evaluate import EvaluateConfig
-    from nemo_llm.config.inference import GenerateConfig
-    from nemo_llm.config.tool_entry import run_tool
+    from nemo_llm.config.commands.entry import run_tool
+    from nemo_llm.config.commands.evaluate import EvaluateConfig
+    from nemo_llm.config.commands.generate import GenerateConfig
 
     schemas: dict[str, Any] = {"generate": GenerateConfig, "evaluate": EvaluateConfig}
     with contextlib.chdir(at), contextlib.redirect_stderr(io.StringIO()) as said:

@@ -50,8 +50,8 @@ def test_generate_prints_and_writes(folder: Path, tmp_path: Path) -> None:
 def test_bad_input_is_one_message(
     folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nemo_llm.config.inference import GenerateConfig
-    from nemo_llm.config.tool_entry import run_tool
+    from nemo_llm.config.commands.entry import run_tool
+    from nemo_llm.config.commands.generate import GenerateConfig
     from nemo_llm.generate import main
 
     filled = [argument.replace("FOLDER", str(folder)) for argument in arguments]

@@ -9,8 +9,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from nemo_llm.config.data_tools import compose_tool
-from nemo_llm.config.inference import GenerateConfig, SamplingConfig
+from nemo_llm.config.commands.data import compose_tool
+from nemo_llm.config.commands.generate import GenerateConfig, SamplingConfig
 from nemo_llm.inference.sampling import Sampler, cut_off
 
 CPU = torch.device("cpu")

@@ -26,10 +26,10 @@ def save_random_model(folder: str, model: str, *overrides: str) -> str:
 
     from nemo_llm.checkpoint.folder import writing
     from nemo_llm.checkpoint.weights import save_weights
-    from nemo_llm.config.load import compose, to_dict
-    from nemo_llm.data.tokenizer import load_tokenizer
+    from nemo_llm.config.compose.load import compose, to_dict
     from nemo_llm.models.build import build_model_chunks
     from nemo_llm.parallel.runtime import start_runtime
+    from nemo_llm.tokenizers.tokenizer import load_tokenizer
 
     cfg = compose([f"+model={model}", *SMALL, *overrides])
     runtime = start_runtime(cfg)
@@ -42,8 +42,8 @@ def save_random_model(folder: str, model: str, *overrides: str) -> str:
 
 
 def generate_config(folder: str, *overrides: str) -> Any:
-    from nemo_llm.config.data_tools import compose_tool
-    from nemo_llm.config.inference import GenerateConfig
+    from nemo_llm.config.commands.data import compose_tool
+    from nemo_llm.config.commands.generate import GenerateConfig
 
     return compose_tool(
         "generate", GenerateConfig, [f"checkpoint={folder}", "accelerator=cpu", "text=unused", *overrides]
@@ -53,7 +53,7 @@ def generate_config(folder: str, *overrides: str) -> Any:
 def load(folder: str, *overrides: str) -> tuple[Any, Any]:
     import torch.distributed as dist
 
-    from nemo_llm.inference.model import load_model, open_checkpoint
+    from nemo_llm.inference.loaded_model import load_model, open_checkpoint
     from nemo_llm.parallel.runtime import start_runtime
 
     cfg = generate_config(folder, *overrides)

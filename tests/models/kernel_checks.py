@@ -44,7 +44,7 @@ def compare(ours, reference, inputs: list[torch.Tensor]) -> float:
 
 def norm_case(shape: tuple[int, ...], dtype: torch.dtype, device: str, kind: tuple[bool, bool, bool]) -> float:
     """One norm: with or without residual, LayerNorm or RMSNorm, zero-centred weight or not."""
-    from nemo_llm.models.kernels import FusedNorm
+    from nemo_llm.kernels.norm_swiglu import FusedNorm
 
     residual, layer, zero_centered = kind
     h = shape[-1]
@@ -66,7 +66,7 @@ def norm_case(shape: tuple[int, ...], dtype: torch.dtype, device: str, kind: tup
 
 def swiglu_case(rows: int, units: int, dtype: torch.dtype, device: str, bias: bool) -> float:
     """SwiGLU with and without a bias."""
-    from nemo_llm.models.kernels import FusedSwiGLU
+    from nemo_llm.kernels.norm_swiglu import FusedSwiGLU
 
     inputs = [torch.randn(rows, 2 * units, device=device, dtype=dtype)]
     if bias:
@@ -81,7 +81,7 @@ def swiglu_case(rows: int, units: int, dtype: torch.dtype, device: str, bias: bo
 
 def rotation_by_row_case(sizes: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> float:
     """The split with rotation of one token of each row, at a position of its own; ``sizes`` = (b, G, R, D)."""
-    from nemo_llm.models.rope import _split_and_rotate, rotate
+    from nemo_llm.models.layers.rope import _split_and_rotate, rotate
 
     b, groups, queries, width = sizes
     angles = torch.randn(1, b, 1, width // 2, device=device) * 3
@@ -98,8 +98,8 @@ def rotation_by_row_case(sizes: tuple[int, int, int, int], dtype: torch.dtype, d
 
 def qkv_case(sizes: tuple[int, int, int, int, int], turned: int, dtype: torch.dtype, device: str) -> float:
     """The split with rotation; ``sizes`` = (s, b, G, R, D)."""
-    from nemo_llm.models.qkv_kernels import FusedQKV
-    from nemo_llm.models.rope import rotate
+    from nemo_llm.kernels.qkv_split_rotary import FusedQKV
+    from nemo_llm.models.layers.rope import rotate
 
     s, b, groups, queries, width = sizes
     angles = torch.randn(s, turned // 2, device=device) * 3
@@ -116,7 +116,7 @@ def qkv_case(sizes: tuple[int, int, int, int, int], turned: int, dtype: torch.dt
 
 def loss_case(sizes: tuple[int, int, int], z_coeff: float, dtype: torch.dtype, device: str) -> float:
     """Losses and the gradient in place of the logits; ``sizes`` = (t, v, known). Labels beyond are among them."""
-    from nemo_llm.models.loss_kernels import losses_and_gradient
+    from nemo_llm.kernels.cross_entropy_inplace import losses_and_gradient
 
     rows, columns, known = sizes
     logits = torch.randn(rows, columns, device=device, dtype=dtype) * 4
@@ -137,7 +137,7 @@ def loss_case(sizes: tuple[int, int, int], z_coeff: float, dtype: torch.dtype, d
 
 def embedding_case(sizes: tuple[int, int, int], tokens: torch.Tensor, dtype: torch.dtype) -> float:
     """Rows added to a table that is not empty; ``sizes`` = (v, h, T). Twice, for the same bits."""
-    from nemo_llm.models.embedding_kernels import add_rows
+    from nemo_llm.kernels.embedding_gradient import add_rows
 
     vocabulary, columns, count = sizes
     gradient = torch.randn(count, columns, device=tokens.device, dtype=dtype)
@@ -156,7 +156,7 @@ def decode_case(
     sizes: tuple[int, int, int, int, int], rule: tuple[int | None, float | None], dtype: torch.dtype, device: str
 ) -> float:
     """One token of each row over the cache; ``sizes`` = (b, g, R, D, S), ``rule`` = (window, cap)."""
-    from nemo_llm.models.decode_kernels import attend_to_cache
+    from nemo_llm.kernels.decode_attention import attend_to_cache
 
     b, groups, queries, width, slots = sizes
     window, cap = rule
@@ -187,8 +187,8 @@ def expert_case(sizes: tuple[int, int, int, int, int], skew: str, dtype: torch.d
 
     ``skew``: "even" chooses at random, "one" sends every token to the same experts, so that the others have no rows.
     """
-    from nemo_llm.models import expert_kernels as kernels
-    from nemo_llm.models.experts import routes_of_choices
+    from nemo_llm.kernels import grouped_experts as kernels
+    from nemo_llm.models.layers.experts import routes_of_choices
 
     tokens, choices, experts, columns, units = sizes
     scores = torch.rand(tokens, experts, device=device)
@@ -289,7 +289,7 @@ def _adamw_of_numpy(lists: list[list[torch.Tensor]], rule: Any) -> list[list[tor
 
 def adamw_optimizer_case(device: str) -> float:
     """`FusedAdamW` by the kernel and PyTorch's AdamW: two groups, gradients that are replaced, some 16-bit copies."""
-    from nemo_llm.training.adamw import FusedAdamW
+    from nemo_llm.optim.adamw import FusedAdamW
 
     sizes = [(64, 40), (40,), (7, 3), (5,)]
     ours, others = ([torch.randn(size, device=device, generator=_seeded(device)) for size in sizes] for _ in range(2))
@@ -318,7 +318,7 @@ def _seeded(device: str) -> torch.Generator:
 
 def quantize_case(m: int, k: int, dtype: torch.dtype) -> float:
     """The FP8 kernels against the same rounding in PyTorch: share of values that differ, and exact transposes."""
-    from nemo_llm.models.fp8 import quantize
+    from nemo_llm.models.layers.fp8 import quantize
 
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16) * 3
     ours, wanted = quantize(x, dtype), quantize(x.cpu(), dtype)
@@ -329,7 +329,7 @@ def quantize_case(m: int, k: int, dtype: torch.dtype) -> float:
 
 def fp8_product_case(rows: int, inner: int, columns: int) -> float:
     """A weight's gradient in FP8, written over what is in the buffer: the values of the product that makes its own."""
-    from nemo_llm.models.fp8 import multiply, quantize
+    from nemo_llm.models.layers.fp8 import multiply, quantize
 
     left, right = (quantize(torch.randn(size, inner, device="cuda"), torch.float8_e4m3fn) for size in (rows, columns))
     factors = ((left.rows, left.factor), (right.rows, right.factor))
@@ -339,7 +339,7 @@ def fp8_product_case(rows: int, inner: int, columns: int) -> float:
 
 def product_case(shape: Any) -> float:
     """Every kernel that cuBLASLt has for a product: how many differ from PyTorch's result in any bit."""
-    from nemo_llm.models.cublaslt import Product
+    from nemo_llm.kernels.cublaslt import Product
 
     left, right = (torch.randn(*size, device="cuda").bfloat16() for size in (shape.left_size, shape.right_size))
     start = torch.randn(shape.rows, shape.columns, device="cuda").to(shape.out_dtype)
@@ -358,7 +358,7 @@ def product_case(shape: Any) -> float:
             out.fill_(torch.nan)
             product.run(left, right, out, kernel, overwrite=True)
             largest = max(largest, error(out, exact - start.double()))
-    if shape.accumulate:  # as models/products.py does it where no kernel was chosen
+    if shape.accumulate:  # as kernels/matmul.py does it where no kernel was chosen
         out = torch.full_like(start, torch.nan)
         torch.addmm(out, a, b, out_dtype=torch.float32, beta=0, out=out)
         largest = max(largest, error(out, exact - start.double()))
@@ -388,8 +388,8 @@ def dense(
 
 
 def flex_case(sizes: tuple[int, ...], documents: bool, window: int | None, cap: float | None) -> float:
-    """FlexAttention as models/flex.py calls it, with gradients; ``sizes`` = (b, n, g, sq, sk, d), bf16."""
-    from nemo_llm.models.flex import attend
+    """FlexAttention as models/layers/flex_attention.py calls it, with gradients; ``sizes`` = (b, n, g, sq, sk, d), bf16."""
+    from nemo_llm.models.layers.flex_attention import attend
 
     torch.compiler.reset()  # more cases than torch.compile keeps of one function
     b, n, g, sq, sk, width = sizes
@@ -464,7 +464,7 @@ def all_cases(device: str, small: bool):
 
 def library_cases():
     """As `all_cases`, of what has no kernel of our own, on a GPU alone: FP8, FlexAttention, cuBLASLt."""
-    from nemo_llm.models.cublaslt import Shape
+    from nemo_llm.kernels.cublaslt import Shape
 
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         # A value on the edge between two FP8 numbers may fall to either side: the scale is a float32 rounding off.
@@ -482,15 +482,21 @@ def library_cases():
 
 def kernels_not_warmed(device: str) -> set[str]:
     """Kernels of training that `run_kernels` does not launch for three configurations that together need them all."""
-    from nemo_llm.config.load import compose
-    from nemo_llm.kernels import adamw
-    from nemo_llm.models import embedding_kernels, fp8_kernels, kernels, loss_kernels, qkv_kernels
+    from nemo_llm.config.compose.load import compose
+    from nemo_llm.kernels import (
+        adamw,
+        cross_entropy_inplace,
+        embedding_gradient,
+        fp8_quantize,
+        norm_swiglu,
+        qkv_split_rotary,
+    )
     from nemo_llm.models.warm_kernels import run_kernels
 
     launched = set()
     wanted = {
         (module, name): kernel
-        for module in (kernels, qkv_kernels, loss_kernels, embedding_kernels, fp8_kernels, adamw)
+        for module in (kernels, qkv_split_rotary, cross_entropy_inplace, embedding_gradient, fp8_quantize, adamw)
         for name, kernel in vars(module).items()
         if hasattr(kernel, "run") and not isinstance(kernel, type) and f"{name}[" in inspect.getsource(module)
     }
@@ -512,7 +518,7 @@ def kernels_not_warmed(device: str) -> set[str]:
     for options in (["+model=llama3_1b", precision], ["+model=gpt_1b"], ["+model=qwen3_0_6b", "precision=bf16"]):
         run_kernels(compose([*options, *small]), torch.device(device), 1000)
     missing = set(wanted) - launched
-    return {name for module, name in missing if device == "cuda" or module is not fp8_kernels}
+    return {name for module, name in missing if device == "cuda" or module is not fp8_quantize}
 
 
 def main() -> int:

@@ -44,7 +44,7 @@ MODELS: dict[str, tuple[str, ...]] = {
 
 def changed(model: str, change: dict[str, Any]) -> Any:
     """The configuration of a model of `MODELS` with some keys set; keys are dotted, below ``model``."""
-    from nemo_llm.config.load import compose, decode, to_dict
+    from nemo_llm.config.compose.load import compose, decode, to_dict
 
     settings = [*BASE, *MODELS[model]]
     if any(setting.startswith("precision=") for setting in settings):

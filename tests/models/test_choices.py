@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_llm.config.load import compose
-from nemo_llm.models.choices import describe_choices
+from nemo_llm.config.compose.load import compose
+from nemo_llm.models.describe_backend import describe_choices
 
 CASES = [
     ("+model=llama3_1b",

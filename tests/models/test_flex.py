@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_llm.models import flex
-from nemo_llm.models.attention import CoreAttention
+from nemo_llm.models.layers import flex_attention
+from nemo_llm.models.layers.attention import CoreAttention
 from tests.models.kernel_checks import dense
 from tests.ranks import RankPool
 
@@ -27,7 +27,7 @@ def test_equals_the_definition(
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(2, 4, sq, 16, generator=generator)
     k, v = (torch.randn(2, 2, sk, 16, generator=generator) for _ in range(2))
-    ours = flex.attend((q, k, v), documents, window, (0.3, cap))
+    ours = flex_attention.attend((q, k, v), documents, window, (0.3, cap))
     assert torch.allclose(ours.double(), dense((q, k, v), documents, window, (0.3, cap)), atol=2e-6)
 
 
@@ -36,18 +36,18 @@ def test_a_mask_is_made_once_and_anew_for_other_documents() -> None:
     documents = DOCUMENTS.clone()
 
     def error() -> float:
-        ours = flex.attend(tensors, documents, None, (0.25, None))
+        ours = flex_attention.attend(tensors, documents, None, (0.25, None))
         return float((ours - dense(tensors, documents, None, (0.25, None))).abs().max())
 
     assert error() < 2e-6
-    mask = flex._block_mask(documents, None, (200, 200), torch.device("cpu"))
-    assert flex._block_mask(documents, None, (200, 200), torch.device("cpu")) is mask
+    mask = flex_attention._block_mask(documents, None, (200, 200), torch.device("cpu"))
+    assert flex_attention._block_mask(documents, None, (200, 200), torch.device("cpu")) is mask
     documents[0, 50:] = 7  # written to, as a buffer of batches would be
     assert error() < 2e-6
-    assert flex._block_mask(documents, None, (200, 200), torch.device("cpu")) is not mask
+    assert flex_attention._block_mask(documents, None, (200, 200), torch.device("cpu")) is not mask
     for number in range(20):
-        flex._block_mask(documents + number, None, (200, 200), torch.device("cpu"))
-    assert len(flex._masks) <= flex._KEPT_MASKS
+        flex_attention._block_mask(documents + number, None, (200, 200), torch.device("cpu"))
+    assert len(flex_attention._masks) <= flex_attention._KEPT_MASKS
 
 
 def test_other_documents_compile_nothing() -> None:
@@ -60,7 +60,7 @@ def test_other_documents_compile_nothing() -> None:
     tensors = tuple(torch.randn(2, 2, 200, 16) for _ in range(3))
     for number in range(3):
         documents = DOCUMENTS.roll(number, 0) * (number + 1)
-        mask = make(flex._seen(documents, None, 0), 2, None, 200, 200, device="cpu")
+        mask = make(flex_attention._seen(documents, None, 0), 2, None, 200, 200, device="cpu")
         ours = attention(*tensors, block_mask=mask, scale=0.25)
         assert torch.allclose(ours.double(), dense(tensors, documents, None, (0.25, None)), atol=2e-6)
         assert counter.frame_count == 2
@@ -83,10 +83,10 @@ def test_a_failure_names_the_way_out(monkeypatch: Any) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of resource: shared memory")
 
-    monkeypatch.setattr(flex, "flex_attention", fail)
+    monkeypatch.setattr(flex_attention, "flex_attention", fail)
     tensors = tuple(torch.randn(1, heads, 32, 16) for heads in (4, 2, 2))
     with pytest.raises(RuntimeError, match="shared memory") as caught:
-        flex.attend(tensors, None, 8, (1.0, None))
+        flex_attention.attend(tensors, None, 8, (1.0, None))
     assert "performance.flex_attention=false" in caught.value.__notes__[0]
 
 
@@ -119,8 +119,8 @@ def test_flex_is_for_masks_of_training(
 
 
 def _asked_for(options: list[str]) -> tuple[list[tuple], list[tuple]]:
-    """What a training step asks of `flex.attend`, and what is compiled ahead for it, as a GPU would do both."""
-    from nemo_llm.config.load import compose
+    """What a training step asks of `flex_attention.attend`, and what is compiled ahead for it, as a GPU would do both."""
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.models.warm_kernels import run_flex
     from nemo_llm.parallel.runtime import start_runtime
     from nemo_llm.training.setup import build_training_run
@@ -140,8 +140,8 @@ def _asked_for(options: list[str]) -> tuple[list[tuple], list[tuple]]:
          "performance.fused_rope=false", "performance.fused_linear_cross_entropy=false"]
     )  # fmt: skip
     run = build_training_run(cfg, start_runtime(cfg))
-    saved = flex.attend, CoreAttention._takes_flex
-    flex.attend = attend
+    saved = flex_attention.attend, CoreAttention._takes_flex
+    flex_attention.attend = attend
     CoreAttention._takes_flex = lambda self, q, *others: saved[1](self, SimpleNamespace(is_cuda=True), *others)
     try:
         train_step(run)
@@ -150,7 +150,7 @@ def _asked_for(options: list[str]) -> tuple[list[tuple], list[tuple]]:
         run_flex(cfg, {"dtype": torch.bfloat16, "device": run.runtime.device})
         return asked, sorted(calls, key=str)
     finally:
-        flex.attend, CoreAttention._takes_flex = saved
+        flex_attention.attend, CoreAttention._takes_flex = saved
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ RECIPE = ("precision=fp8_tensorwise", "model.transformer_impl=torch")
 
 def _products() -> list[float]:
     """Relative errors (Frobenius) of output and both gradients against float64."""
-    from nemo_llm.models.fp8 import Fp8Product
+    from nemo_llm.models.layers.fp8 import Fp8Product
 
     torch.manual_seed(1)
     x, weight = torch.randn(64, 48), torch.randn(32, 48) * 0.02
@@ -36,7 +36,7 @@ def test_products_are_as_near_as_three_and_two_bits_of_mantissa_allow(ranks: Ran
 
 
 def _main_gradient() -> tuple[bool, float]:
-    from nemo_llm.models.fp8 import Fp8Product
+    from nemo_llm.models.layers.fp8 import Fp8Product
 
     torch.manual_seed(2)
     x, weight = torch.randn(32, 16), torch.nn.Parameter(torch.randn(16, 16))

@@ -11,8 +11,8 @@ def _linear(column: bool, bias: bool, frozen: bool) -> list[bool]:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from nemo_llm.models.gradients import offer_gradient_accumulation
-    from nemo_llm.models.linear import WholeColumnLinear, WholeRowLinear
+    from nemo_llm.models.layers.linear import WholeColumnLinear, WholeRowLinear
+    from nemo_llm.models.layers.main_grad import offer_gradient_accumulation
 
     offer_gradient_accumulation()
     config = TransformerConfig(
@@ -53,7 +53,7 @@ def _embedding(scattered: bool) -> list[float]:
     from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from nemo_llm.models.embedding import Embedding
+    from nemo_llm.models.layers.embedding import Embedding
 
     world = dist.get_world_size()
     if not parallel_state.model_parallel_is_initialized():

@@ -13,7 +13,7 @@ def _compare(
     import torch.distributed as dist
     import torch.nn.functional as F
 
-    from nemo_llm.models.linear_cross_entropy import LinearCrossEntropy, LossRule
+    from nemo_llm.models.layers.linear_cross_entropy import LinearCrossEntropy, LossRule
 
     rank, world = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(3)
@@ -63,7 +63,7 @@ def _alive_at_once(tokens: int, chunk: int, softcap: float | None, with_gradient
     import torch
     import torch.distributed as dist
 
-    from nemo_llm.models import linear_cross_entropy as fused
+    from nemo_llm.models.layers import linear_cross_entropy as fused
 
     project, seen, most = fused.project, [], 0
 
@@ -99,7 +99,7 @@ def _raised_by(loss: str, z_coeff: float, softcap: float | None, evaluation: boo
     import torch.distributed as dist
     import torch.nn.functional as F
 
-    from nemo_llm.models.linear_cross_entropy import LinearCrossEntropy, LossRule
+    from nemo_llm.models.layers.linear_cross_entropy import LinearCrossEntropy, LossRule
 
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(20, 24, generator=generator, requires_grad=True)
@@ -147,7 +147,7 @@ def _pair_loss(fused: bool, tied: bool) -> str:
     import torch
     import torch.nn.functional as F
 
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.models.build import build_model_chunks
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 

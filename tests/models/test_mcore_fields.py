@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from nemo_llm.config.catalog import known_keys
 from nemo_llm.config.checks import find_problems
+from nemo_llm.config.compose.catalog import known_keys
 from nemo_llm.config.mcore_fields import FIELDS, OWN_KEYS, UNREAD
 from tests.models.key_effects import changed, effects
 from tests.ranks import RankPool

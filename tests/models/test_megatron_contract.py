@@ -82,7 +82,9 @@ def _norms_are_recomputed_as_if_in_fp8() -> bool:
 
 
 def test_megatron_still_takes_the_default_of_a_recomputed_norm_for_fp8(ranks: RankPool) -> None:
-    assert ranks.run(_norms_are_recomputed_as_if_in_fp8, 1)[0], "models/norm_recomputation.py is not needed any more"
+    assert ranks.run(_norms_are_recomputed_as_if_in_fp8, 1)[0], (
+        "models/layers/norm_recomputation.py is not needed any more"
+    )
 
 
 def test_megatron_still_leaves_a_name_undefined_without_transformer_engine(ranks: RankPool) -> None:
@@ -98,12 +100,12 @@ def _megatron_takes_mocks_for_transformer_engine() -> bool:
 
 @pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="Transformer Engine is installed")
 def test_megatron_still_takes_mocks_for_transformer_engine() -> None:
-    # When this fails, models/latent_attention.py need not set multi_latent_attention.HAVE_TE any more.
+    # When this fails, models/layers/latent_attention.py need not set multi_latent_attention.HAVE_TE any more.
     assert _megatron_takes_mocks_for_transformer_engine()
 
 
 def _timeouts(minutes: float) -> None:
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
 
     cfg = compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "parallelism.tensor_model_parallel_size=2"])
@@ -206,7 +208,7 @@ def test_apexs_own_kernel_is_left_where_megatron_found_it(ranks: RankPool) -> No
 def _apex_is_left_alone() -> None:
     from megatron.core.tensor_parallel import layers
 
-    from nemo_llm.models.gradients import offer_gradient_accumulation
+    from nemo_llm.models.layers.main_grad import offer_gradient_accumulation
 
     names = ("_grad_accum_fusion_available", "fused_weight_gradient_mlp_cuda")
     before = {name: getattr(layers, name, None) for name in names}

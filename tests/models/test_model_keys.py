@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from nemo_llm.config.checks import find_problems
-from nemo_llm.config.checks_effect import DEFAULTS
-from nemo_llm.config.load import compose
-from nemo_llm.config.model import SCALING_FIELDS, MlaConfig, ModelConfig, MoeConfig, RopeScaling
+from nemo_llm.config.checks.effect import DEFAULTS
+from nemo_llm.config.compose.load import compose
+from nemo_llm.config.sections.model import SCALING_FIELDS, MlaConfig, ModelConfig, MoeConfig, RopeScaling
 from tests.models.key_effects import changed, effects
 from tests.ranks import RankPool
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 from nemo_llm.parallel.layout import DENSE_AXES, EXPERT_AXES, ParallelLayout
 
 SMALL = st.sampled_from([1, 2, 3])

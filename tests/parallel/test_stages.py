@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_llm.config import ParallelismConfig
-from nemo_llm.config.load import compose
-from nemo_llm.config.pipeline_layout import LayoutStage, parse_pipeline_layout
+from nemo_llm.config.compose.load import compose
+from nemo_llm.config.sections.pipeline_layout import LayoutStage, parse_pipeline_layout
 from nemo_llm.parallel.stages import format_table, plan_stages
 
 SINGLE = compose(["model=gpt_tiny"]).parallelism

@@ -105,7 +105,7 @@ def train_losses(
     model: str, overrides: tuple[str, ...], extra: tuple[str, ...] = (), steps: int = STEPS
 ) -> list[tuple[float, float]]:
     """Loss and gradient norm of each of the first steps; runs on every rank of the world that is up."""
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import train_step

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nemo_llm.config.checks import find_problems
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 from tests.parity.layouts import Layout, model_overrides, train_losses
 from tests.parity.run import largest_difference
 from tests.ranks import RankPool

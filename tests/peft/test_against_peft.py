@@ -132,7 +132,7 @@ def compare(kind: str, folder: str) -> tuple[float, float, float]:
     import torch
     from megatron.core.utils import unwrap_model
 
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.models.build import build_model_chunks
     from nemo_llm.parallel.runtime import start_runtime
     from nemo_llm.peft.adapter import KEY_PREFIX, adapted_modules

@@ -29,7 +29,7 @@ def write_base(folder: str) -> None:
 
     from nemo_llm.checkpoint.folder import writing
     from nemo_llm.checkpoint.weights import save_weights
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.models.build import build_model_chunks
     from nemo_llm.parallel.runtime import start_runtime
 
@@ -46,10 +46,10 @@ def train(folder: str, steps: int, overrides: tuple[str, ...] = ()) -> tuple[lis
     import torch.distributed as dist
 
     from nemo_llm.checkpoint.folder import find_checkpoint
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
+    from nemo_llm.run.folder import to_plain, write_config
     from nemo_llm.training.checkpoint import load_checkpoint, save_checkpoint
-    from nemo_llm.training.rundir import to_plain, write_config
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import train_step
 
@@ -78,7 +78,7 @@ def merged_logits(folder: str) -> list[list[float]]:
     import torch
 
     from nemo_llm.checkpoint.weights import load_weights
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.models.build import build_model_chunks
     from nemo_llm.parallel.runtime import start_runtime
 
@@ -163,7 +163,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(trained, ranks: RankPo
 def load_as_weights(folder: str) -> None:
     """What generation and evaluation do with a checkpoint."""
     from nemo_llm.checkpoint.weights import load_weights
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.models.build import build_model_chunks
     from nemo_llm.parallel.runtime import start_runtime
 

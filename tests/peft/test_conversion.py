@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_llm.config.convert_tool import ConvertConfig
-from nemo_llm.config.data_tools import compose_tool
+from nemo_llm.config.commands.convert import ConvertConfig
+from nemo_llm.config.commands.data import compose_tool
 from nemo_llm.errors import InputError
 from tests.convert.cases import CASES, make_hf_model
 from tests.ranks import RankPool
@@ -19,7 +19,7 @@ SLOW = pytest.mark.slow
 
 def _convert(source: str, target: str, input_: Path, output: Path, *more: str) -> Any:
     from nemo_llm.convert.convert import convert
-    from nemo_llm.training.adapters import convert_adapter
+    from nemo_llm.convert.peft_adapters import convert_adapter
 
     arguments = [f"source_format={source}", f"target_format={target}", f"input='{input_}'", f"output='{output}'", *more]
     cfg = compose_tool("convert_checkpoint", ConvertConfig, arguments)

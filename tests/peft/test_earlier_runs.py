@@ -28,9 +28,9 @@ def merge(output: str) -> float:
 
 def export(output: str) -> tuple[bool, float]:
     """Whether peft computed the same logits from the exported adapter, and the largest of them."""
-    from nemo_llm.config.convert_tool import ConvertConfig
-    from nemo_llm.config.data_tools import compose_tool
-    from nemo_llm.training.adapters import convert_adapter
+    from nemo_llm.config.commands.convert import ConvertConfig
+    from nemo_llm.config.commands.data import compose_tool
+    from nemo_llm.convert.peft_adapters import convert_adapter
 
     keys = ["source_format=nemo_llm", "target_format=peft", "input=lora", f"output={output}"]
     with contextlib.chdir(GOLDEN):

@@ -112,7 +112,7 @@ def _our_logits(folder: str, ids: Any) -> Any:
     import torch
     from megatron.core.utils import unwrap_model
 
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.models.build import build_model_chunks
     from nemo_llm.parallel.runtime import own_runtime
     from nemo_llm.peft.attach import attach_peft
@@ -241,7 +241,7 @@ def other_scale(folder: str) -> str:
     """The refusal of a run whose scale is not that of the adapter that it starts from."""
     import peft
 
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.errors import InputError
     from nemo_llm.models.build import build_model_chunks
     from nemo_llm.parallel.runtime import own_runtime

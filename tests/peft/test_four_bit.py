@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nemo_llm.config.checks import check
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 from nemo_llm.errors import ConfigError
 from tests.ranks import RankPool
 
@@ -50,8 +50,8 @@ def compare(steps: int) -> dict[str, list]:
 def save_and_go_on(folder: str) -> list[list[float]]:
     """Losses of four steps, and of two, a save, a load and two more."""
     from nemo_llm.parallel.runtime import start_runtime
+    from nemo_llm.run.folder import to_plain, write_config
     from nemo_llm.training.checkpoint import load_checkpoint, save_checkpoint
-    from nemo_llm.training.rundir import to_plain, write_config
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import train_step
 

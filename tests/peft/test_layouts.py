@@ -24,7 +24,7 @@ EXPERT_PARTS = "peft.target_modules=[linear_qkv,linear_proj,linear_fc1,linear_fc
 
 def train(model: str, kinds: tuple[str, ...], overrides: tuple[str, ...]) -> dict[str, list[tuple[float, float]]]:
     """Loss and gradient norm of each step, for each kind; runs on every rank."""
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import train_step

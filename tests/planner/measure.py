@@ -5,7 +5,7 @@ Megatron is imported in the functions, which run on the ranks; the test process 
 
 from typing import Any
 
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 
 VOCAB_SIZE = 2048
 

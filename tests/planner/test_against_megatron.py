@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 from nemo_llm.parallel.layout import ParallelLayout
 from nemo_llm.parallel.stages import plan_stages
 from nemo_llm.planner.activations import layer_activations

@@ -6,8 +6,8 @@ from functools import cache
 import pytest
 
 from nemo_llm.config import ModelConfig
-from nemo_llm.config.arithmetic import padded_vocab_size
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
+from nemo_llm.config.sections.arithmetic import padded_vocab_size
 from nemo_llm.planner.flops import flops_per_token, matmul_weights
 from nemo_llm.planner.parameters import count_parameters
 

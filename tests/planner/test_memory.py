@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 
 from nemo_llm.config import RunConfig
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 from nemo_llm.errors import ConfigError
 from nemo_llm.planner.activations import boundary_bytes, layer_activations, layer_tensors, tokens_per_rank
 from nemo_llm.planner.check_only import check_card, report

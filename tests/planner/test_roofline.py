@@ -1,7 +1,7 @@
 """The floor under a step counts what the planner counts, and bytes that can be checked by hand."""
 
 from benchmarks.roofline import parts_of_step
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 from nemo_llm.planner.flops import flops_per_token
 from nemo_llm.planner.parameters import count_parameters
 

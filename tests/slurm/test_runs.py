@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 
 from nemo_llm.errors import ExitCode
+from nemo_llm.run.folder import open_run_dir, write_exit
+from nemo_llm.run.metrics import MetricsFile, StepRow
 from nemo_llm.runs import find_runs, main, read_run
-from nemo_llm.training.metrics import MetricsFile, StepRow
-from nemo_llm.training.rundir import open_run_dir, write_exit
 from tests.test_architecture import ROOT
 
 
 def make_run(folder: Path, step: int):
     """A run folder as training writes it, and the lock that it holds."""
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
 
     opened = open_run_dir(compose(["+model=gpt_tiny", f"run.dir={folder}", "trainer.max_steps=50"]))
     metrics = MetricsFile(folder)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from nemo_llm.config.checks import check
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 from nemo_llm.data.build import build_train_and_validation
-from nemo_llm.data.labelled import place_of
-from nemo_llm.data.tokenizer import load_tokenizer
+from nemo_llm.data.sources.labelled_texts import place_of
 from nemo_llm.errors import ConfigError, InputError
+from nemo_llm.tokenizers.tokenizer import load_tokenizer
 from tests.parity.layouts import DENSE
 from tests.peft.test_against_peft import MODEL, _copy_base, _hf_model
 from tests.ranks import RankPool
@@ -191,8 +191,8 @@ def write_base(folder: str) -> str:
 def train_head(folder: str, base: str) -> tuple[list[float], float]:
     """A head with LoRA on that model: losses of some steps, and of the last batch again from the checkpoint."""
     from nemo_llm.parallel.runtime import start_runtime
+    from nemo_llm.run.folder import to_plain, write_config
     from nemo_llm.training.checkpoint import load_checkpoint, save_checkpoint
-    from nemo_llm.training.rundir import to_plain, write_config
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import forward_backward, train_step
 
@@ -235,8 +235,8 @@ def merge(folder: str) -> None:
 
 def measure(folder: str, *overrides: str) -> None:
     """``python -m nemo_llm.evaluate`` on the texts that training did not see."""
-    from nemo_llm.config.data_tools import compose_tool
-    from nemo_llm.config.evaluate import EvaluateConfig
+    from nemo_llm.config.commands.data import compose_tool
+    from nemo_llm.config.commands.evaluate import EvaluateConfig
     from nemo_llm.evaluate import main
 
     wanted = f"file: {folder}/texts.jsonl, text_key: text, label_key: label, label_words: null"

@@ -30,7 +30,7 @@ def records() -> list[dict[str, Any]]:
 
 
 def _config(folder: str, overrides: tuple[str, ...] = ()):
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
 
     model = [key for key in MODEL if not key.startswith(("tokenizer", "data.", "model.vocab_size"))]
     return compose(
@@ -169,8 +169,8 @@ def test_losses_are_those_of_trl(name: str, ranks: RankPool, folder: Path, expec
 def logged_rows(folder: str) -> list[dict[str, Any]]:
     """Rows of ``metrics.jsonl`` of a run whose batch grows from four conversations to eight."""
     from nemo_llm.parallel.runtime import start_runtime
+    from nemo_llm.run.metrics import read_metrics
     from nemo_llm.training.loop import train
-    from nemo_llm.training.metrics import read_metrics
     from nemo_llm.training.resume import resume
     from nemo_llm.training.setup import build_training_run
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_llm.training.adamw import FusedAdamW
+from nemo_llm.optim.adamw import FusedAdamW
 
 
 def test_equals_pytorch_over_many_steps() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from nemo_llm.config import Fp8Config, MoeConfig
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 from nemo_llm.errors import NO_VALUE, ConfigError
-from nemo_llm.training.agreement import CHANGEABLE_KEYS, Change, check_agreement, compare_configs
-from nemo_llm.training.rundir import to_plain
+from nemo_llm.run.folder import to_plain
+from nemo_llm.run.resume_rules import CHANGEABLE_KEYS, Change, check_agreement, compare_configs
 
 HALF = "trainer.micro_batch_size=4"
 

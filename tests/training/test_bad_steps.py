@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 from nemo_llm.errors import ConfigError
-from nemo_llm.training.badstep import find_reason
+from nemo_llm.training.bad_steps import find_reason
 from tests.parity.layouts import model_overrides
 from tests.ranks import RankPool
 from tests.training.test_resume import ZERO1
@@ -20,11 +20,11 @@ def _train(overrides: tuple[str, ...], folder: str, bad_step: int | None, times:
     import torch
     import torch.distributed as dist
 
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
+    from nemo_llm.run.folder import to_plain, write_config
     from nemo_llm.training.checkpoint import save_checkpoint
     from nemo_llm.training.rollback import BadSteps
-    from nemo_llm.training.rundir import to_plain, write_config
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import train_step
 

@@ -15,11 +15,11 @@ SAID = "<|im_start|>user\nSay so.<|im_end|>\n<|im_start|>assistant\n"
 def one_step(folder: str, template: str, overrides: tuple[str, ...]) -> None:
     """Resume from what is there, train a step and save; adapters are exported besides."""
     from nemo_llm.checkpoint.folder import find_checkpoint
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
     from nemo_llm.peft.hf_format import export_adapter
+    from nemo_llm.run.folder import to_plain, write_config
     from nemo_llm.training.checkpoint import load_checkpoint, save_checkpoint
-    from nemo_llm.training.rundir import to_plain, write_config
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import train_step
 
@@ -66,8 +66,8 @@ def chats(folder: Path) -> Path:
 
 def said(tokenizer: Path) -> str:
     """A question as chat and generation write it with the tokenizer of a checkpoint."""
-    from nemo_llm.data.tokenizer import load_tokenizer_from_folder
     from nemo_llm.inference.prompts import load_chat_prompts
+    from nemo_llm.tokenizers.tokenizer import load_tokenizer_from_folder
 
     loaded = load_tokenizer_from_folder(tokenizer)
     return loaded.decode(load_chat_prompts(loaded, tokenizer, None).encode(TURN[:1]))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_llm.config.services import ExpManagerConfig
+from nemo_llm.config.sections.run_services import ExpManagerConfig
 from nemo_llm.errors import ConfigError
-from nemo_llm.training.experiment import LOG_FOLDER, ExperimentLogger, ExperimentRun, start_experiment
+from nemo_llm.run.experiment_loggers import LOG_FOLDER, ExperimentLogger, ExperimentRun, start_experiment
 
 RUN_FILES = {"config.yaml": "trainer: {}\n", "metrics.jsonl": '{"step": 1}\n', "exit.json": "{}"}
 
@@ -118,7 +118,7 @@ def test_nemo_of_the_pinned_minor_still_cannot_make_an_mlflow_logger(run_dir):
     from nemo.package_info import __version__ as version
     from nemo.utils.exp_manager import exp_manager
 
-    from nemo_llm.training.experiment import _SoloTrainer
+    from nemo_llm.run.experiment_loggers import _SoloTrainer
 
     assert version.startswith("3.0."), "read the adapter's comments again before another minor is allowed"
     arguments = {"explicit_log_dir": str(run_dir / LOG_FOLDER), "name": "a", "create_tensorboard_logger": False}
@@ -213,8 +213,8 @@ def test_a_failing_backend_warns_is_dropped_and_ends_nothing(caplog):
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from nemo_llm.config.services import ExpManagerConfig
-from nemo_llm.training.experiment import ExperimentRun, start_experiment
+from nemo_llm.config.sections.run_services import ExpManagerConfig
+from nemo_llm.run.experiment_loggers import ExperimentRun, start_experiment
 asked = ExpManagerConfig(**json.loads(sys.argv[2]))
 run = ExperimentRun(run_dir=Path(sys.argv[1]), name="a-run", rank=0, max_steps=1, resume_step=0)
 experiment = start_experiment(asked, run)

@@ -10,12 +10,12 @@ import sys
 import pytest
 
 from nemo_llm.checkpoint.folder import fsync, is_complete, writing
-from nemo_llm.training.files import write_atomic
+from nemo_llm.storage.atomic_files import write_atomic
 
 WRITER = """
 import itertools, sys
 from pathlib import Path
-from nemo_llm.training.files import write_atomic
+from nemo_llm.storage.atomic_files import write_atomic
 for number in itertools.count():
     write_atomic(Path(sys.argv[1]), f"{number}\\n" * 20_000)
     print(number, flush=True)

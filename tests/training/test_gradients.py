@@ -29,9 +29,9 @@ def _gradients(options: list[str]) -> tuple[int, int, list[str]]:
     """Marked parameters, others, and the names of those whose gradient is not the one that is added to zeros."""
     import torch
 
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
+    from nemo_llm.optim.gradients import forget_gradients
     from nemo_llm.parallel.runtime import start_runtime
-    from nemo_llm.training.gradients import forget_gradients
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import forward_backward
 
@@ -88,9 +88,9 @@ def _untouched() -> list[float]:
     """What a marked gradient holds after a step that did not use its weight."""
     import torch
 
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
+    from nemo_llm.optim.gradients import forget_gradients, zero_untouched
     from nemo_llm.parallel.runtime import start_runtime
-    from nemo_llm.training.gradients import forget_gradients, zero_untouched
     from nemo_llm.training.setup import build_training_run
 
     cfg = compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "exp_manager.enabled=false"])

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 from nemo_llm.errors import ConfigError
-from nemo_llm.training.evaluation import read_evaluation
+from nemo_llm.training.evaluate_in_loop import read_evaluation
 from tests.ranks import RankPool
 
 SIZES = [
@@ -34,7 +34,7 @@ def steps_with_and_without(folder: str) -> list[list[float]]:
     import torch
 
     from nemo_llm.parallel.runtime import start_runtime
-    from nemo_llm.training.evaluation import read_evaluation
+    from nemo_llm.training.evaluate_in_loop import read_evaluation
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import train_step
 
@@ -56,7 +56,7 @@ def steps_with_and_without(folder: str) -> list[list[float]]:
 
 def figures_on(folder: str, overrides: list[str]) -> dict[str, float]:
     from nemo_llm.parallel.runtime import start_runtime
-    from nemo_llm.training.evaluation import read_evaluation
+    from nemo_llm.training.evaluate_in_loop import read_evaluation
     from nemo_llm.training.setup import build_training_run
 
     cfg = compose(keys(folder, *overrides))

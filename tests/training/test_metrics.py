@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_llm.training.metrics import MetricsFile, StepRow, ValidationRow, progress_line, read_metrics
-from nemo_llm.training.throughput import Peak, Throughput
+from nemo_llm.run.metrics import MetricsFile, StepRow, ValidationRow, progress_line, read_metrics
+from nemo_llm.run.throughput import Peak, Throughput
 
 # The contract with readers of the file: a change here is a change of the documented format.
 STEP_KEYS = [
@@ -115,7 +115,7 @@ WRITER = """
 import itertools, sys
 from pathlib import Path
 from test_metrics import step_row
-from nemo_llm.training.metrics import MetricsFile
+from nemo_llm.run.metrics import MetricsFile
 file = MetricsFile(Path(sys.argv[1]))
 for step in itertools.count(1):
     file.append(step_row(step))

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from nemo_llm.config.load import compose
-from nemo_llm.config.optim import MuonConfig
+from nemo_llm.config.compose.load import compose
+from nemo_llm.config.sections.optim import MuonConfig
+from nemo_llm.optim.muon import GroupPlace, Matrix, Muon, Piece, orthogonalize
 from nemo_llm.parallel.runtime import own_runtime
-from nemo_llm.training.muon import GroupPlace, Matrix, Muon, Piece, orthogonalize
 from tests.parity.layouts import DENSE, MOE, Layout, train_losses
 from tests.ranks import RankPool
 
@@ -92,13 +92,13 @@ def test_muon_learns_otherwise_than_adamw(ranks: RankPool, single: dict) -> None
 
 def losses_in_small_windows(overrides: tuple[str, ...]) -> list:
     """`train_losses` of two layers' worth of windows: parameters are cut, and several share a window."""
-    from nemo_llm.training import host_moments
+    from nemo_llm.optim import host_offload
 
-    usual, host_moments._WINDOW_ELEMENTS = host_moments._WINDOW_ELEMENTS, 5000
+    usual, host_offload._WINDOW_ELEMENTS = host_offload._WINDOW_ELEMENTS, 5000
     try:
         return train_losses("gpt_tiny", overrides, ("performance.offload_optimizer_moments=true", "precision=bf16"))
     finally:
-        host_moments._WINDOW_ELEMENTS = usual
+        host_offload._WINDOW_ELEMENTS = usual
 
 
 def test_windows_change_no_bit_of_sharded_moments(ranks: RankPool) -> None:

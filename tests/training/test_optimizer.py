@@ -1,4 +1,4 @@
-"""Gradients and weights that the optimizer is told of once, against Megatron's own look-up and copies in each step."""
+"""Gradients and weights that the build is told of once, against Megatron's own look-up and copies in each step."""
 
 import pytest
 
@@ -29,7 +29,7 @@ REPLACED = (
 def _three_steps(options: list[str], plainly: bool) -> tuple[list, dict, int]:
     """Losses and gradient norms, the weights, and how many methods of Megatron's were replaced."""
     from nemo_llm.checkpoint.optimizer_state import optimizer_parts, owned_ranges
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import train_step
@@ -64,13 +64,13 @@ def test_equals_megatrons_own_walks(ranks: RankPool, case: str) -> None:
 def test_neighbours_in_a_buffer_are_joined() -> None:
     import torch
 
-    from nemo_llm.training import optimizer
+    from nemo_llm.optim import build
 
     buffer, other = torch.arange(100.0), torch.ones(7)
     views = [buffer[10:30].view(4, 5), buffer[40:50], other, buffer[30:40]]
-    joined = optimizer._joined(views)
+    joined = build._joined(views)
     assert sorted(t.numel() for t in joined) == [7, 40]
     (whole,) = (t for t in joined if t.numel() == 40)
     assert whole.equal(buffer[10:50])
     assert whole.data_ptr() == buffer[10:].data_ptr()
-    assert len(optimizer._joined([buffer[:10], buffer[11:20]])) == 2
+    assert len(build._joined([buffer[:10], buffer[11:20]])) == 2

@@ -9,7 +9,7 @@ def _frames() -> list[int]:
     from megatron.core.utils import unwrap_model
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import train_step

@@ -16,10 +16,10 @@ def _train(model: str, overrides: tuple[str, ...], folder: str, save_at: int | N
 
     from nemo_llm.checkpoint.folder import find_checkpoint
     from nemo_llm.checkpoint.manifest import verify
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
+    from nemo_llm.run.folder import to_plain, write_config
     from nemo_llm.training.checkpoint import load_checkpoint, save_checkpoint
-    from nemo_llm.training.rundir import to_plain, write_config
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import train_step
 
@@ -138,7 +138,7 @@ def test_a_damaged_file_is_named(ranks: RankPool, tmp_path: Path) -> None:
 
 def _start_from(overrides: tuple[str, ...], folder: str) -> tuple[int, float, int]:
     """Step after resume.resume, the loss of the next step, and the updates that the optimizer had counted before."""
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
     from nemo_llm.training.resume import resume
     from nemo_llm.training.setup import build_training_run

@@ -55,7 +55,7 @@ def write_data(folder: Path) -> None:
 
 
 def _config(folder: str, form: str, *overrides: str) -> Any:
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
 
     return compose(
         [

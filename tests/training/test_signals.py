@@ -10,7 +10,7 @@ import time
 import pytest
 
 from nemo_llm.errors import ExitCode
-from nemo_llm.training.signals import StopSignals
+from nemo_llm.resilience.stop_signals import StopSignals
 
 
 class Clock:
@@ -104,7 +104,7 @@ def test_stop_file_ends_the_run_once_and_is_looked_for_once_a_second(tmp_path):
 
 CHILD = """
 import time
-from nemo_llm.training.signals import StopSignals
+from nemo_llm.resilience.stop_signals import StopSignals
 with StopSignals(None, None) as stop:
     print("ready", flush=True)
     while stop.signal_count < 2:

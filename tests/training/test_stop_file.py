@@ -10,10 +10,10 @@ def run_until_stopped(folder: str) -> tuple[ExitCode, int]:
     """How training ended on this rank, and after how many steps."""
     import torch.distributed as dist
 
-    from nemo_llm.config.load import compose
+    from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
+    from nemo_llm.run.folder import to_plain, write_config
     from nemo_llm.training.loop import train
-    from nemo_llm.training.rundir import to_plain, write_config
     from nemo_llm.training.setup import build_training_run
 
     cfg = compose([

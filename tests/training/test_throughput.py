@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemo_llm.training.throughput import FlopsPerToken, Peak, ThroughputMeter
+from nemo_llm.run.throughput import FlopsPerToken, Peak, ThroughputMeter
 
 
 def meter(warmup_steps=0, num_devices=1, peak=None, causal=6e9, full=8e9):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nemo_llm.errors import InputError
-from nemo_llm.training.closing import beside_unigram
+from nemo_llm.training.lifecycle import beside_unigram
 from nemo_llm.training.unigram import count_tokens, unigram_entropy_nats
 
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from nemo_llm.config.load import compose
-from nemo_llm.training.progress import Progress, StepPhase
-from nemo_llm.training.watchdog import RankState, Watchdog, name_late_rank, straggler_report, time_limits
+from nemo_llm.config.compose.load import compose
+from nemo_llm.resilience.phase import Progress, StepPhase
+from nemo_llm.resilience.watchdog import RankState, Watchdog, name_late_rank, straggler_report, time_limits
 from tests.ranks import RankPool
 from tests.test_architecture import ROOT
 
 SCRIPT = """
 import os, sys, time
-from nemo_llm.config.entry import run_entry_point
+from nemo_llm.config.commands.entry_train import run_entry_point
 from nemo_llm.training import setup
 
 def main(cfg):
@@ -115,10 +115,10 @@ def test_a_step_that_outlasts_the_notice_ends_at_the_deadline(tmp_path: Path) ->
 FROZEN = """
 import os, sys, time
 import torch, torch.distributed as dist
-from nemo_llm.config.load import compose
-from nemo_llm.training.progress import StepPhase, Progress
-from nemo_llm.training.signals import StopSignals
-from nemo_llm.training.watchdog import Watchdog
+from nemo_llm.config.compose.load import compose
+from nemo_llm.resilience.phase import StepPhase, Progress
+from nemo_llm.resilience.stop_signals import StopSignals
+from nemo_llm.resilience.watchdog import Watchdog
 
 dist.init_process_group("gloo")
 rank, folder = dist.get_rank(), __import__("pathlib").Path(sys.argv[1])
@@ -194,11 +194,11 @@ def test_a_frozen_rank_0_under_torchrun_is_named(tmp_path: Path) -> None:
 LONG = """
 import sys, time
 from pathlib import Path
-from nemo_llm.config.load import compose
+from nemo_llm.config.compose.load import compose
 import torch.distributed as dist
-from nemo_llm.training.progress import StepPhase, Progress
-from nemo_llm.training.signals import StopSignals
-from nemo_llm.training.watchdog import Watchdog
+from nemo_llm.resilience.phase import StepPhase, Progress
+from nemo_llm.resilience.stop_signals import StopSignals
+from nemo_llm.resilience.watchdog import Watchdog
 
 dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1] + "/store", 1), rank=0, world_size=1)
 limits = ["trainer.step_timeout_minutes=0.02", "evaluation.timeout_minutes=" + sys.argv[2]]
@@ -281,7 +281,7 @@ def test_the_rank_that_waits_for_nobody_is_late() -> None:
     waits = "torch/distributed/distributed_c10d.py:1 in all_reduce"
     states = [
         RankState(0, 5, "forward and backward", 9.0, (waits,)),
-        RankState(1, 5, "forward and backward", 9.0, ("nemo_llm/models/attention.py:1 in forward",)),
+        RankState(1, 5, "forward and backward", 9.0, ("nemo_llm/models/layers/attention.py:1 in forward",)),
         RankState(2, 5, "update", 9.0, (waits,)),
     ]
     assert "rank 1 is late" in name_late_rank(states, 3, 9.0)

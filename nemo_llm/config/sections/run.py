@@ -1,0 +1,42 @@
+"""`RunConfig`: the whole configuration of a training run, as frozen dataclasses."""
+
+from dataclasses import dataclass
+
+from nemo_llm.config.sections.data import DataConfig
+from nemo_llm.config.sections.fields import Section
+from nemo_llm.config.sections.model import ModelConfig
+from nemo_llm.config.sections.optim import OptimConfig
+from nemo_llm.config.sections.parallelism import ParallelismConfig
+from nemo_llm.config.sections.peft import PeftConfig
+from nemo_llm.config.sections.performance import PerformanceConfig
+from nemo_llm.config.sections.precision import PrecisionConfig
+from nemo_llm.config.sections.run_services import (
+    CheckpointConfig,
+    ClusterConfig,
+    EvaluationConfig,
+    ExpManagerConfig,
+    SampleConfig,
+    TaskConfig,
+)
+from nemo_llm.config.sections.trainer import RunSection, TrainerConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig(Section):
+    """A whole run. Values come from ``conf/`` and the command line alone; no field has a default of its own."""
+
+    run: RunSection
+    trainer: TrainerConfig
+    model: ModelConfig
+    parallelism: ParallelismConfig
+    precision: PrecisionConfig
+    performance: PerformanceConfig
+    optim: OptimConfig
+    data: DataConfig
+    task: TaskConfig
+    checkpoint: CheckpointConfig
+    exp_manager: ExpManagerConfig
+    cluster: ClusterConfig
+    sample: SampleConfig
+    evaluation: EvaluationConfig
+    peft: PeftConfig | None

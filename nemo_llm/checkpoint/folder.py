@@ -5,8 +5,6 @@
 What conversion makes has the same form, at step 0 and with weights alone.
 """
 
-import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ except ImportError:  # PyYAML without libyaml
 
 from nemo_llm.checkpoint.manifest import COMPLETE, manifest_digest, verify, write_manifest
 from nemo_llm.errors import CheckpointNotFoundError, InputError
+from nemo_llm.storage.atomic_files import fsync
 
 __all__ = ["verify"]  # defined beside the manifest; users of a folder look for it here
 
@@ -154,16 +153,3 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a mapping of sections, received {type(config).__name__}")
     return config
-
-
-def fsync(path: Path) -> None:
-    """Bring a file, or the entries of a folder where its file system can do that, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems refuse it on a folder.
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
-            raise
-    finally:
-        os.close(descriptor)

@@ -1,1 +1,0 @@
-"""Triton kernels that import nothing of the house."""

@@ -1,8 +1,8 @@
 """Triton kernels for many small experts at once: grouped products, weighted SwiGLU, and the sum of a token's rows.
 
-The rows of all experts lie one behind the other (models/layers/experts.py tells how), and each product of all experts is one
-launch. Nothing asks the GPU for a number of rows, so the host never waits. Each expert keeps a weight of its own, as
-checkpoints have it: a kernel finds weight ``e`` at ``first weight + offsets[e]`` elements.
+The rows of all experts lie one behind the other (models/layers/experts.py tells how), and each product of all experts
+is one launch. Nothing asks the GPU for a number of rows, so the host never waits. Each expert keeps a weight of its
+own, as checkpoints have it: a kernel finds weight ``e`` at ``first weight + offsets[e]`` elements.
 
 Imported where a GPU is used alone. Checked against float64 in Triton's interpreter (tests/models/test_kernels.py) and
 on a GPU (``python -m tests.models.kernel_checks cuda experts``).

@@ -1,9 +1,8 @@
 """Small files that survive a crash: either the old content or the new one, never half of it."""
 
+import errno
 import os
 from pathlib import Path
-
-from nemo_llm.checkpoint.folder import fsync
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -22,3 +21,16 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Bring a file, or the entries of a folder where its file system can do that, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems refuse it on a folder.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(descriptor)

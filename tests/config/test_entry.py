@@ -139,7 +139,8 @@ def test_help_lists_groups_and_keys(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_and_import_are_quick_and_without_torch(tmp_path: Path) -> None:
-    code = "import sys\nfrom nemo_llm.config.commands.entry_train import run_entry_point\nrun_entry_point(lambda cfg: None)\n"
+    code = "import sys\nfrom nemo_llm.config.commands.entry_train import run_entry_point\n"
+    code += "run_entry_point(lambda cfg: None)\n"
     code += "assert not {'torch', 'hydra', 'pydantic', 'megatron'} & set(sys.modules)\n"
     seconds = []
     for _ in range(3):

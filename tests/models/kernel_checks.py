@@ -388,7 +388,7 @@ def dense(
 
 
 def flex_case(sizes: tuple[int, ...], documents: bool, window: int | None, cap: float | None) -> float:
-    """FlexAttention as models/layers/flex_attention.py calls it, with gradients; ``sizes`` = (b, n, g, sq, sk, d), bf16."""
+    """As models/layers/flex_attention.py calls it, with gradients; ``sizes`` = (b, n, g, sq, sk, d), bf16."""
     from nemo_llm.models.layers.flex_attention import attend
 
     torch.compiler.reset()  # more cases than torch.compile keeps of one function
@@ -496,7 +496,7 @@ def kernels_not_warmed(device: str) -> set[str]:
     launched = set()
     wanted = {
         (module, name): kernel
-        for module in (kernels, qkv_split_rotary, cross_entropy_inplace, embedding_gradient, fp8_quantize, adamw)
+        for module in (norm_swiglu, qkv_split_rotary, cross_entropy_inplace, embedding_gradient, fp8_quantize, adamw)
         for name, kernel in vars(module).items()
         if hasattr(kernel, "run") and not isinstance(kernel, type) and f"{name}[" in inspect.getsource(module)
     }

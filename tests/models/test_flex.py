@@ -119,7 +119,7 @@ def test_flex_is_for_masks_of_training(
 
 
 def _asked_for(options: list[str]) -> tuple[list[tuple], list[tuple]]:
-    """What a training step asks of `flex_attention.attend`, and what is compiled ahead for it, as a GPU would do both."""
+    """What a training step asks of `flex_attention.attend`, and what is compiled ahead, as a GPU would do both."""
     from nemo_llm.config.compose.load import compose
     from nemo_llm.models.warm_kernels import run_flex
     from nemo_llm.parallel.runtime import start_runtime

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from nemo_llm.checkpoint.folder import fsync, is_complete, writing
-from nemo_llm.storage.atomic_files import write_atomic
+from nemo_llm.checkpoint.folder import is_complete, writing
+from nemo_llm.storage.atomic_files import fsync, write_atomic
 
 WRITER = """
 import itertools, sys

@@ -23,8 +23,8 @@ from nemo_llm.corpus.prepare.counts import StepCounts, check_stage
 from nemo_llm.corpus.prepare.pipeline import build_steps
 from nemo_llm.corpus.prepare.plan import PreparePlan, Stage
 from nemo_llm.corpus.prepare.publish import published
-from nemo_llm.data.index.worker import end_with
 from nemo_llm.errors import InputError, NemoLlmError
+from nemo_llm.processes import end_with
 from nemo_llm.storage.build_cache import write_json_atomically
 from nemo_llm.storage.build_lock import build_lock
 

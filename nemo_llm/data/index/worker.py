@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from nemo_llm.corpus.shards import Shard, is_stream, read_shard
 from nemo_llm.data.index.format import token_dtype
 from nemo_llm.data.index.plan import IndexSettings
 from nemo_llm.errors import InputError
+from nemo_llm.processes import end_with
 from nemo_llm.tokenizers.document_encoder import DocumentEncoder, build_encoder
 from nemo_llm.tokenizers.tokenizer import load_tokenizer
 
@@ -181,10 +181,3 @@ def start_worker(settings: IndexSettings, cache: Path, fast: bool, parent: int) 
 def run_in_worker(shard: Shard, stem: Path) -> ShardReport:
     """Tokenise one shard in a worker process."""
     return _worker[0].run(shard, stem)
-
-
-def end_with(parent: int) -> None:
-    """End this process soon after its parent has ended, however that ended; runs in a thread."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)

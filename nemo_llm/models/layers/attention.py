@@ -36,8 +36,9 @@ class CoreAttention(MegatronModule):
         cp_comm_type: ``a2a`` (heads exchanged for sequence, Ulysses) or ``all_gather`` (keys and values gathered).
         pg_collection: Megatron's process groups.
         logit_softcapping: ``cap * tanh(logits / cap)`` before the softmax (Gemma 2, arXiv:2408.00118), or None.
-        flex_length: on CUDA, windows, documents and caps of samples of this length by models/layers/flex_attention.py, which makes no
-            matrix of all scores and is compiled for each length; None: never.
+        flex_length: on CUDA, windows, documents and caps of samples of this length by FlexAttention
+            (models/layers/flex_attention.py), which makes no matrix of all scores and is compiled for each length;
+            None: never.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """AdamW of many tensors in one launch, which writes the 16-bit weights of the model as well.
 
 An update reads the weight in fp32, its gradient and both moments once, and writes all but the gradient: 28 bytes a
-weight, and 2 for its 16-bit copy. The arithmetic is that of PyTorch's fused AdamW on CUDA, operation by operation,
-double precision where that has it, so that the results are the same bits.
+weight, and 2 for its 16-bit copy. The arithmetic is that of PyTorch's fused AdamW on CUDA (2.11 to 2.13), operation by
+operation, so that the results are the same bits.
 
 Checked in Triton's interpreter (tests/models/test_kernels.py) and against PyTorch on a GPU
 (``python -m tests.models.kernel_checks cuda adamw``).
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-_CHUNK = 1 << 15  # elements that one program updates
+_CHUNK = 1 << 13  # elements that one program updates
 _VECTOR = 4  # elements that a thread reads at once where every tensor allows it
 
 
@@ -30,14 +30,15 @@ class Rule:
     weight_decay: float
     divisor: float = 1.0
 
-    def numbers(self, device: torch.device) -> torch.Tensor:
-        """``[9]`` float64 on the device, as the kernel reads them. The host does not wait for the copy."""
-        first, second = self.betas
-        rounded = torch.tensor([1.0 - first**self.step, (1.0 - second**self.step) ** 0.5], dtype=torch.float32).tolist()
-        numbers = [self.divisor, self.lr * self.weight_decay, first, 1.0 - first, second, 1.0 - second]
-        numbers += [self.lr / rounded[0], rounded[1], self.eps]
-        pinned = torch.tensor(numbers, dtype=torch.float64, pin_memory=device.type == "cuda")
-        return pinned.to(device, non_blocking=True)
+    def numbers(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[7]`` and ``[2]`` float32 on the device: these settings, and what is missing from the moments.
+
+        The host does not wait for them. Powers are the device's, whose last bit is another than the host's.
+        """
+        settings = [self.divisor, self.lr, self.weight_decay, self.eps, *self.betas, float(self.step)]
+        numbers = torch.tensor(settings, dtype=torch.float32, pin_memory=device.type == "cuda")
+        numbers = numbers.to(device, non_blocking=True)
+        return numbers, 1.0 - numbers[4:6] ** numbers[6]
 
 
 class AdamWPass:
@@ -66,7 +67,7 @@ class AdamWPass:
             *self._firsts[:4],
             self._firsts[-1],
             self._chunks,
-            rule.numbers(self._chunks.device),
+            *rule.numbers(self._chunks.device),
             count,
             HALF=len(self._firsts) == 5,
             VECTOR=_VECTOR if self._aligned else 1,
@@ -90,12 +91,13 @@ def _adamw(
     half,
     chunks,
     numbers,
+    corrections,
     count,
     HALF: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Operations as in PyTorch's adam_math: products and sums in double, roots and quotients in float.
+    # Operations and their order as in PyTorch's adam_math: quotients and roots are rounded to nearest.
     place = chunks + tl.program_id(0)
     size = tl.multiple_of(tl.load(place), VECTOR)
     weight += tl.multiple_of(tl.load(place + count), VECTOR)
@@ -104,25 +106,23 @@ def _adamw(
     second += tl.multiple_of(tl.load(place + 4 * count), VECTOR)
     if HALF:
         half += tl.multiple_of(tl.load(place + 5 * count), VECTOR)
-    divisor = tl.load(numbers).to(tl.float32)
-    decay = tl.load(numbers + 1)
-    keep_first, take_first = tl.load(numbers + 2), tl.load(numbers + 3)
-    keep_second, take_second = tl.load(numbers + 4), tl.load(numbers + 5)
-    step_size, root_correction = tl.load(numbers + 6).to(tl.float32), tl.load(numbers + 7).to(tl.float32)
-    eps = tl.load(numbers + 8)
+    divisor, lr, eps = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 3)
+    decay = lr * tl.load(numbers + 2)
+    keep_first, keep_second = tl.load(numbers + 4), tl.load(numbers + 5)
+    step_size = tl.div_rn(lr, tl.load(corrections))
+    correction = tl.sqrt_rn(tl.load(corrections + 1))
     for begin in range(0, size, BLOCK):
         at = begin + tl.arange(0, BLOCK)
         inside = at < size
-        w = tl.load(weight + at, inside, 0.0).to(tl.float64)
+        w = tl.load(weight + at, inside, 0.0)
         g = tl.load(gradient + at, inside, 0.0)
-        m = tl.load(first + at, inside, 0.0).to(tl.float64)
-        v = tl.load(second + at, inside, 0.0).to(tl.float64)
-        g = tl.div_rn(g, divisor + tl.zeros_like(g)).to(tl.float64)
-        w = (w - decay * w).to(tl.float32)
-        m = (keep_first * m + take_first * g).to(tl.float32)
-        v = (keep_second * v + take_second * g * g).to(tl.float32)
-        root = tl.div_rn(tl.sqrt_rn(v), root_correction + tl.zeros_like(v))
-        w -= tl.div_rn(step_size * m, (root.to(tl.float64) + eps).to(tl.float32))
+        m = tl.load(first + at, inside, 0.0)
+        v = tl.load(second + at, inside, 0.0)
+        g = tl.div_rn(g, divisor + tl.zeros_like(g))
+        w = tl.fma(-decay, w, w)
+        m = tl.fma(keep_first, m, tl.fma(-keep_first, g, g))
+        v = tl.fma(keep_second, v, tl.fma(-keep_second, g * g, g * g))
+        w -= tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), correction + tl.zeros_like(v)) + eps)
         tl.store(weight + at, w, inside)
         tl.store(first + at, m, inside)
         tl.store(second + at, v, inside)

@@ -73,19 +73,19 @@ class FusedAdamW(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("FusedAdamW takes no closure")
         for number, group in enumerate(self.param_groups):
-            parameters = [p for p in group["params"] if p.grad is not None and p.numel() > 0 and self._by_adamw(p)]
             group["step"] = int(group.get("step", 0)) + 1
-            if not parameters:
-                continue
-            if self._host is not None:
-                self.moments(parameters[0])  # the first time it makes those of all
-                self._host.update(parameters, partial(self._update, group))
+            if self._host is None and any(p.is_cuda for p in group["params"][:1]):
+                self._launch(number)
+            elif parameters := self._updated(group):
+                if self._host is None:
+                    self._update(group, self._lists(parameters))
+                else:
+                    self.moments(parameters[0])  # the first time it makes those of all
+                    self._host.update(parameters, partial(self._update, group))
                 self.copy_to_halves(parameters)
-            elif parameters[0].is_cuda:
-                self._launch(number, parameters)
-            else:
-                self._update(group, self._lists(parameters))
-                self.copy_to_halves(parameters)
+
+    def _updated(self, group: dict[str, Any]) -> list[torch.Tensor]:
+        return [p for p in group["params"] if p.grad is not None and p.numel() > 0 and self._by_adamw(p)]
 
     def copy_to_halves(self, parameters: list[torch.Tensor]) -> None:
         """Write these parameters to their 16-bit copies, where they have any."""
@@ -96,18 +96,20 @@ class FusedAdamW(torch.optim.Optimizer):
         first, second = zip(*(self.moments(parameter).values() for parameter in parameters), strict=True)
         return parameters, [p.grad for p in parameters], list(first), list(second)
 
-    def _launch(self, number: int, parameters: list[torch.Tensor]) -> None:
-        """Update parameters of the group with this number by the kernel, those with 16-bit copies apart."""
+    def _launch(self, number: int) -> None:
+        """Update the group with this number by the kernel, the parameters with 16-bit copies apart."""
         from nemo_llm.kernels.adamw import AdamWPass, Rule
 
-        group, gradients = self.param_groups[number], [p.grad for p in parameters]
+        group = self.param_groups[number]
+        gradients = [parameter.grad for parameter in group["params"]]
         known = self._launches.get(number)
         if known is None or not known.fit(self.state, gradients):
-            self._launches[number] = known = _Launches(self.state, gradients, [])
+            passes = []
             for halves in (True, False):
-                if alike := [p for p in parameters if (p in self.halves) == halves]:
+                if alike := [p for p in self._updated(group) if (p in self.halves) == halves]:
                     copies = [[self.halves[p] for p in alike]] if halves else []
-                    known.passes.append(AdamWPass([*self._lists(alike), *copies]))
+                    passes.append(AdamWPass([*self._lists(alike), *copies]))
+            self._launches[number] = known = _Launches(self.state, gradients, passes)
         settings = {name: group[name] for name in ("step", "lr", "betas", "eps", "weight_decay")}
         for one in known.passes:
             one.run(Rule(**settings, divisor=1.0 / self.gradient_factor))

@@ -271,19 +271,21 @@ def _adamw_of_pytorch(lists: list[list[torch.Tensor]], rule: Any) -> list[list[t
 
 
 def _adamw_of_numpy(lists: list[list[torch.Tensor]], rule: Any) -> list[list[torch.Tensor]]:
-    """Products and sums in double, roots and quotients in float: PyTorch's own quotients by a scalar are products."""
-    (keep, keep_square), single, double = rule.betas, np.float32, np.float64
-    step_size = single(rule.lr / double(single(1.0 - keep**rule.step)))
-    correction = single((1.0 - keep_square**rule.step) ** 0.5)
+    """In float32, each operation rounded: PyTorch's own roots and quotients on a CPU are not, and so differ."""
+    divisor, lr, decay, eps = (np.float32(x) for x in (rule.divisor, rule.lr, rule.weight_decay, rule.eps))
+    betas = torch.tensor(rule.betas, dtype=torch.float32)
+    keep, keep_square = betas.numpy()
+    correction, square_correction = (1.0 - betas ** torch.tensor(float(rule.step))).numpy()
     results = []
     for tensors in zip(*lists, strict=True):
         w, g, m, v = (x.numpy() for x in tensors)
-        exact = (g / single(rule.divisor)).astype(double)
-        w = (w.astype(double) - rule.lr * rule.weight_decay * w.astype(double)).astype(single)
-        m = (keep * m.astype(double) + (1.0 - keep) * exact).astype(single)
-        v = (keep_square * v.astype(double) + (1.0 - keep_square) * exact * exact).astype(single)
-        root = ((np.sqrt(v) / correction).astype(double) + rule.eps).astype(single)
-        results.append([torch.from_numpy(x) for x in (w - step_size * m / root, g, m, v)])
+        exact = g / divisor
+        square = exact * exact
+        w = w - lr * decay * w
+        m = keep * m + (exact - keep * exact)
+        v = keep_square * v + (square - keep_square * square)
+        update = lr / correction * m / (np.sqrt(v) / np.sqrt(square_correction) + eps)
+        results.append([torch.from_numpy(x) for x in (w - update, g, m, v)])
     return [list(tensors) for tensors in zip(*results, strict=True)]
 
 
@@ -306,7 +308,7 @@ def adamw_optimizer_case(device: str) -> float:
             other.grad = mine.grad * 0.25
         for number, group in enumerate(optimizer.param_groups):
             group["step"] = step
-            optimizer._launch(number, group["params"])
+            optimizer._launch(number)
         reference.step()
     assert all(torch.equal(half, x.half()) for x, half in optimizer.halves.items())
     return max(error(mine, other.double()) for mine, other in zip(ours, others, strict=True))

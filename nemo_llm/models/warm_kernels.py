@@ -30,7 +30,7 @@ from nemo_llm.kernels.matmul import choose_kernels, shapes_of_linear
 from nemo_llm.log import get_logger
 from nemo_llm.models.language_model import LanguageModel
 from nemo_llm.models.layers import flex_attention
-from nemo_llm.models.layers.experts import ExpertProducts, routes_of_choices, routes_of_counts
+from nemo_llm.models.layers.experts import ExpertProducts, routes_of_choices, routes_of_counts, routes_of_map
 from nemo_llm.models.layers.linear import WholeLinear, weights_with_product
 from nemo_llm.models.layers.linear_cross_entropy import compile_for_loss
 from nemo_llm.models.layers.rope import rotate_fused
@@ -178,6 +178,8 @@ def _run_experts(cfg: RunConfig, tokens: int, like: dict) -> None:
     weights = [weight.requires_grad_() for weight in (fc1, fc1.clone(), fc2, fc2.clone())]
     x, share = torch.zeros(tokens, model.hidden_size, **like), torch.zeros(tokens, 2, device=like["device"])
     here = routes_of_choices(torch.zeros_like(share, dtype=torch.int64) + torch.arange(2, device=x.device), 2)
+    number = torch.arange(model.moe.num_moe_experts, device=x.device)
+    routes_of_map((number < model.moe.moe_router_topk).expand(tokens, -1), model.moe.moe_router_topk)
     sent = routes_of_counts(torch.tensor([tokens, 0]), x.device)
     for routes, shares in ((here, share), (sent, share[:, 0].contiguous())):
         for stale in (True, False):

@@ -30,12 +30,15 @@ LAYERS = {
     4: {"tasks", "peft", "inference", "evaluation", "run", "resilience"},
     5: {"training", "convert"},
 }
+# Modules that stand lower than their room: they know files, and no tensors.
+FILES_ALONE = ("checkpoint/folder.py", "checkpoint/manifest.py", "checkpoint/saved_run.py")
 # Rooms of the same layer that must not know each other.
 APART = ({"tasks", "peft", "inference", "evaluation", "planner"}, {"training", "convert"})
 # Rooms that could be a library of their own: they know nothing of the house but its errors and its log.
 ALONE = {"kernels", "storage"}
 MOST_MODULES = 22
 TORCH_FREE = (
+    *FILES_ALONE,
     "config",
     "families",
     "migrate",
@@ -101,25 +104,27 @@ def test_package_has_modules() -> None:
 
 
 def test_a_folder_is_small_enough_to_be_read() -> None:
-    folders = Counter(path.parent for path in MODULES if path.name != "__init__.py")
+    # Of migrations there is one more with every change of the configuration.
+    folders = Counter(path.parent for path in MODULES if path.name != "__init__.py" and "migrations" not in path.parts)
     assert not {relative(folder): number for folder, number in folders.items() if number > MOST_MODULES}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_imports_go_down(path: Path) -> None:
     part = part_of(path)
+    own_layer = 0 if relative(path) in FILES_ALONE else layer_of(part)
     wrong = []
     for name in imported_names(TREES[path]):
         pieces = name.split(".")
         if pieces[0] != "nemo_llm" or len(pieces) < 2 or pieces[1].startswith("__"):
             continue
         target = pieces[1]
-        upward = layer_of(target) > layer_of(part)
+        upward = layer_of(target) > own_layer and "/".join(pieces[1:3]) + ".py" not in FILES_ALONE
         sideways = target != part and any({target, part} <= rooms for rooms in APART)
         leaves = part in ALONE and target not in {part, "errors", "log"}
         if (upward or sideways or leaves) and part != "__init__":
             wrong.append(name)
-    assert not wrong, f"{relative(path)} (layer {layer_of(part)}) imports {sorted(set(wrong))}"
+    assert not wrong, f"{relative(path)} (layer {own_layer}) imports {sorted(set(wrong))}"
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if relative(p).startswith(TORCH_FREE)], ids=relative)
@@ -167,8 +172,53 @@ def names_configuration(node: ast.AST) -> bool:
     return isinstance(node, ast.Name) and node.id in {"cfg", "run_config", "model_config"}
 
 
+MUTATING = {"append", "appendleft", "add", "update", "clear", "pop", "popitem", "setdefault", "extend", "insert"}
+MUTATING |= {"remove", "discard", "move_to_end"}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_no_global_statement(path: Path) -> None:
+def test_functions_leave_module_level_names_alone(path: Path) -> None:
     """Module-level values are constants; what changes lives in objects that are handed on."""
-    found = [node.lineno for node in ast.walk(TREES[path]) if isinstance(node, ast.Global)]
-    assert not found, f"{relative(path)}: global at lines {found}"
+    tree = TREES[path]
+    constants = {name.id for node in tree.body for name in ast.walk(node) if is_stored(name) and in_module(node)}
+    found = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Global)]
+    for function in functions(tree):
+        arguments = {argument.arg for argument in ast.walk(function.args) if isinstance(argument, ast.arg)}
+        local = arguments | {node.id for node in ast.walk(function) if is_stored(node)}
+        found += [node.lineno for node in ast.walk(function) if names_of_changed(node) & (constants - local)]
+    assert not found, f"{relative(path)}: module-level names change at lines {sorted(set(found))}"
+
+
+def in_module(node: ast.stmt) -> bool:
+    return not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+
+
+def is_stored(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
+def names_of_changed(node: ast.AST) -> set[str]:
+    """Names whose value this node changes: ``x[...] = ``, ``x.y = ``, ``del x[...]``, ``x.append(...)``."""
+    changed: list[ast.AST] = []
+    if isinstance(node, ast.Subscript | ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+        changed = [node.value]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATING:
+        changed = [node.func.value]
+    names = set()
+    for value in changed:
+        while isinstance(value, ast.Subscript | ast.Attribute):
+            value = value.value
+        names |= {value.id} if isinstance(value, ast.Name) else set()
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_annotations_are_complete(path: Path) -> None:
+    """For mypy, which leaves the kernels out: Triton takes no Python type for a pointer. Their callers have types."""
+    for function in functions(TREES[path]):
+        if any("jit" in ast.unparse(decorator) for decorator in function.decorator_list):
+            continue
+        parameters = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        missing = [p.arg for p in parameters if p.annotation is None and p.arg not in {"self", "cls", "ctx"}]
+        missing += [] if function.returns or function.name == "__init__" else ["return"]
+        assert not missing, f"{relative(path)}:{function.lineno} {function.name}: {missing}"

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import yaml
 
+from nemo_llm.checkpoint.saved_run import TOKENIZER_FILE_NAME
 from nemo_llm.config.chat import ChatConfig
 from nemo_llm.config.compose.catalog import conf_dir
 from nemo_llm.config.sections.data import TokenizerConfig
@@ -25,7 +26,7 @@ from nemo_llm.data.index import inspect
 from nemo_llm.data.index.format import IndexedDataset
 from nemo_llm.data.sources.chats import list_unused, show_chats
 from nemo_llm.errors import ExitCode, InputError, NemoLlmError
-from nemo_llm.tokenizers.tokenizer import SAVED_CONFIG, Tokenizer, load_tokenizer, load_tokenizer_from_folder
+from nemo_llm.tokenizers.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_from_folder
 
 
 def main(arguments: list[str]) -> int:
@@ -188,7 +189,7 @@ def _tokenizer(name: str | None, prefix: str) -> Tokenizer:
     group = conf_dir() / "tokenizer" / f"{name}.yaml"
     if group.is_file():
         return load_tokenizer(TokenizerConfig(**yaml.safe_load(group.read_text(encoding="utf-8"))))
-    if (Path(name) / SAVED_CONFIG).is_file():
+    if (Path(name) / TOKENIZER_FILE_NAME).is_file():
         return load_tokenizer_from_folder(Path(name))
     demo = yaml.safe_load((conf_dir() / "tokenizer" / "demo.yaml").read_text(encoding="utf-8"))
     return load_tokenizer(TokenizerConfig(**(demo | {"name": name, "path": name})))

@@ -25,6 +25,10 @@ from nemo_llm.storage.atomic_files import fsync
 __all__ = ["verify"]  # defined beside the manifest; users of a folder look for it here
 
 CONFIG_FILE_NAME = "config.yaml"
+TRAINING_FILE_NAME = "training.json"
+TOKENIZER_FOLDER_NAME = "tokenizer"
+ADAPTER_FILE_NAME = "adapter.json"
+"""In checkpoints that hold an adapter alone; nemo_llm.peft.state writes it."""
 
 
 def begin(final: Path) -> Path:

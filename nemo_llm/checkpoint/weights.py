@@ -10,14 +10,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply
 from megatron.core.utils import unwrap_model
 
 from nemo_llm.checkpoint.collective_errors import raise_together
+from nemo_llm.checkpoint.folder import ADAPTER_FILE_NAME
 from nemo_llm.checkpoint.safe_load import check_safe, load_sharded, stored_shapes
 from nemo_llm.checkpoint.writer import StateWriter
 from nemo_llm.errors import CheckpointError
 from nemo_llm.log import get_logger
 from nemo_llm.models.layers.classification_head import HEAD_PREFIX
-
-ADAPTER_FILE_NAME = "adapter.json"
-"""In checkpoints that hold an adapter alone; nemo_llm.peft.state writes it."""
 
 _SHOWN = 6
 

@@ -8,14 +8,15 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from nemo_llm.checkpoint.folder import read_config, resolve_checkpoint, writing
+from nemo_llm.checkpoint.folder import ADAPTER_FILE_NAME, read_config, resolve_checkpoint, writing
 from nemo_llm.checkpoint.inspect import read_tensors
 from nemo_llm.checkpoint.new_tokens import NEW_TOKENS, new_tokens
 from nemo_llm.checkpoint.safe_load import load_sharded
-from nemo_llm.checkpoint.weights import ADAPTER_FILE_NAME, apply_model_state, model_state, save_weights
+from nemo_llm.checkpoint.saved_run import TOKENIZER_FILE_NAME
+from nemo_llm.checkpoint.weights import apply_model_state, model_state, save_weights
 from nemo_llm.convert.logit_check import float32_model, saved_model
 from nemo_llm.errors import InputError
-from nemo_llm.tokenizers.tokenizer import SAVED_CONFIG, HuggingFaceTokenizer, load_tokenizer_from_folder
+from nemo_llm.tokenizers.tokenizer import HuggingFaceTokenizer, load_tokenizer_from_folder
 
 Start = Literal["pieces", "mean"]
 _ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -95,7 +96,7 @@ def _write_tokenizer(old: HuggingFaceTokenizer, tokens: Sequence[str], folder: P
     from tokenizers import Tokenizer as Backend
 
     old.save(folder)
-    saved = json.loads((folder / SAVED_CONFIG).read_text(encoding="utf-8"))
+    saved = json.loads((folder / TOKENIZER_FILE_NAME).read_text(encoding="utf-8"))
     file = folder / saved["path"]
     backend = Backend.from_file(str(file))
     content = [AddedToken(token, normalized=False, special=special) for token in tokens]

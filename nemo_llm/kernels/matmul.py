@@ -10,7 +10,7 @@ Shapes: ``T`` tokens, ``i`` inputs and ``o`` outputs of the layer.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -23,8 +23,11 @@ _ROUNDS = 3
 _EXPECTED_FLOPS = 700e12  # a second; says how often a product fits into these
 _LEAST_FLOPS = 2e10  # below that it is not the product that takes the time
 
-# The chosen kernels of this process, which uses one device.
-_chosen: dict[Shape, Product] = {}
+
+@cache
+def _chosen_kernels(_device: torch.device) -> dict[Shape, Product]:
+    """What `choose_kernels` has kept for a device."""
+    return {}
 
 
 def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -112,7 +115,7 @@ def _weight_gradient(tokens: int, weight: torch.Tensor) -> Shape:
 
 
 def _find(shape: Shape, left: torch.Tensor, right: torch.Tensor, *out: torch.Tensor) -> Product | None:
-    product = _chosen.get(shape)
+    product = _chosen_kernels(left.device).get(shape)
     if product is None or left.dtype != torch.bfloat16 or right.dtype != torch.bfloat16:
         return None
     return product if product.fits(left, right, *out) else None
@@ -147,7 +150,7 @@ def _choose(shape: Shape, device: torch.device) -> Choice | None:
     after, product.chosen = min(zip(times, finalists, strict=True), default=(before, 0))
     if after > _MARGIN * before:
         return None
-    _chosen[shape] = product
+    _chosen_kernels(left.device)[shape] = product
     return Choice(shape, before, after)
 
 

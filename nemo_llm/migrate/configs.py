@@ -11,10 +11,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_llm.config.compose.catalog import known_keys, nearest
 from nemo_llm.errors import InputError
-from nemo_llm.migrate import tables as tables
 from nemo_llm.migrate.arguments import mentions
 from nemo_llm.migrate.rows import Imported, Row, short
 from nemo_llm.migrate.schedule import MEGATRON_SCHEDULE, NEMO_SCHEDULE, megatron_schedule, nemo_schedule
+from nemo_llm.migrate.tables import Tables, tables_of
 from nemo_llm.migrate.yaml import check_yaml, flatten, read_yaml
 
 
@@ -188,19 +188,20 @@ def import_nemo_model(path: Path) -> dict[str, Any]:
 
 def _changes_the_model(key: str) -> bool:
     """Whether a key of NeMo says something of what the weights compute."""
-    if key in tables.NEMO:
-        return tables.NEMO[key][0].startswith("model.")
-    training = key in tables.NEMO_TRAINING_ONLY or key.startswith(("model.optim.", "model.data.", "model.tokenizer."))
+    nemo = tables_of("nemo")
+    if key in nemo.keys:
+        return nemo.keys[key][0].startswith("model.")
+    training = key in nemo.training_only.split() or key.startswith(("model.optim.", "model.data.", "model.tokenizer."))
     return key.startswith("model.") and not training
 
 
 def _import_nemo(given: Mapping[str, Any]) -> Imported:
-    result = Imported()
+    result, nemo = Imported(), tables_of("nemo")
     with_experts = bool(given.get("model.num_moe_experts"))
     rest = {key: value for key, value in given.items() if key not in NEMO_SCHEDULE and key != _FUSION}
-    _translate(result, rest, (tables.NEMO, tables.NEMO_AS_HERE, tables.NEMO_LEFT))
-    defaults = {**tables.NEMO_DEFAULTS, **(tables.NEMO_MOE_DEFAULTS if with_experts else {})}
-    _fill(result, given, defaults, tables.NEMO)
+    _translate(result, rest, nemo)
+    defaults = {**nemo.defaults["always"], **(nemo.defaults["with_experts"] if with_experts else {})}
+    _fill(result, given, defaults, nemo)
     result.rows += nemo_schedule(given, result.keys)
     keys = result.keys
     activation, gated = _GLU[keys.pop("model.activation_func", "gelu")]
@@ -227,23 +228,23 @@ _TOGETHER = MEGATRON_SCHEDULE | {
 
 
 def _import_megatron(mentioned: Iterable[tuple[str, Any]]) -> Imported:
-    result = Imported()
+    result, megatron = Imported(), tables_of("megatron")
     given: dict[str, Any] = {}
     for name, value in mentioned:
         if given.setdefault(name, value) != value:
             rule = f"given before as {short(given[name])}, which was taken"
             result.rows.append(Row(name, value, "unmapped", rule))
     rest = {key: value for key, value in given.items() if key not in _TOGETHER}
-    _translate(result, rest, (tables.MEGATRON, tables.MEGATRON_AS_HERE, tables.MEGATRON_LEFT))
-    defaults = dict(tables.MEGATRON_DEFAULTS)
-    defaults |= tables.MEGATRON_MOE_DEFAULTS if given.get("num-experts") else {}
-    defaults |= tables.MEGATRON_FP8_DEFAULTS if "fp8-format" in given else {}
-    defaults |= tables.MEGATRON_FP16_DEFAULTS if "fp16" in given else {}
+    _translate(result, rest, megatron)
+    defaults = dict(megatron.defaults["always"])
+    defaults |= megatron.defaults["with_experts"] if given.get("num-experts") else {}
+    defaults |= megatron.defaults["with_fp8"] if "fp8-format" in given else {}
+    defaults |= megatron.defaults["with_fp16"] if "fp16" in given else {}
     defaults |= {"cp-comm-type": "p2p"} if given.get("context-parallel-size", 1) != 1 else {}
     defaults |= {"lr-wsd-decay-style": "exponential"} if given.get("lr-decay-style") == "WSD" else {}
     defaults |= {"split": "969,30,1"} if "data-path" in given else {}
-    _fill(result, given, defaults, tables.MEGATRON)
-    for key in tables.MEGATRON_REQUIRED:
+    _fill(result, given, defaults, megatron)
+    for key in megatron.required.split():
         if key not in given:
             result.rows.append(Row(key, None, "unmapped", "not given, and Megatron-LM needs it"))
     _precision(result, given)
@@ -374,16 +375,10 @@ def _derive(result: Imported, key: str, value: Any) -> None:
     result.rows.append(Row(key, value, "default", f"{key} = {value}"))
 
 
-def _translate(
-    result: Imported, given: Mapping[str, Any], known: tuple[tables.Table, Mapping[str, str], Mapping[str, str]]
-) -> None:
-    """A row for each key of ``given``, and what is translated into the keys of ``result``.
-
-    Args:
-        known: keys that are translated, keys that have to say what is done here anyway, and keys that are left.
-    """
-    table, as_here, left = known
-    reasons = {name: reason for reason, names in left.items() for name in names.split()}
+def _translate(result: Imported, given: Mapping[str, Any], known: Tables) -> None:
+    """A row for each key of ``given``, and what is translated into the keys of ``result``."""
+    table, as_here = known.keys, known.as_here
+    reasons = {name: reason for reason, names in known.left.items() for name in names.split()}
     for key, value in given.items():
         section = next((name for name in reasons if name.endswith(".*") and key.startswith(name[:-1])), key)
         if key in table:
@@ -402,11 +397,11 @@ def _translate(
             result.rows.append(Row(key, value, "unmapped", f"no counterpart is known{hint}"))
 
 
-def _fill(result: Imported, given: Mapping[str, Any], defaults: Mapping[str, Any], table: tables.Table) -> None:
+def _fill(result: Imported, given: Mapping[str, Any], defaults: Mapping[str, Any], known: Tables) -> None:
     """What holds there where the file says nothing; targets that some other key has set stay."""
     for key, value in defaults.items():
-        if key not in given and not any(target in result.keys for target in table[key][0].split(", ")):
-            row = _map(result.keys, key, value, table[key])
+        if key not in given and not any(target in result.keys for target in known.keys[key][0].split(", ")):
+            row = _map(result.keys, key, value, known.keys[key])
             result.rows.append(Row(key, value, "default", row.text))
 
 

@@ -1,6 +1,7 @@
 """Build this rank's part of a model: the chunks of its pipeline stage, initialised and ready to be wrapped."""
 
 import math
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import (
@@ -11,6 +12,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_llm.config import RunConfig
 from nemo_llm.config.checks.code_paths import fused_chunk_tokens
@@ -55,7 +57,14 @@ def _check_fp8_device(cfg: RunConfig, device: torch.device) -> None:
     raise ConfigError([Problem("precision.fp8", cfg.precision.fp8.fp8_recipe, rule, "choose precision=bf16")])
 
 
-def _build_chunk(cfg, runtime, config, backend, vp_stage, vocab_size) -> LanguageModel:
+def _build_chunk(
+    cfg: RunConfig,
+    runtime: ParallelRuntime,
+    config: TransformerConfig,
+    backend: Any,
+    vp_stage: int | None,
+    vocab_size: int,
+) -> LanguageModel:
     last_vp = (config.virtual_pipeline_model_parallel_size or 1) - 1
     stage = vp_stage or 0
     chunk = LanguageModel(

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from nemo_llm.checkpoint.collective_errors import raise_together
+from nemo_llm.checkpoint.folder import ADAPTER_FILE_NAME
 from nemo_llm.checkpoint.safe_load import load_sharded
-from nemo_llm.checkpoint.weights import ADAPTER_FILE_NAME, check_same_tensors
+from nemo_llm.checkpoint.weights import check_same_tensors
 from nemo_llm.config.sections.peft import PeftConfig
 from nemo_llm.errors import CheckpointDamagedError, CheckpointError
 from nemo_llm.models.layers.classification_head import HEAD_PREFIX

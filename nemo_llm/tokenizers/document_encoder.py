@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -198,7 +199,7 @@ def _word_memo(tokenizer: Tokenizer, space_goes_right: bool | None) -> WordMemo 
     return memo if all(memo.encode(text).tolist() == tokenizer.encode(text) for text in texts) else None  # type: ignore[union-attr]
 
 
-def _compiled_pattern(tokenizer: Tokenizer, fast: FastBpe | None):
+def _compiled_pattern(tokenizer: Tokenizer, fast: FastBpe | None) -> Any:
     """Return the expression by which the tokenizer splits text, if it is known."""
     import regex
 

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_llm.assets import resolve_path
-from nemo_llm.config.compose.from_folder import with_paths_inside
+from nemo_llm.checkpoint.saved_run import TOKENIZER_FILE_NAME, read_tokenizer
 from nemo_llm.config.compose.hf_tokenizer import add_special_ids, as_list, special_ids, token_in_front
 from nemo_llm.config.sections.data import NEMO_PATHS, TokenizerConfig
 from nemo_llm.errors import ConfigError, InputError, Problem
 
-SAVED_CONFIG = "nemo_llm_tokenizer.json"
 # Files beside a tokenizer's own that change no ids and that an export, a chat or a generation wants: kept with it.
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "<eod>", "[SEP]")
@@ -134,7 +133,7 @@ class _FileTokenizer(abc.ABC):
         saved = dataclasses.asdict(self.config)
         # A single file is named; of several, the folder is. Both are relative, so that the folder can be moved.
         saved["path"] = None if not self.files else self.files[0].name if len(self.files) == 1 else "."
-        (folder / SAVED_CONFIG).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+        (folder / TOKENIZER_FILE_NAME).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
         for companion in self._companions():
             shutil.copyfile(companion, folder / companion.name)
         if self.config.type == "huggingface":  # what config.json alone names would be lost with it
@@ -334,14 +333,14 @@ class NemoTokenizer(_FileTokenizer):
 
     def save(self, folder: Path) -> None:
         super().save(folder)
-        saved = json.loads((folder / SAVED_CONFIG).read_text(encoding="utf-8"))
+        saved = json.loads((folder / TOKENIZER_FILE_NAME).read_text(encoding="utf-8"))
         for key in NEMO_PATHS:
             value = self.config.nemo_args.get(key)
             if value is not None:
                 path = resolve_path(str(value), "tokenizers")
                 saved["nemo_args"][key] = "." if path.is_dir() else path.name
         saved["path"] = None
-        (folder / SAVED_CONFIG).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+        (folder / TOKENIZER_FILE_NAME).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
 
 
 _KINDS: dict[str, Callable[[TokenizerConfig], Tokenizer]] = {
@@ -364,20 +363,7 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 def load_tokenizer_from_folder(folder: Path) -> Tokenizer:
     """Return a tokenizer written by ``Tokenizer.save``, as checkpoints hold it (InputError when there is none)."""
-    config = read_saved_config(folder)
-    return load_tokenizer(config)
-
-
-def read_saved_config(folder: Path) -> TokenizerConfig:
-    """Return the configuration of a saved tokenizer, its paths made absolute."""
-    file = folder / SAVED_CONFIG
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        return TokenizerConfig(**with_paths_inside(saved, folder))
-    except FileNotFoundError as error:
-        raise InputError(f"{folder}: holds no tokenizer ({SAVED_CONFIG} is missing)") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file}: damaged tokenizer description ({error})") from error
+    return load_tokenizer(read_tokenizer(folder))
 
 
 def _problem(key: str, value: object, rule: str, fix: str) -> ConfigError:
@@ -400,7 +386,7 @@ def _files_below(path: Path) -> list[Path]:
     return (
         [path]
         if path.is_file()
-        else sorted(file for file in path.iterdir() if file.is_file() and file.name != SAVED_CONFIG)
+        else sorted(file for file in path.iterdir() if file.is_file() and file.name != TOKENIZER_FILE_NAME)
     )
 
 

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from nemo_llm.checkpoint.collective_errors import raise_together
-from nemo_llm.checkpoint.folder import begin, commit, is_complete, temporary_of
+from nemo_llm.checkpoint.folder import TRAINING_FILE_NAME, begin, commit, is_complete, temporary_of
 from nemo_llm.checkpoint.optimizer_state import apply_optimizer_scalars, optimizer_scalars, optimizer_tensors
 from nemo_llm.checkpoint.retention import remove_old
 from nemo_llm.checkpoint.safe_load import load_sharded
@@ -34,8 +34,6 @@ from nemo_llm.peft.state import apply_adapter_state, check_base, write_descripti
 from nemo_llm.training.state import TrainingRun, TrainState
 
 _log = get_logger(__name__)
-
-TRAINING_FILE_NAME = "training.json"
 
 
 class CheckpointSaver:

@@ -6,14 +6,14 @@ import torch
 import torch.distributed as dist
 
 from nemo_llm.checkpoint.collective_errors import raise_together
-from nemo_llm.checkpoint.folder import find_checkpoints, is_complete, resolve_checkpoint, step_of
+from nemo_llm.checkpoint.folder import TRAINING_FILE_NAME, find_checkpoints, is_complete, resolve_checkpoint, step_of
 from nemo_llm.checkpoint.manifest import verify
 from nemo_llm.checkpoint.weights import load_weights
 from nemo_llm.config import RunConfig
 from nemo_llm.errors import CheckpointDamagedError
 from nemo_llm.log import get_logger
 from nemo_llm.parallel.runtime import ParallelRuntime
-from nemo_llm.training.checkpoint import TRAINING_FILE_NAME, load_checkpoint, read_progress
+from nemo_llm.training.checkpoint import load_checkpoint, read_progress
 from nemo_llm.training.state import TrainingRun
 
 _log = get_logger(__name__)

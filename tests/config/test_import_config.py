@@ -13,7 +13,7 @@ from nemo_llm.errors import InputError
 from nemo_llm.migrate.arguments import read_arguments
 from nemo_llm.migrate.configs import CODECS, import_file, model_file
 from nemo_llm.migrate.rows import Imported
-from nemo_llm.migrate.tables import MEGATRON, NEMO
+from nemo_llm.migrate.tables import tables_of
 
 LAUNCHER = """
 run:
@@ -132,7 +132,7 @@ def test_arguments_in_one_line() -> None:
     }
 
 
-@pytest.mark.parametrize("table", [NEMO, MEGATRON], ids=["nemo", "megatron"])
+@pytest.mark.parametrize("table", [tables_of("nemo").keys, tables_of("megatron").keys], ids=["nemo", "megatron"])
 def test_tables_name_keys_and_codecs_that_exist(table: dict) -> None:
     keys = set(known_keys()) | {"precision"}
     for foreign, (targets, codec) in table.items():

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+from nemo_llm.checkpoint.saved_run import TOKENIZER_FILE_NAME
 from nemo_llm.config.commands.generate import SamplingConfig
 from nemo_llm.config.compose.load import compose
 from nemo_llm.data.sources.labelled_texts import text_ids
@@ -18,7 +19,7 @@ from nemo_llm.errors import CheckpointError
 from nemo_llm.evaluation.classification import encode_pair
 from nemo_llm.inference.decoder import stop_ids
 from nemo_llm.inference.prompts import encode_prompt
-from nemo_llm.tokenizers.tokenizer import SAVED_CONFIG, load_tokenizer, load_tokenizer_from_folder
+from nemo_llm.tokenizers.tokenizer import load_tokenizer, load_tokenizer_from_folder
 from tests.convert.cases import CASES, SMALL, make_hf_model
 from tests.convert.test_families import convert_with
 from tests.ranks import RankPool
@@ -233,8 +234,8 @@ def test_a_tokenizer_that_differs_is_refused(tmp_path: Path) -> None:
     write_config(tmp_path / "hf")
     load_tokenizer(compose(["+model=from_hf", f"model.hf_path={tmp_path / 'hf'}"]).data.tokenizer).save(tmp_path / "a")
     assert compare_token_ids(tmp_path / "hf", tmp_path / "a", beginning=True) > 3
-    saved = json.loads((tmp_path / "a" / SAVED_CONFIG).read_text())
-    (tmp_path / "a" / SAVED_CONFIG).write_text(json.dumps({**saved, "bos_token": None}))
+    saved = json.loads((tmp_path / "a" / TOKENIZER_FILE_NAME).read_text())
+    (tmp_path / "a" / TOKENIZER_FILE_NAME).write_text(json.dumps({**saved, "bos_token": None}))
     with pytest.raises(CheckpointError, match=r"differ on 'The capital of France is': transformers \[1, "):
         compare_token_ids(tmp_path / "hf", tmp_path / "a", beginning=True)
     compare_token_ids(tmp_path / "hf", tmp_path / "a", beginning=False)
@@ -254,7 +255,7 @@ def test_a_checkpoint_that_was_saved_without_its_beginning_keeps_it_and_says_so(
     caplog.set_level(logging.WARNING)
     assert open_checkpoint(place, tmp_path / "ours", 1).tokenizer.bos_id == 1
     assert not caplog.records
-    file = tmp_path / "ours" / "tokenizer" / SAVED_CONFIG
+    file = tmp_path / "ours" / "tokenizer" / TOKENIZER_FILE_NAME
     file.write_text(json.dumps({**json.loads(file.read_text()), "bos_token": None}))
     assert open_checkpoint(place, tmp_path / "ours", 1).tokenizer.bos_id is None
     (record,) = caplog.records

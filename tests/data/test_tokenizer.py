@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from nemo_llm.assets import resolve_path
+from nemo_llm.checkpoint.saved_run import TOKENIZER_FILE_NAME
 from nemo_llm.corpus.documents import read_documents
 from nemo_llm.errors import ConfigError, InputError
-from nemo_llm.tokenizers.tokenizer import SAVED_CONFIG, TIKTOKEN_PATTERNS, load_tokenizer, load_tokenizer_from_folder
+from nemo_llm.tokenizers.tokenizer import TIKTOKEN_PATTERNS, load_tokenizer, load_tokenizer_from_folder
 from tests.data.conftest import tokenizer_config
 
 TEXT = "Hello world, it's <|endoftext|> 123456  \n\n été 日本 🎉 \u200b ok   \n"
@@ -124,7 +125,7 @@ def test_a_saved_tokenizer_names_nothing_outside_of_its_folder(tmp_path: Path, o
     load_tokenizer(tokenizer_config()).save(tmp_path / "saved")
     (tmp_path / "secret").write_text("{}")
     (tmp_path / "saved" / "link").symlink_to(tmp_path / "secret")
-    file = tmp_path / "saved" / SAVED_CONFIG
+    file = tmp_path / "saved" / TOKENIZER_FILE_NAME
     file.write_text(json.dumps({**json.loads(file.read_text()), "path": outside}))
     with pytest.raises(InputError, match="does not lie in the folder"):
         load_tokenizer_from_folder(tmp_path / "saved")

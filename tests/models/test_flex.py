@@ -40,23 +40,25 @@ def test_a_mask_is_made_once_and_anew_for_other_documents() -> None:
         return float((ours - dense(tensors, documents, None, (0.25, None))).abs().max())
 
     assert error() < 2e-6
-    mask = flex_attention._block_mask(documents, None, (200, 200), torch.device("cpu"))
-    assert flex_attention._block_mask(documents, None, (200, 200), torch.device("cpu")) is mask
+    made = flex_attention._block_mask.cache_info().misses
+    assert error() < 2e-6
+    assert flex_attention._block_mask.cache_info().misses == made
     documents[0, 50:] = 7  # written to, as a buffer of batches would be
     assert error() < 2e-6
-    assert flex_attention._block_mask(documents, None, (200, 200), torch.device("cpu")) is not mask
+    assert flex_attention._block_mask.cache_info().misses == made + 1
     for number in range(20):
-        flex_attention._block_mask(documents + number, None, (200, 200), torch.device("cpu"))
-    assert len(flex_attention._masks) <= flex_attention._KEPT_MASKS
+        flex_attention.attend(tensors, documents + number, None, (0.25, None))
+    assert flex_attention._block_mask.cache_info().misses == made + 21
+    assert flex_attention._block_mask.cache_info().currsize <= flex_attention._KEPT_MASKS
 
 
 def test_other_documents_compile_nothing() -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention import flex_attention as torch_flex
 
     counter = CompileCounterWithBackend("aot_eager")
-    attention = torch.compile(flex_attention, dynamic=False, backend=counter)
-    make = torch.compile(create_block_mask, dynamic=False, backend=counter)
+    attention = torch.compile(torch_flex.flex_attention, dynamic=False, backend=counter)
+    make = torch.compile(torch_flex.create_block_mask, dynamic=False, backend=counter)
     tensors = tuple(torch.randn(2, 2, 200, 16) for _ in range(3))
     for number in range(3):
         documents = DOCUMENTS.roll(number, 0) * (number + 1)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from nemo_llm.config import Fp8Config, MoeConfig
+from nemo_llm.config.compose.catalog import known_keys
 from nemo_llm.config.compose.load import compose
 from nemo_llm.errors import NO_VALUE, ConfigError
 from nemo_llm.run.folder import to_plain
-from nemo_llm.run.resume_rules import CHANGEABLE_KEYS, Change, check_agreement, compare_configs
+from nemo_llm.run.resume_rules import CHANGEABLE_KEYS, FIXED_KEYS, Change, check_agreement, compare_configs
 
 HALF = "trainer.micro_batch_size=4"
 
@@ -111,6 +112,22 @@ def test_run_dir_is_not_compared():
 def test_key_added_by_a_later_version_agrees_while_it_is_null():
     assert compare_configs({"model": {}}, {"model": {"new": None}}) == ([], [])
     assert compare_configs({"model": {}}, {"model": {"new": 1}}) == ([], [Change("model.new", NO_VALUE, 1)])
+
+
+def test_every_key_is_changeable_or_fixed():
+    known = known_keys()
+    leaves = {key for key in known if not any(other.startswith(f"{key}.") for other in known)} - {"run.dir"}
+    # What stands in a mapping of any names is matched as one of its names is.
+    matched = {
+        pattern: {key for key in leaves if fnmatchcase(key, pattern) or fnmatchcase(f"{key}.any", pattern)}
+        for pattern in (*CHANGEABLE_KEYS, *FIXED_KEYS)
+    }
+    assert leaves - set().union(*matched.values()) == set()
+    changeable = set().union(*(matched[pattern] for pattern in CHANGEABLE_KEYS))
+    assert [pattern for pattern in FIXED_KEYS if not matched[pattern] - changeable] == []
+    for pattern in FIXED_KEYS:
+        section = pattern.partition(".")[0]
+        assert f"{section}.*" not in CHANGEABLE_KEYS, pattern
 
 
 def test_every_pattern_names_a_key_that_exists():

@@ -1,0 +1,1 @@
+"""From the command line and ``conf/`` to a `RunConfig`, and from one that was saved."""

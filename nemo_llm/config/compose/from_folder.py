@@ -3,21 +3,18 @@
 They become overrides that stand before the user's own, so that the command line has the last word.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from nemo_llm.checkpoint.saved_run import SavedRun, read_tokenizer
 from nemo_llm.config.compose.arguments import Texts, parse
 from nemo_llm.config.compose.hf_tokenizer import bos_token, read_json, token_text
-from nemo_llm.config.sections.data import NEMO_PATHS
 from nemo_llm.errors import NO_VALUE, InputError, Problem
 from nemo_llm.families.registry import model_section, read_hf_config
 
 _SOURCES = {"from_hf": "model.hf_path", "from_checkpoint": "model.checkpoint_path"}
-_SAVED_TOKENIZER = "nemo_llm_tokenizer.json"
 
 
 def derived_overrides(arguments: Sequence[str], texts: Texts) -> tuple[list[str], list[Problem]]:
@@ -71,73 +68,19 @@ def _hf_tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def _checkpoint_model(folder: Path) -> dict[str, Any]:
-    path = newest_step(folder) / "config.yaml"
-    try:
-        section = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged; no model section in it ({error})") from None
-    left = ("checkpoint_path",)
-    return {f"model.{key}": value for key, value in section.items() if key not in left}
+    section = SavedRun.open(folder).mapping["model"]
+    return {f"model.{key}": value for key, value in section.items() if key != "checkpoint_path"}
 
 
 def _checkpoint_tokenizer(folder: Path) -> dict[str, Any]:
-    saved = newest_step(folder) / "tokenizer"
-    path = saved / _SAVED_TOKENIZER
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{saved.parent}: no tokenizer was saved with this checkpoint; choose one with tokenizer=NAME"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: damaged tokenizer description ({error})") from None
-    try:
-        return {f"data.tokenizer.{key}": value for key, value in with_paths_inside(config, saved).items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged tokenizer description ({type(error).__name__}: {error})") from None
-
-
-def with_paths_inside(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A saved tokenizer's description with its paths made absolute; all of them lie in its own folder.
-
-    Raises:
-        InputError: one that does not.
-    """
-
-    def inside(value: Any) -> Any:
-        if value is None:
-            return None
-        found = (folder / value).resolve()
-        if not found.is_relative_to(folder.resolve()):
-            raise InputError(f"{folder / _SAVED_TOKENIZER}: {value} does not lie in the folder of this tokenizer")
-        return str(found)
-
-    arguments = {key: inside(value) if key in NEMO_PATHS else value for key, value in dict(config["nemo_args"]).items()}
-    return {**config, "path": inside(config["path"]), "nemo_args": arguments}
+    section = asdict(read_tokenizer(SavedRun.open(folder).tokenizer))
+    return {f"data.tokenizer.{key}": value for key, value in section.items()}
 
 
 _READERS = {
     "from_hf": {"model": _hf_model, "tokenizer": _hf_tokenizer},
     "from_checkpoint": {"model": _checkpoint_model, "tokenizer": _checkpoint_tokenizer},
 }
-
-
-def newest_step(folder: Path) -> Path:
-    """The newest complete checkpoint at ``folder``: a run folder, its ``checkpoints/`` or one ``step_*``.
-
-    `nemo_llm.checkpoint.folder` decides which of them is whole when it is read; here its small files are wanted.
-
-    Raises:
-        InputError: there is none.
-    """
-    if (folder / "COMPLETE").exists():
-        return folder
-    within = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    complete = [path.parent for path in within.glob("step_*/COMPLETE")]
-    steps = [path for path in complete if path.name.removeprefix("step_").isdecimal()]
-    if not steps:
-        raise InputError(f"{folder}: no complete checkpoint there (a folder with a file COMPLETE in it)")
-    return max(steps, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def _value(arguments: Sequence[str], key: str, prefix: str) -> str | None:

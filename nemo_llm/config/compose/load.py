@@ -1,6 +1,5 @@
 """From the command line to a `RunConfig`: Hydra composes ``conf/``, pydantic decodes strictly, all problems at once."""
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,12 +15,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from nemo_llm.config.compose.arguments import Texts
 from nemo_llm.config.compose.catalog import conf_dir, group_choices
+from nemo_llm.config.compose.decode import decode, to_dict
 from nemo_llm.config.compose.from_folder import derived_overrides
 from nemo_llm.config.compose.messages import problems_of_validation
-from nemo_llm.config.compose.overrides import missing_model, normalise
+from nemo_llm.config.compose.overrides import missing_model, normalise, rename_keys
 from nemo_llm.config.sections.data import DataConfig
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import NO_VALUE, ConfigError, Problem
+
+__all__ = ["decode", "to_dict"]  # beside `compose`, where their users look for them
 
 
 def compose(overrides: Sequence[str], extra_folder: Path | None = None) -> RunConfig:
@@ -45,6 +47,7 @@ def compose(overrides: Sequence[str], extra_folder: Path | None = None) -> RunCo
         arguments.append(f"hydra.searchpath=['file://{extra_folder.resolve()}']")
     try:
         mapping = texts.restore(_compose_mapping(shipped, arguments))
+        rename_keys(mapping, arguments)
     except (HydraException, OmegaConfBaseException) as error:
         text = texts.restore(" ".join(str(error).split()))
         problem = Problem("", NO_VALUE, text, "correct the argument or the file that it names")
@@ -59,19 +62,6 @@ def compose(overrides: Sequence[str], extra_folder: Path | None = None) -> RunCo
     if problems:
         raise ConfigError(problems)
     return cfg
-
-
-def decode(mapping: Mapping[str, Any]) -> RunConfig:
-    """`mapping` as a `RunConfig`; unknown keys, missing keys and wrong types are refused, all at once.
-
-    Raises:
-        ConfigError: with every problem found.
-    """
-    try:
-        # JSON mode is the strict mode that takes mappings for dataclasses, and whole numbers for floats alone.
-        return TypeAdapter(RunConfig).validate_json(json.dumps(mapping), strict=True)
-    except ValidationError as error:
-        raise ConfigError(problems_of_validation(error.errors(), mapping)) from None
 
 
 def decode_data(mapping: Mapping[str, Any]) -> DataConfig:
@@ -148,11 +138,6 @@ def _filled(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
         elif key not in filled and not (isinstance(default, str) and (default == "???" or "${" in default)):
             filled[key] = default
     return filled
-
-
-def to_dict(cfg: RunConfig) -> dict[str, Any]:
-    """`cfg` as nested plain dictionaries, such that ``decode(to_dict(cfg)) == cfg``."""
-    return dataclasses.asdict(cfg)
 
 
 def _compose_mapping(shipped: Path, arguments: Sequence[str]) -> dict[str, Any]:

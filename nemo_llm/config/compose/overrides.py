@@ -7,14 +7,19 @@ Here a plain ``key=value`` always sets the key; whether the key exists is the st
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.core.override_parser.types import Override
 
 from nemo_llm.config.compose.arguments import Texts, key_of, parse
 from nemo_llm.config.compose.catalog import known_keys, nearest, nearest_key
+from nemo_llm.config.migrations import move_key, renamed_keys
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import NO_VALUE, Problem
+from nemo_llm.log import get_logger, is_first_rank
+
+_log = get_logger(__name__)
 
 
 def normalise(
@@ -34,7 +39,7 @@ def normalise(
     choices: dict[str, str] = {}
     first: list[str] = []
     rest: list[str] = []
-    for given in overrides:
+    for given in map(_by_new_name, overrides):
         is_key = key_of(given) not in groups and "/" not in key_of(given) and not given.startswith("hydra")
         text = texts.literal(given, RunConfig) if is_key else given
         override = parse(text)
@@ -58,6 +63,29 @@ def normalise(
         else:
             rest.append(f"++{text.lstrip('+')}")
     return first + rest, problems
+
+
+def rename_keys(mapping: dict[str, Any], arguments: Sequence[str]) -> None:
+    """Give keys of a user's files that bear an old name the new one, in place; `arguments` have the last word."""
+    given = {key_of(argument) for argument in arguments}
+    for old, new in renamed_keys().items():
+        if move_key(mapping, old, None if new in given else new):
+            _warn_of_old_name(old, new)
+
+
+def _by_new_name(argument: str) -> str:
+    """An argument for a key, or a group, under its old name, as one for the new."""
+    key = key_of(argument)
+    for old, new in renamed_keys().items():
+        if key == old or key.startswith((f"{old}.", f"{old}/")):
+            _warn_of_old_name(old, new)
+            return argument.replace(old, new, 1)
+    return argument
+
+
+def _warn_of_old_name(old: str, new: str) -> None:
+    if is_first_rank():
+        _log.warning("%s is called %s now; the old name still works", old, new)
 
 
 def missing_model(groups: Mapping[str, Sequence[str]]) -> Problem:

@@ -121,7 +121,7 @@ def _run_here(plan: PreparePlan, workers: int, on_progress: OnProgress) -> None:
                     _run_task(plan, stage, rank)
                     on_progress(stage.name, done, stage.tasks)
             else:
-                futures = [pool.submit(_run_in_worker, stage, rank) for rank in todo]
+                futures = [pool.submit(_run_task, plan, stage, rank) for rank in todo]
                 for done, future in enumerate(as_completed(futures), start=stage.tasks - len(todo) + 1):
                     future.result()
                     on_progress(stage.name, done, stage.tasks)
@@ -142,19 +142,11 @@ def _run_task(plan: PreparePlan, stage: Stage, rank: int) -> None:
         _executor(plan, stage)._run_for_rank(rank, local_rank=1)
 
 
-_worker: list[PreparePlan] = []  # one entry in each worker process, set by its initialiser
-
-
 def _start_worker(plan: PreparePlan, parent: int) -> None:
     """Prepare a worker process; it ends when its parent does, and holds a lock that a rerun waits for."""
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     lock = os.open(plan.work / _LOCK, os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_SH)  # never closed: it goes with the process
-    _worker.append(plan)
-
-
-def _run_in_worker(stage: Stage, rank: int) -> None:
-    _run_task(_worker[0], stage, rank)
 
 
 def _submit(plan: PreparePlan, arguments: dict[str, Any]) -> None:

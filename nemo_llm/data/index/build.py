@@ -9,6 +9,7 @@ much more than the result: a shard's file goes as soon as it is appended.
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from nemo_llm.corpus.documents import as_path
 from nemo_llm.corpus.shards import Shard, read_shard
 from nemo_llm.data.index.format import token_dtype, write_index
 from nemo_llm.data.index.plan import IndexPlan, IndexSettings, make_plan
-from nemo_llm.data.index.worker import ShardReport, ShardTokeniser, run_in_worker, start_worker
+from nemo_llm.data.index.worker import PoolJob, ShardReport, ShardTokeniser, run_in_worker, start_worker
 from nemo_llm.errors import InputError, NemoLlmError
 from nemo_llm.storage.build_cache import file_sha256, write_json_atomically
 from nemo_llm.storage.build_lock import build_lock
@@ -133,34 +134,38 @@ def _encoded(
     encoder = build_encoder(tokenizer, job.cache, fast=job.fast_path)
     if not work:
         return encoder.way, (ShardReport() for _ in ())
-    pool = _start_pool(job, len(work), encoder.fast)
+    pool_job = PoolJob(job.settings, job.cache, encoder.fast)
+    pool = _start_pool(job, len(work), pool_job)
     difference = encoder.check(_samples(plan)) if encoder.fast else ""
     if difference:
         if pool is not None:
             pool.shutdown(wait=True)
-        pool = _start_pool(job, len(work), fast=False)
+        pool_job = dataclasses.replace(pool_job, fast=False)
+        pool = _start_pool(job, len(work), pool_job)
         encoder = build_encoder(tokenizer, job.cache, fast=False)
     way = f"ordinary: {difference}" if difference else encoder.way
     if pool is None:
         tokeniser = ShardTokeniser(job.settings, encoder)
         return way, (tokeniser.run(shard, stem) for shard, stem in work)
-    return way, _in_order(pool, work, ahead=job.workers + 2)
+    return way, _in_order(pool, functools.partial(run_in_worker, pool_job), work, ahead=job.workers + 2)
 
 
-def _start_pool(job: IndexJob, tasks: int, fast: bool) -> ProcessPoolExecutor | None:
+def _start_pool(job: IndexJob, tasks: int, pool_job: PoolJob) -> ProcessPoolExecutor | None:
     """Start the worker processes; None when this process is to do the work itself."""
     if job.workers == 0:
         return None
     context = get_context("spawn")  # a forked process would inherit the libraries' threads as locks nobody opens
-    arguments = (job.settings, job.cache, fast, os.getpid())
     workers = min(job.workers, tasks)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=arguments)
+    pool = ProcessPoolExecutor(workers, context, start_worker, (pool_job, os.getpid()))
     pool.submit(os.getpid)  # the processes start with the first task
     return pool
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, work: list[tuple[Shard, Path]], ahead: int
+    pool: ProcessPoolExecutor,
+    run: Callable[[Shard, Path], ShardReport],
+    work: list[tuple[Shard, Path]],
+    ahead: int,
 ) -> Generator[ShardReport, None, None]:
     """Keep ``ahead`` shards in work: enough to be busy, few enough that finished ones do not fill the disk."""
     running: deque[Future[ShardReport]] = deque()
@@ -168,7 +173,7 @@ def _in_order(
     try:
         while True:
             while len(running) < ahead and (task := next(waiting, None)) is not None:
-                running.append(pool.submit(run_in_worker, *task))
+                running.append(pool.submit(run, *task))
             if not running:
                 return
             yield running.popleft().result()

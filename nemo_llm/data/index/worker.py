@@ -1,5 +1,6 @@
 """Tokenises one shard into a file of tokens and a file of document lengths."""
 
+import functools
 import os
 import threading
 from collections.abc import Iterator
@@ -167,17 +168,30 @@ class _Counted:
             yield block
 
 
-_worker: list[ShardTokeniser] = []  # one entry in each worker process, set by its initialiser
+@dataclass(frozen=True)
+class PoolJob:
+    """What all tasks of a pool share; a worker finds by it what it has built."""
+
+    settings: IndexSettings
+    cache: Path
+    fast: bool
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
 
 
-def start_worker(settings: IndexSettings, cache: Path, fast: bool, parent: int) -> None:
+def start_worker(job: PoolJob, parent: int) -> None:
     """Prepare a worker process; it ends when its parent does, however that ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
-    encoder = build_encoder(load_tokenizer(settings.tokenizer), cache, fast=fast)
-    _worker.append(ShardTokeniser(settings, encoder))
+    _tokeniser(job)
 
 
-def run_in_worker(shard: Shard, stem: Path) -> ShardReport:
+def run_in_worker(job: PoolJob, shard: Shard, stem: Path) -> ShardReport:
     """Tokenise one shard in a worker process."""
-    return _worker[0].run(shard, stem)
+    return _tokeniser(job).run(shard, stem)
+
+
+@functools.cache
+def _tokeniser(job: PoolJob) -> ShardTokeniser:
+    return ShardTokeniser(job.settings, build_encoder(load_tokenizer(job.settings.tokenizer), job.cache, fast=job.fast))

@@ -7,9 +7,9 @@ Shapes: ``b`` micro-batch, ``n`` query heads, ``g`` key-value heads, ``sq`` quer
 head size.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -17,9 +17,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 _KEPT_MASKS = 8
-# Which blocks are seen: all layers of a forward pass ask for the same. A mask holds its documents, so that no other
-# tensor gets their id.
-_masks: OrderedDict[tuple, BlockMask] = OrderedDict()
 
 
 def attend(
@@ -41,13 +38,14 @@ def attend(
     q, k, v = tensors
     scale, cap = rule
     attention = _compiled()[0] if q.is_cuda else flex_attention
+    seen_documents = None if documents is None else _Documents(documents, documents._version)
     try:
         return attention(
             q,
             k,
             v,
             score_mod=None if cap is None else _capped(cap),
-            block_mask=_block_mask(documents, window, (q.shape[2], k.shape[2]), q.device),
+            block_mask=_block_mask(seen_documents, window, (q.shape[2], k.shape[2]), q.device),
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
@@ -70,22 +68,29 @@ def _capped(cap: float) -> Callable[..., Tensor]:
     return change
 
 
+@dataclass(frozen=True, eq=False)
+class _Documents:
+    """Document numbers ``[b, s]`` that are equal to themselves alone, as long as nobody writes to them."""
+
+    numbers: Tensor
+    version: int
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Documents) and (self.numbers is other.numbers and self.version == other.version)
+
+    def __hash__(self) -> int:
+        return hash((id(self.numbers), self.version))
+
+
+@lru_cache(_KEPT_MASKS)
 def _block_mask(
-    documents: Tensor | None, window: int | None, lengths: tuple[int, int], device: torch.device
+    documents: _Documents | None, window: int | None, lengths: tuple[int, int], device: torch.device
 ) -> BlockMask:
-    """Made once for the same documents, as long as they are not written to."""
-    version = None if documents is None else (id(documents), documents._version)
-    key = (version, window, lengths, device)
-    if key in _masks:
-        _masks.move_to_end(key)
-        return _masks[key]
+    """Which blocks are seen: made once, since all layers of a forward pass ask for the same."""
     make = _compiled()[1] if device.type == "cuda" else create_block_mask
-    rows = None if documents is None else documents.shape[0]
-    mask = make(_seen(documents, window, lengths[1] - lengths[0]), rows, None, *lengths, device=device)
-    _masks[key] = mask
-    if len(_masks) > _KEPT_MASKS:
-        _masks.popitem(last=False)
-    return mask
+    numbers = None if documents is None else documents.numbers
+    rows = None if numbers is None else numbers.shape[0]
+    return make(_seen(numbers, window, lengths[1] - lengths[0]), rows, None, *lengths, device=device)
 
 
 def _seen(documents: Tensor | None, window: int | None, offset: int) -> Callable[..., Tensor]:

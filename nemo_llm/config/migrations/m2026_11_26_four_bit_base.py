@@ -1,0 +1,3 @@
+"""QLoRA: frozen weights stood as they were."""
+
+ADDED = {"peft.base_weights": None}

@@ -1,0 +1,222 @@
+"""Saved configurations of earlier versions: each change since then is a migration, and today's keys come out."""
+
+import copy
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nemo_llm import __version__
+from nemo_llm.checkpoint.folder import read_config
+from nemo_llm.checkpoint.saved_run import SavedRun
+from nemo_llm.config import migrations
+from nemo_llm.config.compose.catalog import known_keys
+from nemo_llm.config.compose.decode import decode, key_problems, to_dict
+from nemo_llm.config.compose.load import compose
+from nemo_llm.config.migrations import Migration, migrate, saved_by
+from nemo_llm.errors import ConfigError, InputError
+
+RUNS = Path(__file__).parents[1] / "golden" / "runs"
+SAVED = sorted(RUNS.glob("*/*/checkpoints/step_*/config.yaml"))
+WHOLE = RUNS.parent / "every_section_0d8d993.yaml"
+"""Every section that could be null is there; composed, and not trained, by that commit."""
+FILES = [*SAVED, WHOLE]
+NAMES = [path.relative_to(RUNS.parent).parts[:2][-1] for path in FILES]
+HEADS = RUNS / "classes_2a128c1" / "run" / "checkpoints" / "step_00000002"
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys of all values, sections too."""
+    found = []
+    for key, value in tree.items():
+        found.append(prefix + key)
+        if isinstance(value, dict):
+            found += leaves(value, f"{prefix}{key}.")
+    return sorted(found)
+
+
+def complaint(saved: dict[str, Any], known: list[Migration] | None = None) -> str:
+    """What is wrong with the migrations, in words that say what to write; empty where nothing is."""
+    migrated = migrate(saved, "a saved run", known)
+    keys = [problem.key for problem in key_problems(migrated)]
+    if not keys:  # what a default of a dataclass fills needs a migration too
+        keys = sorted(set(leaves(to_dict(decode(migrated)))) ^ set(leaves(migrated)))
+    return (
+        ""
+        if not keys
+        else (
+            f"saved runs and RunConfig differ in {', '.join(keys)}, and no migration says why.\n"
+            "Add nemo_llm/config/migrations/mYYYY_MM_DD_slug.py with ADDED = {KEY: the value that leaves earlier runs "
+            "as they were}, RENAMED = {OLD: NEW}, DROPPED = (KEY,) or def change(saved)"
+        )
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_every_key_since_then_came_with_a_migration(path: Path) -> None:
+    assert not complaint(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def test_recorded_runs_hold_every_section() -> None:
+    held = {key for path in FILES for key in leaves(migrate(yaml.safe_load(path.read_text(encoding="utf-8")), path))}
+    in_lists = ("data.blend.", "data.blend_changes.")
+    assert not [key for key in known_keys() if key not in held and not key.startswith(in_lists)]
+
+
+@pytest.mark.parametrize("key", [key for migration in migrations.migrations() for key in migration.added])
+def test_a_key_without_a_migration_is_noticed(key: str) -> None:
+    known = [replace(m, added={k: v for k, v in m.added.items() if k != key}) for m in migrations.migrations()]
+    said = [complaint(yaml.safe_load(path.read_text(encoding="utf-8")), known) for path in FILES]
+    assert any(f"differ in {key}" in text and "Add nemo_llm/config/migrations/" in text for text in said)
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_migrations_are_pure_and_leave_the_new_form_alone(path: Path) -> None:
+    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    before = copy.deepcopy(saved)
+    once = migrate(saved, path)
+    assert saved == before
+    assert migrate(once, path) == once
+
+
+def test_a_migration_takes_parts_of_a_configuration() -> None:
+    for migration in migrations.migrations():
+        assert migration({}) == {}
+        assert migration({"peft": None}) == {"peft": None}
+
+
+def test_younger_keys_have_the_value_that_leaves_the_run_as_it_was() -> None:
+    cfg = SavedRun.at(RUNS / "sft_0d8d993" / "run").sections
+    assert (cfg.model.head, cfg.model.rotary_local_base, cfg.model.mla, cfg.optim.muon) == (None, None, None, None)
+    performance = cfg.performance
+    assert not any((performance.flex_attention, performance.choose_matrix_kernels, cfg.trainer.check_memory))
+    assert (performance.offload_activation_layers, performance.offload_optimizer_moments) == (0, False)
+    # Whatever is shipped today.
+    shipped = compose(["+model=gpt_tiny"])
+    assert shipped.performance.flex_attention
+    assert shipped.trainer.check_memory
+
+
+def saved_in(folder: Path, **sections: Any) -> Path:
+    """A folder with the configuration of a recorded run, and these sections in it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({**read_config(HEADS), **sections}), encoding="utf-8")
+    return folder
+
+
+def test_a_run_of_a_newer_version_is_refused_with_the_version_that_reads_it(tmp_path: Path) -> None:
+    newer = {"version": "0.9.0", "migrations": [*saved_by()["migrations"], "2031_05_01_more", "2031_06_01_less"]}
+    with pytest.raises(InputError) as caught:
+        SavedRun.at(saved_in(tmp_path, saved_by=newer))
+    for word in ("config.yaml", "0.9.0", __version__, "2031_05_01_more, 2031_06_01_less", "use nemo_llm 0.9.0"):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("stamp", [None, "0.1.0", {"migrations": "all"}, {"migrations": {"a": 1}}, {"version": 1}])
+def test_a_damaged_stamp_is_named_or_harmless(stamp: Any, tmp_path: Path) -> None:
+    folder = saved_in(tmp_path, saved_by=stamp)
+    if isinstance(stamp, dict) and "migrations" not in stamp:
+        assert SavedRun.at(folder).sections
+    else:
+        with pytest.raises(InputError, match="damaged; saved_by"):
+            SavedRun.at(folder)
+
+
+def test_what_was_applied_is_not_applied_again(tmp_path: Path) -> None:
+    lacking = read_config(HEADS)["trainer"]
+    assert "check_memory" not in lacking
+    with pytest.raises(ConfigError, match=r"trainer\.check_memory: missing in .*config\.yaml, and no migration"):
+        SavedRun.at(saved_in(tmp_path, saved_by=saved_by()))
+
+
+def test_a_key_that_is_gone_is_refused_by_name(tmp_path: Path) -> None:
+    config = read_config(HEADS)
+    config["trainer"] |= {"warp_speed": 9}
+    config["model"] |= {"ancient": {"a": 1}}
+    with pytest.raises(ConfigError) as caught:
+        SavedRun.at(saved_in(tmp_path, **config, museum={"saved_by": 1}))
+    assert sorted(problem.key for problem in caught.value.problems) == ["model.ancient", "museum", "trainer.warp_speed"]
+    assert all(f"nemo_llm {__version__} has no such key" in problem.rule for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize("name", ["mtp_num_layers", "softmax_type", "qk_clip", "qk_clip_alpha"])
+def test_overrides_that_never_had_an_effect_are_left_out(name: str, tmp_path: Path) -> None:
+    model = read_config(HEADS)["model"]
+    model["mcore_overrides"] = {name: 1, "hidden_dropout": 0.0}
+    assert SavedRun.at(saved_in(tmp_path, model=model)).sections.model.mcore_overrides == {"hidden_dropout": 0.0}
+
+
+@pytest.fixture
+def add_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+    """Adds a module to the migrations, as a branch would."""
+    folder = tmp_path / "added"
+    folder.mkdir()
+    monkeypatch.setattr(migrations, "__path__", [*migrations.__path__, str(folder)])
+
+    def add(name: str, content: str) -> None:
+        (folder / f"{name}.py").write_text(content, encoding="utf-8")
+        importlib.invalidate_caches()
+        migrations.migrations.cache_clear()
+
+    yield add
+    migrations.migrations.cache_clear()
+    for path in folder.glob("m*.py"):
+        sys.modules.pop(f"{migrations.__name__}.{path.stem}", None)
+
+
+def test_a_key_under_its_old_name_works_with_a_warning(
+    add_module: Callable[[str, str], None], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    add_module("m2031_01_01_first", 'RENAMED = {"trainer.steps": "trainer.num_steps"}')
+    add_module("m2031_01_02_again", 'RENAMED = {"trainer.num_steps": "trainer.max_steps"}')
+    with caplog.at_level(logging.WARNING, "nemo_llm"):
+        for name in ("trainer.steps", "+trainer.steps", "++trainer.num_steps", "trainer.num_steps"):
+            caplog.clear()
+            assert compose(["+model=gpt_tiny", f"{name}=7"]).trainer.max_steps == 7
+            assert f"{name.lstrip('+')} is called trainer.max_steps now" in caplog.text
+        caplog.clear()
+        (tmp_path / "mine" / "experiment").mkdir(parents=True)
+        own = "# @package _global_\ntrainer:\n  steps: 8\n"
+        (tmp_path / "mine" / "experiment" / "own.yaml").write_text(own, encoding="utf-8")
+        arguments = ["+model=gpt_tiny", "+experiment=own"]
+        assert compose(arguments, tmp_path / "mine").trainer.max_steps == 8
+        assert "trainer.steps is called trainer.max_steps now" in caplog.text
+        assert compose([*arguments, "trainer.max_steps=9"], tmp_path / "mine").trainer.max_steps == 9
+    trainer = read_config(HEADS)["trainer"]
+    for old in ("steps", "num_steps"):
+        saved = {key: value for key, value in trainer.items() if key != "max_steps"} | {old: 5}
+        assert SavedRun.at(saved_in(tmp_path, trainer=saved)).sections.trainer.max_steps == 5
+
+
+def test_a_group_and_a_section_under_their_old_name(add_module: Callable[[str, str], None], tmp_path: Path) -> None:
+    add_module("m2031_01_01_section", 'RENAMED = {"speed": "performance"}')
+    cfg = compose(["+model=gpt_tiny", "speed=default", "speed.compile_layers=true"])
+    assert cfg.performance.compile_layers
+    config = read_config(HEADS)
+    folder = saved_in(tmp_path)
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "speed": config.pop("performance")}))
+    assert SavedRun.at(folder).sections.performance.fused_rope is not None
+
+
+def test_a_change_reshapes_what_was_saved_before_it_alone(
+    add_module: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    add_module(
+        "m2031_01_01_minutes",
+        "def change(saved):\n"
+        '    if "trainer" in saved:\n'
+        '        saved["trainer"]["step_timeout_minutes"] *= 60\n'
+        "    return saved\n",
+    )
+    config = read_config(HEADS)
+    before = config["trainer"]["step_timeout_minutes"]
+    run = SavedRun.at(saved_in(tmp_path))
+    assert run.sections.trainer.step_timeout_minutes == 60 * before
+    again = SavedRun.at(saved_in(tmp_path, **run.mapping, saved_by=saved_by()))
+    assert again.sections == run.sections

@@ -118,6 +118,7 @@ def run_kernels(cfg: RunConfig, device: torch.device, vocab_size: int) -> None:
     if cfg.performance.fused_kernels:
         if choose_backend(model, "cuda") == "torch":
             _run_norms(cfg, tokens // (tp if layout.sequence_parallel else 1), like)
+            _run_head_norms(cfg, tokens, like)
             _run_fp8(cfg, tokens, like)
         if model.activation_func == "silu" and model.gated_linear_unit:
             _run_swiglu(cfg, tokens, like)
@@ -146,6 +147,22 @@ def _run_norms(cfg: RunConfig, rows: int, like: dict) -> None:
     for added, sum_used in ((None, True), (residual, True), (None, False)):
         normed, total = FusedNorm.apply(x, added, weight, bias, rule)
         ((normed + total) if sum_used else normed).sum().backward()
+
+
+def _run_head_norms(cfg: RunConfig, tokens: int, like: dict) -> None:
+    from nemo_llm.kernels.norm_swiglu import FusedNorm
+
+    model, tp = cfg.model, cfg.parallelism.tensor_model_parallel_size
+    if not model.qk_layernorm or model.qk_layernorm_scope != "head" or model.mla is not None:
+        return
+    weight = torch.zeros(model.head_dim, **like).requires_grad_()
+    bias = torch.zeros_like(weight).requires_grad_() if model.normalization == "LayerNorm" else None
+    for heads in {model.num_attention_heads // tp, max(model.num_query_groups // tp, 1)}:
+        x = torch.zeros(tokens, heads, model.head_dim, **like).requires_grad_()
+        normed, _ = FusedNorm.apply(
+            x, None, weight, bias, (model.layernorm_epsilon, model.layernorm_zero_centered_gamma)
+        )
+        normed.sum().backward()
 
 
 def _run_fp8(cfg: RunConfig, rows: int, like: dict) -> None:

@@ -322,7 +322,9 @@ def all_cases(device: str, small: bool):
     """(name, dtype, what gives the error) of every case."""
     torch.manual_seed(1)
     dtypes = (torch.float32,) if small else (torch.float32, torch.bfloat16)
-    shapes = [(5, 2, 24), (3, 1, 160)] if small else [(5, 2, 24), (1000, 4, 2048), (513, 1, 5440), (64, 2, 8192)]
+    shapes = [(5, 2, 24), (3, 1, 160), (300, 2, 24)]
+    if not small:
+        shapes += [(1000, 4, 2048), (513, 1, 5440), (64, 2, 8192), (1000, 2, 36, 128)]
     for shape, dtype, kind in itertools.product(shapes, dtypes, itertools.product((False, True), repeat=3)):
         name = f"norm {shape} residual, layer, zero-centred {kind}"
         yield name, dtype, partial(norm_case, shape, dtype, device, kind)

@@ -53,6 +53,9 @@ CASES: list[tuple[str, int, str, list[str], str | None]] = [
      "performance.offload_activation_layers", ["compiled"], "performance.compile_layers=false"),
     ("model=gpt_tiny performance.offload_activation_layers=2 parallelism.recompute_granularity=full", 1,
      "performance.offload_activation_layers", ["full"], "performance.offload_activation_layers=0"),
+    ("model=gpt_tiny performance.offload_activation_layers=2 parallelism=tp2 parallelism.overlap_grad_reduce=true "
+     "parallelism.use_distributed_optimizer=true", 4, "performance.offload_activation_layers", ["announce"],
+     "parallelism.overlap_grad_reduce=false"),
     ("model=gpt_tiny parallelism=tp4", 4, "model.num_attention_heads", ["6", "= 4", "1 or 2", "4 or 8"],
      "model.num_attention_heads=8 model.num_query_groups=4"),
     ("model=gpt_tiny parallelism=tp4 model.num_attention_heads=8", 4, "model.num_query_groups", ["2", "= 4"],

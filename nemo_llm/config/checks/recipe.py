@@ -142,6 +142,12 @@ def check_offloading(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
         yield Problem(key, count, rule, "set it to 0, or choose recompute_granularity=selective or null")
     if count and cfg.performance.compile_layers:
         yield Problem(key, count, "compiled layers save on their own", "set it to 0, or compile_layers=false")
+    layout = cfg.parallelism
+    if count and layout.tensor_model_parallel_size > 1 and layout.overlap_grad_reduce:
+        # `LinearWithGradAccumulationAndAsyncCommunication` announces the gradient of a weight only
+        # where the saved weight has ``grad_added_to_main_grad``, and a copy that a hook handles has not.
+        rule = "tensor-parallel layers of Megatron-Core do not announce their gradients then, which the overlap needs"
+        yield Problem(key, count, rule, "set it to 0, or parallelism.overlap_grad_reduce=false")
 
 
 def check_precision(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:

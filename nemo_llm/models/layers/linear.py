@@ -35,13 +35,15 @@ class LinearProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``x`` [T, i], ``weight`` [o, i] -> [T, o]."""
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
+        # Not saved: under hooks for saved tensors (activation_offload) what comes back is a copy without ``main_grad``.
+        ctx.weight = weight
         return project(x, weight)
 
     @staticmethod
     def backward(ctx: Any, output_grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Gradients of ``x`` and of the weight."""
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         output_grad = output_grad.contiguous()
         x_grad = input_gradient(output_grad, weight) if ctx.needs_input_grad[0] else None
         if x is None:

@@ -50,6 +50,9 @@ class AdamWPass:
     """
 
     def __init__(self, lists: Sequence[Sequence[torch.Tensor]]) -> None:
+        assert all(t.is_contiguous() for tensors in lists for t in tensors)
+        assert all(t.dtype == torch.float32 for tensors in lists[:4] for t in tensors)
+        self._tensors = lists  # their memory is not given to others
         self._firsts = [tensors[0] for tensors in lists]
         self._aligned = all(t.numel() % _VECTOR == 0 and _distance(t, s[0]) % _VECTOR == 0 for s in lists for t in s)
         pieces = []

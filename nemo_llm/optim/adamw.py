@@ -1,7 +1,8 @@
 """AdamW as Megatron's optimizers expect it from apex or Transformer Engine: one launch a parameter group on a GPU.
 
-On CUDA the kernel of kernels/adamw.py writes the model's 16-bit weights with the fp32 ones; on a CPU, and where moments
-come from host memory a window at a time, PyTorch's fused kernel updates and a copy follows. Both give the same bits.
+On CUDA the kernel of kernels/adamw.py writes the model's 16-bit weights with the fp32 ones. PyTorch's fused kernel,
+which gives the same bits there, and a copy do it where moments or gradients are other tensors in each step, and on a
+CPU.
 """
 
 from collections.abc import Callable
@@ -41,6 +42,8 @@ class FusedAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._host: HostMoments | None = None
         self._launches: dict[int, _Launches] = {}
+        self.gradients_stay = False
+        """Whether gradients are the same tensors in each step: the kernel reads a table of them that is made once."""
         self.gradient_factor = 1.0
         """What ``step`` multiplies gradients by as it reads them."""
         self.halves: dict[torch.Tensor, torch.Tensor] = {}
@@ -74,7 +77,7 @@ class FusedAdamW(torch.optim.Optimizer):
             raise ValueError("FusedAdamW takes no closure")
         for number, group in enumerate(self.param_groups):
             group["step"] = int(group.get("step", 0)) + 1
-            if self._host is None and any(p.is_cuda for p in group["params"][:1]):
+            if self.gradients_stay and self._host is None and any(p.is_cuda for p in group["params"][:1]):
                 self._launch(number)
             elif parameters := self._updated(group):
                 if self._host is None:

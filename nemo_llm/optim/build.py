@@ -97,6 +97,7 @@ def _connect(part: Any) -> None:
     gradients = {main: _range(parameter.main_grad, start, main) for parameter, start, main in ranges}
     joined = _joined([gradients[main] for main in counted])
     part.get_main_grads_for_grad_norm = lambda: joined
+    part.optimizer.gradients_stay = True
     if mixed:
         for main, gradient in gradients.items():
             main.grad = gradient
@@ -119,7 +120,7 @@ def _set_gradients(parameters: list[torch.Tensor], gradients: dict[torch.Tensor,
 def _joined(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """The same elements in fewer tensors, flat: small ones that lie one behind the other in a buffer are one."""
     joined: list[torch.Tensor] = []
-    for tensor in sorted(tensors, key=torch.Tensor.data_ptr):
+    for tensor in sorted((t for t in tensors if t.numel()), key=torch.Tensor.data_ptr):
         last = joined[-1] if joined else tensor
         total = last.numel() + tensor.numel()
         storage = last.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()

@@ -97,7 +97,7 @@ def adamw_optimizer_case(device: str) -> float:
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     optimizer, reference = FusedAdamW(groups[0], **settings), torch.optim.AdamW(groups[1], **settings)
     optimizer.halves = {x: torch.zeros_like(x, dtype=torch.float16) for x in ours[:2]}
-    optimizer.gradient_factor = 0.25
+    optimizer.gradient_factor, optimizer.gradients_stay = 0.25, True
     for step in range(1, 5):
         for mine, other in zip(ours, others, strict=True):
             if mine.grad is None or step == 3:

@@ -15,6 +15,7 @@ import triton.language as tl
 
 # Programs of the norm's backward pass. Each sums the weight gradients of its rows: more programs, more partial sums.
 _PROGRAMS_PER_MULTIPROCESSOR = 4
+_LONGEST_HEAD, _SHORT_TILE = 256, 2048  # columns of a head; elements of a tile of heads
 
 
 @triton.jit
@@ -27,16 +28,19 @@ def _norm_forward(
     total,
     mean_out,
     scale_out,
+    rows,
     columns,
     eps,
     RESIDUAL: tl.constexpr,
     LAYER: tl.constexpr,
     ZERO_CENTERED: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
-    inside = offsets < columns
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    offsets = tl.arange(0, BLOCK)[None, :]
+    known, there = offsets < columns, row < rows
+    inside = known & there
     values = tl.load(x + row * columns + offsets, inside, 0.0).to(tl.float32)
     if RESIDUAL:
         values += tl.load(residual + row * columns + offsets, inside, 0.0).to(tl.float32)
@@ -44,17 +48,17 @@ def _norm_forward(
         tl.store(total + row * columns + offsets, rounded, inside)
         values = rounded.to(tl.float32)
     if LAYER:
-        mean = tl.sum(values, 0) / columns
-        tl.store(mean_out + row, mean)
+        mean = tl.sum(values, 1, keep_dims=True) / columns
+        tl.store(mean_out + row, mean, there)
         values = tl.where(inside, values - mean, 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(values * values, 0) / columns + eps)
-    tl.store(scale_out + row, scale)
-    w = tl.load(weight + offsets, inside, 0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(values * values, 1, keep_dims=True) / columns + eps)
+    tl.store(scale_out + row, scale, there)
+    w = tl.load(weight + offsets, known, 0.0).to(tl.float32)
     if ZERO_CENTERED:
         w += 1.0
     values = values * scale * w
     if LAYER:
-        values += tl.load(bias + offsets, inside, 0.0).to(tl.float32)
+        values += tl.load(bias + offsets, known, 0.0).to(tl.float32)
     tl.store(y + row * columns + offsets, values.to(y.dtype.element_ty), inside)
 
 
@@ -74,21 +78,22 @@ def _norm_backward(
     PASSED_ON: tl.constexpr,
     LAYER: tl.constexpr,
     ZERO_CENTERED: tl.constexpr,
-    ROWS_A_PROGRAM: tl.constexpr,
+    TILES_A_PROGRAM: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
-    offsets = tl.arange(0, BLOCK)
-    w = tl.load(weight + offsets, offsets < columns, 0.0).to(tl.float32)
+    offsets = tl.arange(0, BLOCK)[None, :]
+    known = offsets < columns
+    w = tl.load(weight + offsets, known, 0.0).to(tl.float32)
     if ZERO_CENTERED:
         w += 1.0
-    weight_sum = tl.zeros([BLOCK], tl.float32)
-    bias_sum = tl.zeros([BLOCK], tl.float32)
-    for index in range(ROWS_A_PROGRAM):
-        row = tl.cast(index, tl.int64) * tl.num_programs(0) + program
+    weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for index in range(TILES_A_PROGRAM):
+        row = ((tl.cast(index, tl.int64) * tl.num_programs(0) + program) * ROWS + tl.arange(0, ROWS))[:, None]
         there = row < rows
-        # One comparison: Triton's interpreter makes integers of a block's mask & a scalar's, which 3.9 refuses.
-        inside = offsets < tl.where(there, columns, 0)
+        inside = known & there
         at = row * columns + offsets
         gradient = tl.load(dy + at, inside, 0.0).to(tl.float32)
         values = tl.load(total + at, inside, 0.0).to(tl.float32)
@@ -100,16 +105,16 @@ def _norm_backward(
         if LAYER:
             bias_sum += gradient
         gradient = gradient * w
-        change = gradient - normed * (tl.sum(gradient * normed, 0) / columns)
+        change = gradient - normed * (tl.sum(gradient * normed, 1, keep_dims=True) / columns)
         if LAYER:
-            change -= tl.sum(gradient, 0) / columns
+            change -= tl.sum(gradient, 1, keep_dims=True) / columns
         change = change * scale
         if PASSED_ON:
             change += tl.load(dtotal + at, inside, 0.0).to(tl.float32)
         tl.store(dx + at, change.to(dx.dtype.element_ty), inside)
-    tl.store(dweight + program * columns + offsets, weight_sum, offsets < columns)
+    tl.store(dweight + program * columns + offsets, tl.sum(weight_sum, 0, keep_dims=True), known)
     if LAYER:
-        tl.store(dbias + program * columns + offsets, bias_sum, offsets < columns)
+        tl.store(dbias + program * columns + offsets, tl.sum(bias_sum, 0, keep_dims=True), known)
 
 
 class FusedNorm(torch.autograd.Function):
@@ -138,7 +143,8 @@ class FusedNorm(torch.autograd.Function):
         scale = torch.empty(rows, dtype=torch.float32, device=x.device)
         mean = torch.empty_like(scale) if bias is not None else scale
         block = triton.next_power_of_2(columns)
-        _norm_forward[(rows,)](
+        rows_a_tile = _rows_a_tile(block)
+        _norm_forward[(triton.cdiv(rows, rows_a_tile),)](
             x,
             x if residual is None else residual.contiguous(),
             weight,
@@ -147,13 +153,15 @@ class FusedNorm(torch.autograd.Function):
             total,
             mean,
             scale,
+            rows,
             columns,
             eps,
             RESIDUAL=residual is not None,
             LAYER=bias is not None,
             ZERO_CENTERED=zero_centered,
+            ROWS=rows_a_tile,
             BLOCK=block,
-            num_warps=_warps(block),
+            num_warps=_warps(block * rows_a_tile),
         )
         ctx.save_for_backward(total, weight, mean, scale)
         ctx.rule = (residual is not None, bias is not None, zero_centered)
@@ -167,11 +175,13 @@ class FusedNorm(torch.autograd.Function):
         had_residual, layer, zero_centered = ctx.rule
         columns = total.shape[-1]
         rows = total.numel() // columns
-        programs = min(rows, _PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(total.device))
+        block = triton.next_power_of_2(columns)
+        rows_a_tile = _rows_a_tile(block)
+        tiles = triton.cdiv(rows, rows_a_tile)
+        programs = min(tiles, _PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(total.device))
         dx = torch.empty_like(total)
         dweight = torch.empty(programs, columns, dtype=torch.float32, device=total.device)
         dbias = torch.empty_like(dweight) if layer else dweight
-        block = triton.next_power_of_2(columns)
         _norm_backward[(programs,)](
             dy.contiguous(),
             dy if dtotal is None else dtotal.contiguous(),
@@ -187,12 +197,18 @@ class FusedNorm(torch.autograd.Function):
             PASSED_ON=dtotal is not None,
             LAYER=layer,
             ZERO_CENTERED=zero_centered,
-            ROWS_A_PROGRAM=triton.cdiv(rows, programs),
+            TILES_A_PROGRAM=triton.cdiv(tiles, programs),
+            ROWS=rows_a_tile,
             BLOCK=block,
-            num_warps=_warps(block),
+            num_warps=_warps(block * rows_a_tile),
         )
         bias_gradient = dbias.sum(0).to(weight.dtype) if layer else None
         return dx, dx if had_residual else None, dweight.sum(0).to(weight.dtype), bias_gradient, None
+
+
+def _rows_a_tile(block: int) -> int:
+    """One of hidden states; several of heads, which alone are too short for a program."""
+    return max(_SHORT_TILE // block, 1) if block <= _LONGEST_HEAD else 1
 
 
 def _warps(block: int) -> int:

@@ -5,6 +5,7 @@ Each function is declared in megatron/patches.toml: for which versions, why, and
 
 import importlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -29,11 +30,10 @@ def skip_empty_walk() -> None:
     finalize.reset_model_temporary_tensors = reset
 
 
-def use_functions(l2_norm: Callable[..., Any], copy_all: Callable[..., Any]) -> None:
-    """Take these in place of Megatron's loops over tensors; the norm only where no kernel of others is installed."""
+def use_norm(l2_norm: Callable[..., Any]) -> None:
+    """Take this in place of Megatron's loop over tensors, where no kernel of others is installed."""
     if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = l2_norm
-    optimizer_module._multi_tensor_copy_this_to_that = copy_all
 
 
 def build_with(ours: type, config: OptimizerConfig, model: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -69,9 +69,49 @@ def count_copies_once(part: Any, groups: Any) -> None:
         part.tp_group = groups.expt_tp
 
 
-def take_gradients_from(part: Any, gradients: Callable[[], list[torch.Tensor]]) -> None:
-    """Let the gradient norm of this part read ``gradients()``."""
-    part.get_main_grads_for_grad_norm = gradients
+def connect_weights(
+    part: Any,
+    counts: Callable[[torch.Tensor], bool],
+    join: Callable[[list[torch.Tensor]], list[torch.Tensor]],
+) -> None:
+    """Tell an optimizer once where gradients and the model's 16-bit weights are; it writes the latter itself.
+
+    Args:
+        part: one of `optimizer_parts`, with a `FusedAdamW` inside.
+        counts: whether a weight counts in the gradient norm of this rank.
+        join: the same elements in fewer tensors, for that norm.
+    """
+    ranges = list(owned_ranges(part))
+    mixed = isinstance(part, optimizer_module.MixedPrecisionOptimizer)
+    if mixed:
+        pairs = [(main, _range(parameter.detach(), start, main)) for parameter, start, main in ranges]
+        part.optimizer.halves = {main: copy for main, copy in pairs if copy.dtype != torch.float32}
+        part._copy_main_params_to_model_params = lambda: None
+    counted = [main for _, _, main in ranges if counts(main)]
+    if any(parameter.main_grad.dtype != torch.float32 for parameter, _, _ in ranges):
+        part.get_main_grads_for_grad_norm = lambda: [main.grad for main in counted]  # Megatron makes them in each step
+        return
+    gradients = {main: _range(parameter.main_grad, start, main) for parameter, start, main in ranges}
+    joined = join([gradients[main] for main in counted])
+    part.get_main_grads_for_grad_norm = lambda: joined
+    part.optimizer.gradients_stay = True
+    if mixed:
+        for main, gradient in gradients.items():
+            main.grad = gradient
+        # Parameters of the model itself have none outside an update: a backward pass would add to it.
+        own = [parameter for parameter, _, main in ranges if main is parameter]
+        part._copy_model_grads_to_main_grads = partial(_set_gradients, own, gradients)
+        part.zero_grad = lambda *_: _set_gradients(own, {})
+
+
+def _range(whole: torch.Tensor, start: int, main: torch.Tensor) -> torch.Tensor:
+    """The elements of ``whole`` that ``main`` stands for, in its shape."""
+    return whole.view(-1)[start : start + main.numel()].view(main.shape)
+
+
+def _set_gradients(parameters: list[torch.Tensor], gradients: dict[torch.Tensor, torch.Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = gradients.get(parameter)
 
 
 def owned_ranges(part: Any) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:

@@ -62,8 +62,9 @@ class TorchBackend(LocalSpecProvider):
         return self.row if self.model.norm_placement == "pre" else with_post_norm(self.row)
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> Any:
-        # A head is too short for a row of its own in the kernel.
-        return Norm if for_qk else ModuleSpec(module=Norm, params={"fused": self.performance.fused_kernels})
+        if for_qk and self.model.mla is not None:
+            return Norm  # of a part of a projection's output: the kernel would read a copy
+        return ModuleSpec(module=Norm, params={"fused": self.performance.fused_kernels})
 
     def qk_norm(self, heads: int, tp_group: Any) -> Any:
         """The norm of queries or of keys, of which the model has ``heads``."""

@@ -30,7 +30,7 @@ from nemo_llm.kernels.matmul import choose_kernels, shapes_of_linear
 from nemo_llm.log import get_logger
 from nemo_llm.models.language_model import LanguageModel
 from nemo_llm.models.layers import flex_attention
-from nemo_llm.models.layers.experts import ExpertProducts, routes_of_choices, routes_of_counts
+from nemo_llm.models.layers.experts import ExpertProducts, routes_of_choices, routes_of_counts, routes_of_map
 from nemo_llm.models.layers.linear import WholeLinear, weights_with_product
 from nemo_llm.models.layers.linear_cross_entropy import compile_for_loss
 from nemo_llm.models.layers.rope import rotate_fused
@@ -118,6 +118,7 @@ def run_kernels(setting: ModelSetting, device: torch.device, vocab_size: int) ->
     if setting.performance.fused_kernels:
         if choose_backend(model, "cuda") == "torch":
             _run_norms(setting, tokens // (tp if layout.sequence_parallel else 1), like)
+            _run_head_norms(setting, tokens, like)
             _run_fp8(setting, tokens, like)
         if model.activation_func == "silu" and model.gated_linear_unit:
             _run_swiglu(setting, tokens, like)
@@ -131,6 +132,7 @@ def run_kernels(setting: ModelSetting, device: torch.device, vocab_size: int) ->
         for rows in _chunks_of_tokens(tokens, setting.performance.cross_entropy_chunk_tokens):
             _run_loss(torch.zeros(rows, columns, **like), alone=tp == 1 and model.final_logit_softcapping is None)
     _run_embedding(setting, tokens, like)
+    _run_adamw(like)
 
 
 def _run_norms(setting: ModelSetting, rows: int, like: dict) -> None:
@@ -145,6 +147,22 @@ def _run_norms(setting: ModelSetting, rows: int, like: dict) -> None:
     for added, sum_used in ((None, True), (residual, True), (None, False)):
         normed, total = FusedNorm.apply(x, added, weight, bias, rule)
         ((normed + total) if sum_used else normed).sum().backward()
+
+
+def _run_head_norms(setting: ModelSetting, tokens: int, like: dict) -> None:
+    from nemo_llm.kernels.norm_swiglu import FusedNorm
+
+    model, tp = setting.model, setting.parallelism.tensor_model_parallel_size
+    if not model.qk_layernorm or model.qk_layernorm_scope != "head" or model.mla is not None:
+        return
+    weight = torch.zeros(model.head_dim, **like).requires_grad_()
+    bias = torch.zeros_like(weight).requires_grad_() if model.normalization == "LayerNorm" else None
+    for heads in {model.num_attention_heads // tp, max(model.num_query_groups // tp, 1)}:
+        x = torch.zeros(tokens, heads, model.head_dim, **like).requires_grad_()
+        normed, _ = FusedNorm.apply(
+            x, None, weight, bias, (model.layernorm_epsilon, model.layernorm_zero_centered_gamma)
+        )
+        normed.sum().backward()
 
 
 def _run_fp8(setting: ModelSetting, rows: int, like: dict) -> None:
@@ -177,6 +195,8 @@ def _run_experts(setting: ModelSetting, tokens: int, like: dict) -> None:
     weights = [weight.requires_grad_() for weight in (fc1, fc1.clone(), fc2, fc2.clone())]
     x, share = torch.zeros(tokens, model.hidden_size, **like), torch.zeros(tokens, 2, device=like["device"])
     here = routes_of_choices(torch.zeros_like(share, dtype=torch.int64) + torch.arange(2, device=x.device), 2)
+    number = torch.arange(model.moe.num_moe_experts, device=x.device)
+    routes_of_map((number < model.moe.moe_router_topk).expand(tokens, -1), model.moe.moe_router_topk)
     sent = routes_of_counts(torch.tensor([tokens, 0]), x.device)
     for routes, shares in ((here, share), (sent, share[:, 0].contiguous())):
         for stale in (True, False):
@@ -257,3 +277,11 @@ def _run_embedding(setting: ModelSetting, tokens: int, like: dict) -> None:
     numbers = torch.zeros(tokens, dtype=torch.int64, device=like["device"])
     buffer = torch.zeros(1, setting.model.hidden_size, dtype=torch.float32, device=like["device"])
     add_rows(buffer, numbers, torch.zeros(tokens, setting.model.hidden_size, **like))
+
+
+def _run_adamw(like: dict) -> None:
+    from nemo_llm.kernels.adamw import AdamWPass, Rule
+
+    lists = list(torch.zeros(4, 1, 64, dtype=torch.float32, device=like["device"]).unbind())
+    halves = [] if like["dtype"] == torch.float32 else [torch.zeros(1, 64, **like)]
+    AdamWPass([*lists, *halves]).run(Rule(1, 0.0, (0.9, 0.95), 1e-8, 0.0))

@@ -1,6 +1,6 @@
 """Megatron's optimizer (plain or distributed) from our section, with our AdamW or Muon inside."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from nemo_llm.optim.adamw import FusedAdamW
 from nemo_llm.optim.muon import Muon
 from nemo_llm.optim.muon_matrices import connect_muon
 from nemo_llm.parallel.runtime import ParallelRuntime
+
+_MOST_JOINED = 1 << 25  # elements: a CPU makes a copy in float64
 
 
 def build_optimizer(
@@ -42,11 +44,11 @@ def build_optimizer(
         use_distributed_optimizer=cfg.parallelism.use_distributed_optimizer,
         overlap_param_gather=cfg.parallelism.overlap_param_gather,
     )
-    megatron.use_functions(_l2_norm, _copy_all)
+    megatron.use_norm(_l2_norm)
     optimizer = megatron.build_with(FusedAdamW if cfg.optim.muon is None else Muon, config, model)
     for part in megatron.optimizer_parts(optimizer):
         megatron.count_copies_once(part, runtime.groups)
-        megatron.take_gradients_from(part, _counted_gradients(part))
+        megatron.connect_weights(part, partial(_counts, tp_group=part.tp_group), _joined)
         if cfg.performance.offload_optimizer_moments:
             part.optimizer.offload_moments()
         if cfg.optim.muon is not None:
@@ -54,28 +56,22 @@ def build_optimizer(
     return optimizer
 
 
-def _counted_gradients(part: MegatronOptimizer) -> Callable[[], list[torch.Tensor]]:
-    """The gradients of this part in the norm, which asks once which parameters count on this rank.
-
-    Megatron asks every parameter in every step, while the GPU waits: 15 ms for 1,500 weights of experts.
-    """
-    counted: list[torch.nn.Parameter] = []
-
-    def gradients() -> list[torch.Tensor]:
-        if not counted:
-            counted.extend(p for p in part.get_parameters() if _counts(p, getattr(part, "tp_group", None)))
-        return [p.grad for p in counted if p.grad is not None]
-
-    return gradients
+def _joined(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same elements in fewer tensors, flat: small ones that lie one behind the other in a buffer are one."""
+    joined: list[torch.Tensor] = []
+    for tensor in sorted((t for t in tensors if t.numel()), key=torch.Tensor.data_ptr):
+        last = joined[-1] if joined else tensor
+        total = last.numel() + tensor.numel()
+        storage = last.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        if storage and last.data_ptr() + last.nbytes == tensor.data_ptr() and total <= _MOST_JOINED:
+            joined[-1] = last.as_strided((total,), (1,))
+        else:
+            joined.append(tensor.view(-1))
+    return joined
 
 
 def _counts(parameter: torch.nn.Parameter, tp_group: Any) -> bool:
     return param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, tp_group)
-
-
-def _copy_all(this: list[torch.Tensor], that: list[torch.Tensor], overflow_buf: Any = None) -> None:  # noqa: ARG001
-    if this:
-        torch._foreach_copy_(that, this)  # few launches; underscored like all of PyTorch's lists of tensors
 
 
 def _l2_norm(_chunk: int, _overflow: Any, tensors: list[list[torch.Tensor]], *_: Any) -> tuple[torch.Tensor, None]:

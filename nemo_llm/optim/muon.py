@@ -134,6 +134,7 @@ class Muon(FusedAdamW):
             group = groups[parameter]
             parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
             parameter.view(-1).add_(update, alpha=-group["lr"])
+        self.copy_to_halves(parameters)
 
     def _by_adamw(self, parameter: Tensor, /) -> bool:
         return parameter not in self._pieces

@@ -233,15 +233,6 @@ def gradient_norm() -> bool:
 
 
 @fault
-def copied_weights() -> bool:
-    from megatron.core.optimizer.optimizer import _multi_tensor_copy_this_to_that
-
-    with _Calls(torch.ops.aten.copy_) as copies:
-        _multi_tensor_copy_this_to_that([torch.ones(2)] * 3, [torch.zeros(2) for _ in range(3)])
-    return copies.count == 3
-
-
-@fault
 def optimizer_class() -> bool:
     from megatron.core.optimizer import get_megatron_optimizer
 
@@ -257,7 +248,7 @@ def expert_norm() -> bool:
 
 
 @fault
-def counted_gradients() -> bool:
+def connected_weights() -> bool:
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.optimizer.optimizer import FP32Optimizer
 

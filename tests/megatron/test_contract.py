@@ -30,8 +30,12 @@ def _names_are_there() -> None:
     assert list(inspect.signature(mlp.bias_swiglu_impl).parameters)[:2] == ["input", "bias"]
     assert hasattr(moe_utils, "te_general_gemm")
     assert hasattr(clip_grads, "l2_norm_impl")
-    parameters = inspect.signature(optimizer._multi_tensor_copy_this_to_that).parameters
-    assert list(parameters) == ["this", "that", "overflow_buf"]
+    for mixed in (optimizer.Float16OptimizerWithFloat16Params, distrib_optimizer.DistributedOptimizer):
+        assert issubclass(mixed, optimizer.MixedPrecisionOptimizer)
+        assert "self._copy_model_grads_to_main_grads()" in inspect.getsource(mixed.prepare_grads)
+        assert "self._copy_main_params_to_model_params()" in inspect.getsource(mixed.__mro__[1].step_with_ready_grads)
+        assert "self.get_main_grads_for_grad_norm()" in inspect.getsource(mixed.get_grad_norm)
+        assert list(inspect.signature(mixed.zero_grad).parameters) == ["self", "set_to_none"]
     for name in ("Adam", "USING_PYTORCH_OPTIMIZER"):
         assert hasattr(megatron_optimizer, name)
     assert hasattr(distrib_optimizer, "Adam")

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tests.models.exact_kernel_checks import exact_cases
+
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
@@ -320,7 +322,9 @@ def all_cases(device: str, small: bool):
     """(name, dtype, what gives the error) of every case."""
     torch.manual_seed(1)
     dtypes = (torch.float32,) if small else (torch.float32, torch.bfloat16)
-    shapes = [(5, 2, 24), (3, 1, 160)] if small else [(5, 2, 24), (1000, 4, 2048), (513, 1, 5440), (64, 2, 8192)]
+    shapes = [(5, 2, 24), (3, 1, 160), (300, 2, 24)]
+    if not small:
+        shapes += [(1000, 4, 2048), (513, 1, 5440), (64, 2, 8192), (1000, 2, 36, 128)]
     for shape, dtype, kind in itertools.product(shapes, dtypes, itertools.product((False, True), repeat=3)):
         name = f"norm {shape} residual, layer, zero-centred {kind}"
         yield name, dtype, partial(norm_case, shape, dtype, device, kind)
@@ -364,6 +368,7 @@ def all_cases(device: str, small: bool):
         sizes += [(4096, 8, 128, 2048, 768), (1000, 6, 64, 528, 1408), (300, 2, 8, 136, 72)]
     for size, skew, dtype in itertools.product(sizes, ("even", "one"), dtypes):
         yield f"experts {size} {skew}", dtype, partial(expert_case, size, skew, dtype, device)
+    yield from exact_cases(device, small)
     if not small:
         yield from library_cases()
 
@@ -389,13 +394,20 @@ def library_cases():
 def kernels_not_warmed(device: str) -> set[str]:
     """Kernels of training that `run_kernels` does not launch for three configurations that together need them all."""
     from nemo_llm.config.compose.load import compose
-    from nemo_llm.kernels import cross_entropy_inplace, embedding_gradient, fp8_quantize, norm_swiglu, qkv_split_rotary
+    from nemo_llm.kernels import (
+        adamw,
+        cross_entropy_inplace,
+        embedding_gradient,
+        fp8_quantize,
+        norm_swiglu,
+        qkv_split_rotary,
+    )
     from nemo_llm.models.warm_kernels import run_kernels
 
     launched = set()
     wanted = {
         (module, name): kernel
-        for module in (norm_swiglu, qkv_split_rotary, cross_entropy_inplace, embedding_gradient, fp8_quantize)
+        for module in (norm_swiglu, qkv_split_rotary, cross_entropy_inplace, embedding_gradient, fp8_quantize, adamw)
         for name, kernel in vars(module).items()
         if hasattr(kernel, "run") and not isinstance(kernel, type) and f"{name}[" in inspect.getsource(module)
     }

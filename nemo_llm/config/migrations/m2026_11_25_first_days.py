@@ -1,6 +1,6 @@
 """Keys of the first three days, before any run was recorded: what they switch on was not there."""
 
-ADDED = {
+ADDED: dict[str, object] = {
     "data.blend_changes": [],
     "data.packing": "concatenate",
     "data.fim": None,

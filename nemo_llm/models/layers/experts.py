@@ -58,6 +58,23 @@ class Routes:
     rows_a_tile: int = _ROWS_A_TILE
 
 
+def routes_of_map(chosen: torch.Tensor, choices: int) -> tuple[Routes, torch.Tensor]:
+    """Routes of tokens that are here, and the experts ``[T, k]`` of each by rising number.
+
+    Args:
+        chosen: ``[T, E]`` bool with ``choices`` of each row set.
+    """
+    if not chosen.is_cuda:
+        # A stable sort that puts True first.
+        numbers = torch.sort(chosen.to(torch.uint8), dim=-1, descending=True, stable=True).indices[:, :choices]
+        return routes_of_choices(numbers, chosen.shape[1]), numbers
+    from nemo_llm.kernels import expert_routes
+
+    starts, tokens, places, rows_of_token, numbers = expert_routes.routes_of_map(chosen, choices)
+    rows = numbers.numel()
+    return Routes(rows, starts, tokens, places, rows_of_token, *_tiles(starts, rows)), numbers
+
+
 def routes_of_choices(chosen: torch.Tensor, experts: int) -> Routes:
     """Sort the rows of tokens that are here by expert; within an expert tokens keep their order.
 
@@ -91,9 +108,14 @@ def routes_of_counts(counts: torch.Tensor, device: torch.device) -> Routes:
 def _tiles(starts: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Expert and first row of each tile; as many tiles as any distribution of the rows can need."""
     experts = starts.numel() - 1
+    count = rows // _ROWS_A_TILE + min(experts, rows)
+    if starts.is_cuda and count:
+        from nemo_llm.kernels import expert_routes
+
+        return expert_routes.tiles_of_rows(starts, count, _ROWS_A_TILE)
     tiles = (starts.diff() + _ROWS_A_TILE - 1) // _ROWS_A_TILE
     ends = tiles.cumsum(0)
-    number = torch.arange(rows // _ROWS_A_TILE + min(experts, rows), device=starts.device)
+    number = torch.arange(count, device=starts.device)
     tile_experts = torch.searchsorted(ends, number, right=True)
     inside = tile_experts.clamp(max=experts - 1)
     tile_rows = starts[inside] + (number - (ends - tiles)[inside]) * _ROWS_A_TILE
@@ -276,10 +298,7 @@ class LocalDispatcher(MoETokenDispatcher):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``[s, b, h]``, ``[T, E]`` and ``[T, E]`` -> tokens ``[T, h]`` and the shares ``[T, k]`` of their experts."""
         self._shape = tokens.shape
-        # The k chosen experts of a token by rising number: a stable sort that puts True first.
-        chosen = torch.sort(routing_map.to(torch.uint8), dim=-1, descending=True, stable=True).indices
-        chosen = chosen[:, : self.config.moe_router_topk]
-        self._routes = routes_of_choices(chosen, routing_map.shape[1])
+        self._routes, chosen = routes_of_map(routing_map, self.config.moe_router_topk)
         return tokens.reshape(-1, tokens.shape[-1]), probs.gather(1, chosen)
 
     def token_dispatch(self, hidden: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,18 +1,15 @@
 """Checks of the recipe: batch, schedule, precision, data files, loggers."""
 
 from collections.abc import Iterator
-from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
-from nemo_llm.assets import ASSET_PREFIX, asset_names, resolve_path
-from nemo_llm.config.compose.catalog import nearest
 from nemo_llm.config.sections.arithmetic import divisors, either, neighbouring_multiples
-from nemo_llm.config.sections.data import blend_entries
 from nemo_llm.config.sections.precision import Fp8Config
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.config.sections.run_services import ExpManagerConfig
-from nemo_llm.errors import InputError, Problem
+from nemo_llm.config.sections.sources import missing_path
+from nemo_llm.errors import Problem
 
 
 def _data_parallel_size(cfg: RunConfig, world_size: int) -> int | None:
@@ -253,28 +250,18 @@ def check_resume(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
 
 
 def check_data_files(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
-    """Indexed files, texts and tokenizer files that the data section names exist."""
-    blends = {"data.blend": cfg.data.blend}
-    blends |= {f"data.validation.{name}": blend for name, blend in cfg.data.validation.items()}
-    for key, blend in blends.items():
-        for place, source in enumerate(blend_entries(blend, key)):
-            if source.prefix is not None:
-                yield from _missing_indexed(f"{key}[{place}].prefix", source.prefix)
-            if source.text is not None:
-                yield from _missing_path(f"{key}[{place}].text", source.text, "text")
-            if source.chat is not None:
-                yield from _missing_path(f"{key}[{place}].chat", source.chat, "text")
-            if source.labelled is not None:
-                yield from _missing_path(f"{key}[{place}].labelled", source.labelled, "text")
+    """What the sources name can be opened, and the tokenizer's files exist."""
+    for key, blend in cfg.data.blends().items():
+        for number, entry in enumerate(blend):
+            yield from entry.check(f"{key}[{number}]")
     if cfg.data.tokenizer.path is not None:
-        yield from _missing_path("data.tokenizer.path", cfg.data.tokenizer.path, "tokenizers")
+        yield from missing_path("data.tokenizer.path", cfg.data.tokenizer.path, "tokenizers")
 
 
 def check_fine_tuning(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
     """The task has its data, and virtual tokens leave room for others."""
-    entries = blend_entries(cfg.data.blend, "data.blend")
     yield from _check_head(cfg)
-    if cfg.task.name == "sft" and all(entry.chat is None for entry in entries):
+    if cfg.task.name == "sft" and all(entry.kind != "chat" for entry in cfg.data.blend):
         yield Problem(
             "task.name",
             "sft",
@@ -320,52 +307,21 @@ def _check_head(cfg: RunConfig) -> Iterator[Problem]:
     if task in needed and wrong:
         rule = "needs the names of the classes, two or more" if task == "classification" else "needs one name"
         yield Problem("model.head", head, f"task={task} {rule}", f"set model.head={needed[task]}")
-    blends = {"data.blend": cfg.data.blend}
-    blends |= {f"data.validation.{name}": blend for name, blend in cfg.data.validation.items()}
-    for key, blend in blends.items():
-        for entry in blend_entries(blend, key):
-            if task in needed and entry.labelled is None:
+    for key, blend in cfg.data.blends().items():
+        for entry in blend:
+            if task in needed and entry.kind != "labelled":
                 fix = "add data=labelled 'data.blend=[{name: mine, labelled: FILE}]'"
                 yield Problem(key, entry.name, f"task={task} learns from labelled texts alone", fix)
-            elif task not in needed and entry.labelled is not None:
+            elif task not in needed and entry.kind == "labelled":
                 fix = "set task=classification or task=score"
                 yield Problem(key, entry.name, f"holds labelled texts, and task={task} predicts tokens", fix)
-            elif entry.labelled is not None and cfg.data.labelled is None:
+            elif entry.kind == "labelled" and cfg.data.labelled is None:
                 yield Problem("data.labelled", None, f"is needed by {entry.name} of {key}", "choose data=labelled")
     unwanted = {"evaluation.interval": cfg.evaluation.interval, "sample.enabled": cfg.sample.enabled or None}
     for key, value in unwanted.items():
         if task in needed and value is not None:
             off = "false" if value is True else "null"
             yield Problem(key, value, f"needs the logits of tokens, and task={task} has none", f"set {key}={off}")
-
-
-def _missing_indexed(key: str, prefix: str) -> Iterator[Problem]:
-    missing = [suffix for suffix in (".bin", ".idx") if not Path(prefix + suffix).expanduser().is_file()]
-    if missing and prefix.endswith((".bin", ".idx")):
-        yield Problem(key, prefix, "must be the path without .bin or .idx", f"write {prefix[:-4]}")
-    elif missing:
-        files = " and ".join(prefix + suffix for suffix in missing)
-        yield Problem(
-            key,
-            prefix,
-            f"there is no {files}",
-            f"name raw text as {{name: mine, text: {prefix}}}"
-            if Path(prefix).expanduser().exists() or glob(str(Path(prefix).expanduser()))
-            else "correct the path, or write the files with tools/index_dataset.py",
-        )
-
-
-def _missing_path(key: str, path: str, kind: str) -> Iterator[Problem]:
-    try:
-        found = resolve_path(path, kind)
-    except InputError:
-        names = [f"{ASSET_PREFIX}{name}" for name in asset_names(kind)]
-        meant = nearest(path, names)
-        fix = f"did you mean {meant}?" if meant else f"write one of {', '.join(names)}, or a path"
-        yield Problem(key, path, "is not shipped with the package", fix)
-        return
-    if not found.exists() and not (kind == "text" and glob(str(found))):
-        yield Problem(key, path, "there is no such file or folder", "correct the path")
 
 
 RECIPE_CHECKS = (

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nemo_llm.config.compose.messages import problems_of_validation
 from nemo_llm.config.sections.run import RunConfig
+from nemo_llm.config.sections.sources import with_long_forms
 from nemo_llm.errors import ConfigError, Problem
 
 
@@ -24,6 +25,8 @@ def decode(mapping: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: with every problem found.
     """
+    if isinstance(data := mapping.get("data"), Mapping):
+        mapping = {**mapping, "data": with_long_forms(data)}
     try:
         # JSON mode is the strict mode that takes mappings for dataclasses, and whole numbers for floats alone.
         return _decoder().validate_json(json.dumps(mapping), strict=True)

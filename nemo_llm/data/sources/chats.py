@@ -19,9 +19,13 @@ from numpy.typing import NDArray
 from nemo_llm.assets import resolve_path
 from nemo_llm.config.chat import ChatConfig
 from nemo_llm.config.sections.data import DataConfig
+from nemo_llm.config.sections.sources import ChatSource
 from nemo_llm.corpus.documents import expand_inputs, read_records
 from nemo_llm.data.chat_format import BadChatError, ChatRecord, Message, to_conversation
 from nemo_llm.data.chat_template import fixed_day, load_template, saved_source
+from nemo_llm.data.sources.kind import FileKind, OpenContext
+from nemo_llm.data.sources.split import SourcePart, cut_documents
+from nemo_llm.data.sources.token_store import TokenStore
 from nemo_llm.data.template_checks import content_form, control_text_problems
 from nemo_llm.data.template_tokens import TemplateEncoder
 from nemo_llm.errors import InputError
@@ -230,11 +234,10 @@ def _without(chat: ChatRecord, places: list[int], name: str) -> ChatRecord:
     return dataclasses.replace(chat, messages=messages)
 
 
-class ChatStore:
+class ChatStore(TokenStore):
     """Conversations of a cache entry, as documents of tokens."""
 
-    chat_template: str | None = None
-    """The template that conversations were written with, as a checkpoint keeps it."""
+    has_learned = True
 
     def __init__(self, folder: Path) -> None:
         self.prefix = str(folder)
@@ -252,13 +255,17 @@ class ChatStore:
         """Return 1 for each of ``count`` tokens that is learned, as float32 [count]."""
         return self._learned[start : start + count].astype(np.float32)
 
-    def document_start(self, document: int) -> int:
-        """Return the position of a conversation's first token; for ``num_documents``, the number of tokens."""
-        return int(self._starts[document])
 
-    def document_at(self, token: int) -> int:
-        """Return the conversation that holds the token at a position."""
-        return int(np.searchsorted(self._starts, token, side="right")) - 1
+class ChatKind(FileKind[ChatSource]):
+    """Conversations, each a document with a mask of what is learned."""
+
+    def open(self, context: OpenContext) -> ChatStore:
+        """See `open_chats`."""
+        return open_chats(self.entry.path, context.config, context.tokenizer, context.cache, context.virtual_tokens)
+
+    def split(self, store: TokenStore, part: SourcePart, _tokens_per_sample: int) -> tuple[TokenStore, tuple[int, int]]:
+        """Between conversations, in file order."""
+        return cut_documents(self.entry.name, store, part, "conversations")
 
 
 def open_chats(pattern: str, config: DataConfig, tokenizer: Tokenizer, cache: Path, virtual_tokens: int) -> ChatStore:

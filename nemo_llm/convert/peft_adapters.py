@@ -85,8 +85,8 @@ def _to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) ->
     if cfg.base is None:
         raise InputError("base: needed; name the checkpoint of ours that the adapter stands on")
     base = resolve_checkpoint(Path(cfg.base).expanduser())
-    plain = to_dict(compose(["+model=gpt_tiny", "peft=lora"]))["peft"]
-    peft = {**plain, **section_of_folder(source)}
+    section = section_of_folder(source)
+    peft = {**to_dict(compose(["+model=gpt_tiny", f"peft={section['kind']}"]))["peft"], **section}
     content = {**with_younger_keys(read_config(base)), "model": saved_model(base), "peft": peft}
     content["checkpoint"] = {**content["checkpoint"], "init_from": str(base.resolve())}
     run = decode(content)

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
 
+from nemo_llm.config.sections.peft import LoraConfig
 from nemo_llm.optim.gradients import forget_gradients
 from nemo_llm.optim.schedule import learning_rate
 from nemo_llm.parallel.runtime import ParallelRuntime
@@ -113,7 +114,7 @@ def set_hyperparameters(run: TrainingRun, lr: float) -> None:
 def seed_dropout(run: TrainingRun) -> None:
     """Seed the generators from (seed, step, place), so that a resumed step drops the same activations."""
     model, runtime = run.cfg.model, run.runtime
-    adapters_drop = run.cfg.peft is not None and run.cfg.peft.dropout > 0.0
+    adapters_drop = isinstance(run.cfg.peft, LoraConfig) and run.cfg.peft.dropout > 0.0
     if model.hidden_dropout == 0.0 and model.attention_dropout == 0.0 and not adapters_drop:
         return
     key = (run.cfg.trainer.seed, run.state.step, runtime.dp_rank, runtime.cp_rank, runtime.pp_rank)

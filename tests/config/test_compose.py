@@ -22,7 +22,6 @@ from nemo_llm.config import (
     MoeConfig,
     OptimConfig,
     ParallelismConfig,
-    PeftConfig,
     PrecisionConfig,
     RunConfig,
     SampleConfig,
@@ -35,6 +34,7 @@ from nemo_llm.config.commands.prepare import DataPrepConfig, PrepareConfig
 from nemo_llm.config.compose.catalog import TOOL_GROUPS, conf_dir, group_choices, known_keys
 from nemo_llm.config.compose.load import compose, decode, to_dict
 from nemo_llm.config.sections.data import TokenizerConfig
+from nemo_llm.config.sections.peft import PeftMethod
 from nemo_llm.config.sections.performance import PerformanceConfig
 from nemo_llm.config.sections.run_services import EvaluationConfig
 
@@ -45,7 +45,6 @@ GROUPS = group_choices([conf_dir()])
 SECTIONS: dict[str, type] = {
     "trainer": TrainerConfig,
     "parallelism": ParallelismConfig,
-    "peft": PeftConfig,
     "precision": PrecisionConfig,
     "performance": PerformanceConfig,
     "optim": OptimConfig,
@@ -60,6 +59,8 @@ SECTIONS: dict[str, type] = {
     "evaluation": EvaluationConfig,
     "model/family": ModelConfig,
 }
+METHODS = get_args(get_args(PeftMethod)[0])
+SECTIONS |= {f"peft/{kind}": one for one in METHODS for kind in get_args(get_type_hints(one)["kind"])}
 # What a file of a group leaves to another group.
 ELSEWHERE = {"optim": {"sched"}, "data": {"tokenizer"}}
 # data=blend is for the user's own files, so a source has to be named.
@@ -87,6 +88,7 @@ def arguments_for(path: Path) -> list[str]:
 
 
 def test_all_files_are_found() -> None:
+    assert {f"peft/{name}" for name in GROUPS["peft"]} == {name for name in SECTIONS if name.startswith("peft/")}
     assert len(FILES) >= 45
     named = "gpt_tiny moe_tiny gpt_126m gpt_1b gpt_5b gpt_7b gpt_20b gpt_175b llama3_1b llama3_8b"
     assert set(GROUPS["model"]) >= set(named.split())
@@ -117,12 +119,12 @@ def test_rules_of_the_data_tool_compose_and_decode(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in FILES if group_of(path) in SECTIONS],
+    [path for path in FILES if {group_of(path), f"{group_of(path)}/{path.stem}"} & set(SECTIONS)],
     ids=lambda path: path.relative_to(conf_dir()).as_posix(),
 )
 def test_file_lists_every_field_with_a_comment(path: Path) -> None:
     group = group_of(path)
-    section = MoeConfig if path.stem == "moe" else SECTIONS[group]
+    section = MoeConfig if path.stem == "moe" else SECTIONS.get(f"{group}/{path.stem}") or SECTIONS[group]
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     content.pop("defaults", None)
     fields = {field.name for field in dataclasses.fields(section)} - ELSEWHERE.get(group, set())

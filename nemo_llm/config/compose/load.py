@@ -1,6 +1,5 @@
 """From the command line to a `RunConfig`: Hydra composes ``conf/``, pydantic decodes strictly, all problems at once."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,13 @@ from hydra import initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
 
 from nemo_llm.config.compose.arguments import Texts
 from nemo_llm.config.compose.catalog import conf_dir, group_choices
 from nemo_llm.config.compose.decode import decode, to_dict
 from nemo_llm.config.compose.from_folder import derived_overrides
-from nemo_llm.config.compose.messages import problems_of_validation
 from nemo_llm.config.compose.overrides import missing_model, normalise, rename_keys
-from nemo_llm.config.sections.data import DataConfig
+from nemo_llm.config.migrations import m2026_11_29_methods_of_peft, m2026_11_29_sources_by_kind
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 
@@ -64,18 +61,6 @@ def compose(overrides: Sequence[str], extra_folder: Path | None = None) -> RunCo
     return cfg
 
 
-def decode_data(mapping: Mapping[str, Any]) -> DataConfig:
-    """The ``data`` section of a configuration that was saved by this or an earlier version.
-
-    Raises:
-        ConfigError: with every problem found.
-    """
-    try:
-        return TypeAdapter(DataConfig).validate_json(json.dumps(mapping), strict=True)
-    except ValidationError as error:
-        raise ConfigError(problems_of_validation(error.errors(), mapping)) from None
-
-
 def decode_saved(saved: Mapping[str, Any]) -> RunConfig:
     """A saved configuration as a `RunConfig`, see `with_younger_keys`.
 
@@ -92,6 +77,7 @@ def with_younger_keys(saved: Mapping[str, Any]) -> dict[str, Any]:
     default file. A section that was saved as null stays null. Keys that every model file has to give (sizes) have no
     such value and stay missing.
     """
+    saved = m2026_11_29_methods_of_peft.change(m2026_11_29_sources_by_kind.change(dict(saved)))
     shipped = conf_dir()
     known = group_choices([shipped])
     choices = {

@@ -44,7 +44,7 @@ def main() -> int:
         f"+model={arguments.model}", "data=mock", "trainer.max_steps=1000", "parallelism.use_distributed_optimizer=true",
         "checkpoint.keep_last=1", "exp_manager.enabled=false", "sample.enabled=false", *arguments.override,
     ])  # fmt: skip
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     run.run_dir = arguments.folder
     first = run.runtime.is_first_rank
     if first:

@@ -115,11 +115,12 @@ def measure_equality(hf: Path, ours: Path, text: Path, tokens: int) -> None:
     """Greedy continuations and perplexity of both models."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nemo_llm.convert.logit_check import forward_ours, our_model
+    from nemo_llm.checkpoint.saved_run import SavedRun
+    from nemo_llm.convert.logit_check import float32_model, forward_ours, saved_model
 
     tokenizer = AutoTokenizer.from_pretrained(hf)
     theirs: Any = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
-    with our_model(ours) as chunk, torch.no_grad():
+    with float32_model(saved_model(SavedRun.open(ours))) as chunk, torch.no_grad():
         from nemo_llm.checkpoint.weights import load_weights
 
         load_weights([chunk], ours)

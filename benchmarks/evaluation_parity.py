@@ -84,7 +84,7 @@ def main() -> None:
             "evaluate", EvaluateConfig, [f"checkpoint={arguments.checkpoint}", f"accelerator={arguments.device}"]
         )
         opened = open_checkpoint(cfg, Path(arguments.checkpoint), 1)
-        model = load_model(opened, start_runtime(opened.cfg), "sizes")
+        model = load_model(opened, start_runtime(opened.runtime), "sizes")
         hf = HFLM(
             pretrained=str(plain_folder(Path(arguments.hf_folder), Path(folder) / "hf")),
             device=arguments.device,

@@ -46,7 +46,7 @@ def run_ours(checkpoint: str, prompts: list[str], tokens: int, batch_sizes: list
     keys = [f"sampling.max_new_tokens={tokens}", "sampling.ignore_eod=true", "text=unused", "accelerator=cpu"]
     cfg = compose_tool("generate", GenerateConfig, [f"checkpoint={checkpoint}", *keys])
     opened = open_checkpoint(cfg, Path(checkpoint), 1)
-    model = load_model(opened, start_runtime(opened.cfg), "sizes")
+    model = load_model(opened, start_runtime(opened.runtime), "sizes")
     encoded = [model.tokenizer.encode(prompt) for prompt in prompts]
     found = []
     for size in batch_sizes:

@@ -35,10 +35,12 @@ def save_checkpoint(folder: Path, model: str) -> None:
 
     # Llama 3's stretched wavelengths cost nothing at a step; transformers' name for them needs no match here.
     cfg = compose([f"+model={model}", "precision=bf16", "model.transformer_impl=torch", "exp_manager.enabled=false"])
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     with writing(folder / "step_00000000") as temporary:
-        save_weights(build_model_chunks(cfg, runtime, cfg.model.vocab_size or tokenizer.vocab_size), temporary)
+        save_weights(
+            build_model_chunks(cfg.model_setting, runtime, cfg.model.vocab_size or tokenizer.vocab_size), temporary
+        )
         (temporary / "config.yaml").write_text(yaml.safe_dump(to_dict(cfg)))
         tokenizer.save(temporary / "tokenizer")
     stop_runtime()
@@ -57,7 +59,7 @@ def run_ours(folder: Path, rows: int, prompt: int, new: int) -> dict:
 
     cfg = settings(new)
     opened = open_checkpoint(cfg, folder, 1)
-    model = load_model(opened, start_runtime(opened.cfg), "sizes")
+    model = load_model(opened, start_runtime(opened.runtime), "sizes")
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, 50000, (rows, prompt), generator=generator).tolist()
     weights = sum(p.numel() * p.element_size() for p in model.chunk.parameters())
@@ -71,7 +73,7 @@ def run_ours(folder: Path, rows: int, prompt: int, new: int) -> dict:
         found[name] = time.perf_counter() - began
     assert all(len(result.tokens) == new for result in results)
     found["graphs"] = model.records_graphs
-    found["model"] = opened.cfg.model
+    found["model"] = opened.setting.model
     stop_runtime()
     return found
 

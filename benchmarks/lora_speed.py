@@ -129,7 +129,7 @@ def our_step(options: argparse.Namespace, overrides: list[str]) -> Callable[[], 
         ]
     )
     check(cfg, 1)
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import train_step
 

@@ -19,8 +19,9 @@ from nemo_llm.config.checks.code_paths import fused_chunk_tokens
 from nemo_llm.config.compose.load import compose
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.planner.activations import tokens_per_rank
-from nemo_llm.planner.loss import chunk_bytes, vocabulary
-from nemo_llm.planner.memory import GIB, estimate_memory
+from nemo_llm.planner.loss import chunk_bytes
+from nemo_llm.planner.memory import GIB
+from nemo_llm.training.check_only import estimate_run
 
 COMMON = [
     "trainer.max_steps=100", "exp_manager.enabled=false", "sample.enabled=false", "optim.sched.warmup_steps=10",
@@ -193,18 +194,17 @@ def configuration(row: Row) -> RunConfig:
 
 def plan(row: Row, cfg: RunConfig) -> Planned:
     """The estimate for a row."""
-    rows = vocabulary(cfg, GPT2_TOKENS)
-    peak = estimate_memory(cfg, row.gpus, rows).peak
-    before = 0.0
-    chunk = fused_chunk_tokens(cfg)
+    estimate, setting, before = estimate_run(cfg, row.gpus, GPT2_TOKENS), cfg.model_setting, 0.0
+    peak, rows = estimate.peak, estimate.parameters.word_embeddings // cfg.model.hidden_size
+    chunk = fused_chunk_tokens(setting)
     # Capped logits have so much beside them that a second chunk was never alive at the peak.
     if (
         row.second_chunk
         and chunk is not None
-        and tokens_per_rank(cfg) > chunk
+        and tokens_per_rank(setting) > chunk
         and not cfg.model.final_logit_softcapping
     ):
-        before = max(peak.moments["loss"] + chunk_bytes(cfg, rows) - peak.moments[peak.moment], 0.0)
+        before = max(peak.moments["loss"] + chunk_bytes(setting, rows) - peak.moments[peak.moment], 0.0)
     return Planned(peak.allocated / GIB, (peak.allocated + before) / GIB, peak.total / GIB)
 
 

@@ -163,7 +163,7 @@ def measure(on_gpu: bool, only: Collection[str] = ()) -> Iterator[Outcome]:
     for row in rows(on_gpu, only):
         began, error, difference, memory = time.perf_counter(), None, float("nan"), 0
         try:
-            runtime = runtime or start_runtime(row.cfg)
+            runtime = runtime or start_runtime(row.cfg.runtime_setting)
             steps = two_steps(row.cfg, runtime)
             plain, memory = steps if row.setting == "none" else plain, steps.memory
             difference = max(abs(a - b) / abs(b) for a, b in zip(steps.figures, plain.figures, strict=True))

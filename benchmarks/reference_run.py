@@ -168,7 +168,7 @@ def main() -> int:
     if len(ours) != cfg.trainer.max_steps:
         print(f"{arguments.ours} has {len(ours)} losses of {cfg.trainer.max_steps} steps: train it to its end with trainer.log_interval=1")  # fmt: skip
         return 2
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     from nemo_llm.training.checkpoint import CheckpointSaver
     from nemo_llm.training.setup import build_training_run
 

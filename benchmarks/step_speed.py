@@ -48,7 +48,7 @@ def main() -> None:
 
     cfg = compose(overrides)
     check(cfg, intended_world_size(cfg))
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import train_step
 

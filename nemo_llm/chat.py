@@ -28,12 +28,12 @@ def main(cfg: ChatConfig) -> None:
 
     opened = open_checkpoint(cfg, Path(cfg.checkpoint).expanduser(), launched_world_size())
     prompts = load_chat_prompts(opened.tokenizer, opened.folder / "tokenizer", cfg.chat_template)
-    runtime = start_runtime(opened.cfg)
+    runtime = start_runtime(opened.runtime)
     try:
         model = load_model(opened, runtime, cfg.verify)
         conversation = Conversation(model, prompts, cfg.sampling, cfg.system)
         if is_first_rank() and sys.stdin.isatty():
-            print(f"{opened.cfg.model.name}: {_RESET} forgets the conversation, {_END} ends it")
+            print(f"{opened.setting.model.name}: {_RESET} forgets the conversation, {_END} ends it")
         while (text := agree(read_line(), runtime.world_size)) is not None:
             if text == _RESET:
                 conversation.reset()

@@ -115,7 +115,7 @@ class CheckpointDamagedError(CheckpointError, InputError):
 
 
 class CheckpointRefusedError(CheckpointError, InputError):
-    """A file of a checkpoint asks for what no checkpoint needs, or points out of its folder; it is not read."""
+    """A checkpoint that is not read: of a newer version, or with a file that asks for what no checkpoint needs."""
 
     exit_code = ExitCode.BAD_INPUT
 

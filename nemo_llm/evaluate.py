@@ -26,7 +26,7 @@ def main(cfg: EvaluateConfig) -> None:
 
     suite = read_suite(cfg)
     opened = [(name, open_checkpoint(cfg, path, launched_world_size())) for name, path in find_models(cfg)]
-    runtime = start_runtime(opened[0][1].cfg)
+    runtime = start_runtime(opened[0][1].runtime)
     results = []
     try:
         for name, found in opened:

@@ -33,9 +33,9 @@ def main(cfg: GenerateConfig) -> None:
     from nemo_llm.inference.decoder import check_prompts, generate
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 
-    check_prompts(prompts, cfg.sampling.max_new_tokens, opened.cfg.model.max_position_embeddings)
+    check_prompts(prompts, cfg.sampling.max_new_tokens, opened.setting.model.max_position_embeddings)
     streaming = cfg.stream and len(texts) == 1 and is_first_rank()
-    runtime = start_runtime(opened.cfg)
+    runtime = start_runtime(opened.runtime)
     try:
         model = load_model(opened, runtime, cfg.verify)
         if streaming:

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nemo_llm.training.setup import build_training_run
 
     cfg = _configuration(launched_world_size())
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     try:
         place, device = runtime.place, runtime.device
         _say(f"{place.world_size} ranks on {place.num_nodes} nodes, {dist.get_backend()}, torch {torch.__version__}")
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stop_runtime()
     if not is_first_rank():
         return ExitCode.DONE  # the first rank's verdict is the job's
-    alone = start_runtime(cfg, ProcessPlace(0, 1, 0, 1, "single"))
+    alone = start_runtime(cfg.runtime_setting, ProcessPlace(0, 1, 0, 1, "single"))
     try:
         wanted = _losses(build_training_run(cfg, alone), _STEPS)
     finally:

@@ -26,7 +26,7 @@ def main(cfg: RunConfig) -> ExitCode:
 
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     from nemo_llm.training.lifecycle import close_run, open_run
     from nemo_llm.training.loop import train
     from nemo_llm.training.resume import resume
@@ -48,12 +48,14 @@ def check_only(cfg: RunConfig) -> ExitCode:
     """Print what the run would read, its plan and whether it fits; starts nothing."""
     from nemo_llm.config.sections.batch_ramp import build_batch_ramp
     from nemo_llm.data.check import describe_data
-    from nemo_llm.planner.check_only import report
     from nemo_llm.tokenizers.tokenizer import load_tokenizer
+    from nemo_llm.training.check_only import report
 
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     ramp = build_batch_ramp(cfg.trainer.global_batch_size, cfg.trainer.rampup_batch_size)
-    print(describe_data(cfg, tokenizer, ramp.consumed_samples(cfg.trainer.max_steps)), end="\n\n")
+    print(
+        describe_data(cfg.data, cfg.model_setting, tokenizer, ramp.consumed_samples(cfg.trainer.max_steps)), end="\n\n"
+    )
     print(report(cfg, intended_world_size(cfg), tokenizer.vocab_size))
     return ExitCode.DONE
 
@@ -68,9 +70,9 @@ def check_memory(cfg: RunConfig, runtime: "ParallelRuntime") -> None:
         return
     import torch
 
-    from nemo_llm.planner.check_only import check_card
     from nemo_llm.planner.memory import GIB
     from nemo_llm.tokenizers.tokenizer import load_tokenizer
+    from nemo_llm.training.check_only import check_card
 
     card = torch.cuda.get_device_properties(runtime.device)
     vocab_size = cfg.model.vocab_size or load_tokenizer(cfg.data.tokenizer).vocab_size

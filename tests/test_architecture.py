@@ -43,6 +43,7 @@ TORCH_FREE = (
     "families",
     "migrate",
     "planner",
+    "training/check_only.py",
     "parallel/layout.py",
     "parallel/stages.py",
     "environment.py",
@@ -50,6 +51,8 @@ TORCH_FREE = (
     "log.py",
     "assets",
 )
+# What knows of training runs, besides the commands; the others take the sections that they read, or a `ModelSetting`.
+OF_RUNS = {"config", "training", "run", "optim", "resilience"}
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 70
 MAX_PARAMETERS = 6
@@ -144,6 +147,18 @@ def test_special_imports_stay_in_their_place(path: Path) -> None:
         assert not {name for name in names if name.endswith("parallel_state")}, place
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if p.parent != PACKAGE and part_of(p) not in OF_RUNS], ids=relative
+)
+def test_a_model_needs_no_run(path: Path) -> None:
+    """Rooms that neither train nor configure name no `RunConfig`, and compose no run of a shipped model."""
+    if relative(path) != "checkpoint/saved_run.py":  # the reader of saved runs
+        assert "RunConfig" not in {name.rpartition(".")[2] for name in imported_names(TREES[path])}
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Constant) and str(node.value).startswith(("model=", "+model=")):
+            assert node.value == "+model=from_hf", f"{relative(path)}:{node.lineno} composes {node.value}"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_sizes(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").count("\n")
@@ -169,7 +184,7 @@ def test_configuration_is_read_without_defaults(path: Path) -> None:
 def names_configuration(node: ast.AST) -> bool:
     while isinstance(node, ast.Attribute):
         node = node.value
-    return isinstance(node, ast.Name) and node.id in {"cfg", "run_config", "model_config"}
+    return isinstance(node, ast.Name) and node.id in {"cfg", "setting", "run_config", "model_config"}
 
 
 MUTATING = {"append", "appendleft", "add", "update", "clear", "pop", "popitem", "setdefault", "extend", "insert"}

@@ -157,7 +157,7 @@ def _split(options: argparse.Namespace) -> None:
 
 def _ledger(options: argparse.Namespace) -> None:
     from nemo_llm.config.sections.batch_ramp import build_batch_ramp
-    from nemo_llm.data.build import build_train_and_validation
+    from nemo_llm.data.build import open_data
     from nemo_llm.data.sampling.sample_provenance import ledger
 
     config = SavedRun.at(options.run).sections
@@ -166,7 +166,7 @@ def _ledger(options: argparse.Namespace) -> None:
         raise InputError(f"--steps {options.steps}: give a half-open range of steps from 1 on, such as 1:11")
     ramp = build_batch_ramp(config.trainer.global_batch_size, config.trainer.rampup_batch_size)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    train = build_train_and_validation(config.data, tokenizer, config.trainer.seed).train
+    train = open_data(config.data, config.model_setting, tokenizer).train
     for step in steps:
         for entry in ledger(train, ramp.consumed_samples(step - 1), ramp.consumed_samples(step)):
             print(json.dumps({"step": step, **dataclasses.asdict(entry)}))

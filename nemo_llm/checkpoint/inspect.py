@@ -6,29 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, read_progress, resolve_checkpoint
 from nemo_llm.checkpoint.manifest import read_manifest
-from nemo_llm.checkpoint.safe_load import check_safe, read_metadata, reader
+from nemo_llm.checkpoint.safe_load import check_safe
 from nemo_llm.checkpoint.saved_run import SavedRun
-
-_BATCH_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Name, type and global shape of a stored tensor."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return torch.Size(self.shape).numel()
+from nemo_llm.checkpoint.state_files import NativeReader, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -41,27 +24,15 @@ class TensorDifference:
 
 def tensors(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of a checkpoint by name, in the order of names; nothing is read but the names."""
-    entries = read_metadata(folder / "state").state_dict_metadata
-    return {
-        name: TensorInfo(name, entry.properties.dtype, tuple(entry.size))
-        for name, entry in sorted(entries.items())
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    return dict(sorted(NativeReader(folder / "state", optimizer=True).infos.items()))
 
 
 def read_tensors(folder: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, whole tensor), a few hundred MiB at a time."""
-    known = tensors(folder)
+    """Yield (name, whole tensor), one at a time."""
     check_safe(folder / "state")
-    batch: dict[str, torch.Tensor] = {}
-    size = 0
+    reader = NativeReader(folder / "state", optimizer=True)
     for name in names:
-        batch[name] = torch.empty(known[name].shape, dtype=known[name].dtype)
-        size += batch[name].numel() * batch[name].element_size()
-        if size >= _BATCH_BYTES or name == names[-1]:
-            dcp.load(batch, storage_reader=reader(folder / "state"), no_dist=True)
-            yield from batch.items()
-            batch, size = {}, 0
+        yield name, reader.read(name)
 
 
 def show(path: Path, with_norms: bool) -> Iterator[str]:
@@ -88,7 +59,7 @@ def show(path: Path, with_norms: bool) -> Iterator[str]:
     yield from _show_config(folder)
     found = tensors(folder)
     weights = [info for name, info in found.items() if not name.startswith("optimizer.")]
-    count = sum(info.numel for info in weights)
+    count = sum(info.meta().numel() for info in weights)
     yield f"{len(weights)} weight tensors with {count:,} elements, {len(found)} tensors in all"
     norms = {}
     if with_norms:

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import xxhash
 
-from nemo_llm.errors import CheckpointDamagedError, CheckpointError
+from nemo_llm import __version__
+from nemo_llm.errors import CheckpointDamagedError, CheckpointRefusedError
 
 SCHEMA = 2
 BLOCK_BYTES = 32 << 20
@@ -80,9 +81,9 @@ def write_manifest(folder: Path, known: dict[str, dict[str, Any]]) -> list[Path]
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {str(path.relative_to(folder)): path for path in files}
     entries = {name: known.get(name) or describe_file(path) for name, path in names.items()}
-    content = {"schema": SCHEMA, "block_bytes": BLOCK_BYTES, "hash": "xxh3_128", "files": entries}
+    about = {"schema": SCHEMA, "version": __version__, "block_bytes": BLOCK_BYTES, "hash": "xxh3_128"}
     manifest = folder / MANIFEST_FILE_NAME
-    manifest.write_text(json.dumps(content, indent=1))
+    manifest.write_text(json.dumps({**about, "files": entries}, indent=1))
     return [*files, manifest]
 
 
@@ -96,7 +97,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointDamagedError: it is missing, or does not agree with ``COMPLETE``.
-        CheckpointError: a newer version wrote it.
+        CheckpointRefusedError: a newer version wrote it.
     """
     path = folder / MANIFEST_FILE_NAME
     try:
@@ -107,9 +108,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointDamagedError(f"{path}: damaged; not readable as a manifest ({error})") from None
     if schema not in (1, SCHEMA):
-        raise CheckpointError(
-            f"{folder}: written in format {schema} by a newer version of nemo_llm; this version reads formats up to "
-            f"{SCHEMA}.\n      fix: update nemo_llm"
+        writer = manifest.get("version", "which it does not name")
+        raise CheckpointRefusedError(
+            f"{folder}: written in format {schema} by a newer version of nemo_llm ({writer}); this version, "
+            f"{__version__}, reads formats up to {SCHEMA}.\n      fix: use that version or a later one"
         )
     recorded = (folder / COMPLETE).read_text().strip() if (folder / COMPLETE).exists() else ""
     if schema == SCHEMA and recorded and recorded != manifest_digest(folder):
@@ -126,7 +128,7 @@ def verify(folder: Path, how: Verification = "full", share: tuple[int, int] = (0
 
     Raises:
         CheckpointDamagedError: names the first file that is missing or differs.
-        CheckpointError: a newer version wrote the checkpoint.
+        CheckpointRefusedError: a newer version wrote the checkpoint.
     """
     manifest = read_manifest(folder)
     work = list(_checks(folder, manifest, how))[share[0] :: share[1]]

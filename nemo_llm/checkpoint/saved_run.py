@@ -125,7 +125,10 @@ def write_config(folder: Path, sections: Mapping[str, Any]) -> None:
 def _of_file(problem: Problem, path: Path, version: object) -> Problem:
     """The problem of a key that stands, or is missing, in a saved configuration."""
     if problem.value is NO_VALUE:
-        rule, fix = f"missing in {path}, and no migration gives it", "use an older version, or a whole file"
+        rule, fix = (
+            f"missing in {path}, and no migration gives it",
+            "use the version that saved it, or a file that is whole",
+        )
     else:
         rule = f"{path} holds it, and nemo_llm {__version__} has no such key"
         fix = f"use the version that saved it ({version or 'its first lines name it'})"

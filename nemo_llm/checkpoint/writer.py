@@ -6,19 +6,17 @@ release Python's global lock for everything large. Ranks report through the key-
 collective runs beside those of training.
 
 Used of Megatron-Core 0.16.1 and PyTorch without being public: `_replace_state_dict_keys_with_sharded_keys`,
-`mcore_to_pyt_state_dict`, `MCoreSavePlanner`, `save_state_dict_async_plan`, `_write_item`, `_StoragePrefix`,
+`mcore_to_pyt_state_dict`, `MCoreSavePlanner`, `save_state_dict_async_plan`, `_StoragePrefix`,
 `_get_default_store`. tests/models/test_megatron_contract.py fails when they are gone.
 """
 
 import dataclasses
-import os
 import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -32,15 +30,15 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import SerializationFormat, _StoragePrefix, _write_item
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItemType
 
-from nemo_llm.checkpoint.manifest import BlockHasher
+from nemo_llm.checkpoint.state_files import StateFile, write_metadata
 from nemo_llm.errors import CheckpointError
 from nemo_llm.storage.host_buffers import HostBuffer, Snapshot
 
 _POLL_SECONDS = 0.02
-_ANNOUNCE_BYTES = 64 << 20
 
 
 class _PlanOnlyWriter(FileSystemWriter):
@@ -143,7 +141,8 @@ class WritePlan:
         Raises:
             CheckpointError: a rank could not write; says which and why.
         """
-        results, entries = [], {}
+        places: dict[MetadataIndex, _StorageInfo] = {}
+        entries: dict[str, dict[str, Any]] = {}
         for rank in range(dist.get_world_size()):
             key = f"{self._name}/{rank}"
             while not self._store.check([key]):
@@ -152,12 +151,12 @@ class WritePlan:
             self._store.delete_key(key)  # or a later save into the same folder would read it
             if kind == "failed":
                 raise CheckpointError(f"rank {rank} could not write its part of {self._writer.path}: {content}")
-            results.append(content[0])
-            entries.update(content[1])
-        self._writer.finish(self._metadata, results)
+            places |= content[0]
+            entries |= content[1]
+        write_metadata(Path(self._writer.path), self._metadata, places)
         return entries
 
-    def _write_files(self) -> tuple[list[Any], dict[str, dict[str, Any]]]:
+    def _write_files(self) -> tuple[dict[MetadataIndex, _StorageInfo], dict[str, dict[str, Any]]]:
         if self.snapshot is not None:
             self.snapshot.wait_on_host()
             copies = iter(self.snapshot.tensors)
@@ -169,70 +168,20 @@ class WritePlan:
         with ThreadPoolExecutor(max(1, len(files)), "checkpoint-file") as pool:
             done = list(pool.map(self._write_file, names, files))
         self._writer.items = []
-        results = [result for file_results, _ in done for result in file_results]
-        return results, {f"state/{name}": entry for name, (_, entry) in zip(names, done, strict=True)}
+        places = {index: place for found, _ in done for index, place in found.items()}
+        return places, {f"state/{name}": entry for name, (_, entry) in zip(names, done, strict=True)}
 
-    def _write_file(self, name: str, items: list[tuple[Any, Any]]) -> tuple[list[Any], dict[str, Any]]:
-        results = []
-        with (Path(self._writer.path) / name).open("wb", buffering=0) as raw:
-            stream = _HashedStream(raw)
-            for item, data in items:
-                content = data.detach().cpu() if isinstance(data, torch.Tensor) else data
-                if isinstance(content, torch.Tensor):
-                    content = _alone(content)
-                results.append(
-                    _write_item(self._writer.transforms, stream, content, item, name, SerializationFormat.TORCH_SAVE)
-                )
-            os.fsync(raw.fileno())
-        return results, stream.hasher.entry()
-
-
-class _HashedStream:
-    """A file that is only appended to, hashed on the way."""
-
-    def __init__(self, raw: Any) -> None:
-        self.hasher = BlockHasher()
-        self._raw = raw
-        self._announced = 0
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self.hasher.update(view)
-        written = 0
-        while written < len(view):  # an unbuffered file may take less than it is given
-            written += self._raw.write(view[written:])
-        ready = self.hasher.num_bytes - self._announced
-        if ready >= _ANNOUNCE_BYTES:
-            # Linux then begins to bring these pages to the disk, while the next are made, and not only at the fsync.
-            os.posix_fadvise(self._raw.fileno(), self._announced, ready, os.POSIX_FADV_DONTNEED)
-            self._announced = self.hasher.num_bytes
-        return written
-
-    def tell(self) -> int:
-        return self.hasher.num_bytes
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as a tensor of its own: of a view, torch.save would write all that it is a view of."""
-    if tensor.numel() == 0 or tensor.untyped_storage().nbytes() == _num_bytes(tensor):
-        return tensor.clone() if tensor.numel() == 0 else tensor
-    content = tensor.contiguous().view(-1)
-    return torch.frombuffer(content.view(torch.uint8).numpy(), dtype=tensor.dtype).view(tensor.shape)
-
-
-def _num_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    def _write_file(
+        self, name: str, items: list[tuple[Any, Any]]
+    ) -> tuple[dict[MetadataIndex, _StorageInfo], dict[str, Any]]:
+        with StateFile(Path(self._writer.path) / name) as file:
+            places = {item.index: file.append(data) for item, data in items}
+        return places, file.entry()
 
 
 def _share_out(items: list[tuple[Any, Any]], count: int) -> list[list[tuple[Any, Any]]]:
     """Items in at most ``count`` files of about equal size, large ones first."""
-    sizes = [len(data.getbuffer()) if hasattr(data, "getbuffer") else _num_bytes(data) for _, data in items]
+    sizes = [len(data.getbuffer()) if hasattr(data, "getbuffer") else data.nbytes for _, data in items]
     files: list[list[tuple[Any, Any]]] = [[] for _ in range(min(count, len(items)))]
     filled = [0] * len(files)
     for number in sorted(range(len(items)), key=lambda index: -sizes[index]):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nemo_llm.config.sections.fields import Scalar
-from nemo_llm.config.sections.run import RunConfig
+from nemo_llm.config.sections.model_setting import ModelSetting
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Override:
     """
 
     allowed: tuple[Callable[[Scalar], bool], str]
-    needs: tuple[Callable[[RunConfig], bool], str]
+    needs: tuple[Callable[[ModelSetting], bool], str]
     numbers: bool = True
 
 
@@ -48,25 +48,25 @@ _NUMBER = (_is_number, "a number")
 _ABOVE_ZERO = (lambda value: isinstance(value, int | float) and _is_number(value) and value > 0, "a number above 0")
 
 
-def _given(cfg: RunConfig, name: str) -> bool:
-    return name in cfg.model.mcore_overrides and bool(cfg.model.mcore_overrides[name])
+def _given(setting: ModelSetting, name: str) -> bool:
+    return name in setting.model.mcore_overrides and bool(setting.model.mcore_overrides[name])
 
 
-_GATED = (lambda cfg: cfg.model.gated_linear_unit, "model.gated_linear_unit=true")
-_EXPERTS = (lambda cfg: cfg.model.moe is not None, "a mixture of experts (model.moe)")
+_GATED = (lambda s: s.model.gated_linear_unit, "model.gated_linear_unit=true")
+_EXPERTS = (lambda s: s.model.moe is not None, "a mixture of experts (model.moe)")
 _TOP_K = (
-    lambda cfg: cfg.model.moe is not None and cfg.model.moe.moe_router_load_balancing_type != "sinkhorn",
+    lambda s: s.model.moe is not None and s.model.moe.moe_router_load_balancing_type != "sinkhorn",
     "a mixture of experts (model.moe) that is not balanced by sinkhorn",
 )
 _SHARED = (
-    lambda cfg: cfg.model.moe is not None and cfg.model.moe.moe_shared_expert_intermediate_size is not None,
+    lambda s: s.model.moe is not None and s.model.moe.moe_shared_expert_intermediate_size is not None,
     "shared experts (model.moe.moe_shared_expert_intermediate_size)",
 )
 
 
-def _limits_experts(cfg: RunConfig) -> bool:
-    moe, factor = cfg.model.moe, cfg.model.mcore_overrides["moe_expert_capacity_factor"]
-    if moe is None or not _TOP_K[0](cfg) or not isinstance(factor, int | float):
+def _limits_experts(setting: ModelSetting) -> bool:
+    moe, factor = setting.model.moe, setting.model.mcore_overrides["moe_expert_capacity_factor"]
+    if moe is None or not _TOP_K[0](setting) or not isinstance(factor, int | float):
         return False
     return factor * moe.moe_router_topk <= moe.num_moe_experts
 
@@ -76,15 +76,15 @@ _BELOW_ALL_TOKENS = (
     f"{_TOP_K[1]}, and at most num_moe_experts / moe_router_topk: an expert cannot take more tokens than there are",
 )
 _CAPACITY = (
-    lambda cfg: _TOP_K[0](cfg) and _given(cfg, "moe_expert_capacity_factor"),
+    lambda s: _TOP_K[0](s) and _given(s, "moe_expert_capacity_factor"),
     "a mixture of experts and moe_expert_capacity_factor in model.mcore_overrides",
 )
 
 
-def _groups_limit(cfg: RunConfig) -> bool:
-    moe, overrides = cfg.model.moe, cfg.model.mcore_overrides
+def _groups_limit(setting: ModelSetting) -> bool:
+    moe, overrides = setting.model.moe, setting.model.mcore_overrides
     groups, chosen = overrides.get("moe_router_num_groups"), overrides.get("moe_router_group_topk")
-    if moe is None or not _TOP_K[0](cfg) or not isinstance(groups, int) or not isinstance(chosen, int):
+    if moe is None or not _TOP_K[0](setting) or not isinstance(groups, int) or not isinstance(chosen, int):
         return False
     if not 0 < chosen < groups or moe.num_moe_experts % groups or moe.moe_router_topk % chosen:
         return False
@@ -97,35 +97,35 @@ _GROUPS = (
     "smaller number that divides moe_router_topk into at most the experts of a group)",
 )
 _SIGMOID = (
-    lambda cfg: _TOP_K[0](cfg) and cfg.model.moe is not None and cfg.model.moe.moe_router_score_function == "sigmoid",
+    lambda s: _TOP_K[0](s) and s.model.moe is not None and s.model.moe.moe_router_score_function == "sigmoid",
     "model.moe.moe_router_score_function=sigmoid",
 )
 _BIAS = (
-    lambda cfg: _SIGMOID[0](cfg) and _given(cfg, "moe_router_enable_expert_bias"),
+    lambda s: _SIGMOID[0](s) and _given(s, "moe_router_enable_expert_bias"),
     "moe_router_enable_expert_bias in model.mcore_overrides, and model.moe.moe_router_score_function=sigmoid",
 )
 _NARROW = (
-    lambda cfg: cfg.model.moe is not None and cfg.precision.params_dtype != "fp32",
+    lambda s: s.model.moe is not None and s.precision.params_dtype != "fp32",
     "a mixture of experts and parameters in bf16 or fp16",
 )
 _ROTARY = (
-    lambda cfg: cfg.model.position_embedding_type == "rope" and cfg.model.mla is None,
+    lambda s: s.model.position_embedding_type == "rope" and s.model.mla is None,
     "rotary positions (model.position_embedding_type=rope) without latent attention",
 )
 
 
-def _skips_rotary(cfg: RunConfig) -> bool:
-    frequency = cfg.model.mcore_overrides["no_rope_freq"]
-    return _ROTARY[0](cfg) and isinstance(frequency, int) and frequency <= cfg.model.num_layers
+def _skips_rotary(setting: ModelSetting) -> bool:
+    frequency = setting.model.mcore_overrides["no_rope_freq"]
+    return _ROTARY[0](setting) and isinstance(frequency, int) and frequency <= setting.model.num_layers
 
 
 _SKIPS_ROTARY = (_skips_rotary, f"{_ROTARY[1]}, and at most model.num_layers, so that a layer goes without them")
 _ONE_EXPERT = (
-    lambda cfg: cfg.model.moe is not None and cfg.model.moe.moe_router_topk == 1,
+    lambda s: s.model.moe is not None and s.model.moe.moe_router_topk == 1,
     "a mixture of experts with model.moe.moe_router_topk=1",
 )
 _OVERLAP = (
-    lambda cfg: _SHARED[0](cfg) and cfg.model.moe is not None and cfg.model.moe.moe_token_dispatcher_type == "alltoall",
+    lambda s: _SHARED[0](s) and s.model.moe is not None and s.model.moe.moe_token_dispatcher_type == "alltoall",
     "shared experts and model.moe.moe_token_dispatcher_type=alltoall",
 )
 

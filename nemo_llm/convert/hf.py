@@ -5,13 +5,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nemo_llm.checkpoint.folder import resolve_checkpoint
+from nemo_llm.checkpoint.saved_run import SavedRun
+from nemo_llm.checkpoint.state_files import NativeReader
 from nemo_llm.config.commands.convert import ConvertConfig
 from nemo_llm.config.compose.hf_tokenizer import SPECIAL_IDS, add_special_ids, as_list, special_ids
 from nemo_llm.config.compose.load import compose, to_dict
@@ -20,7 +21,6 @@ from nemo_llm.convert.hf_files import HfReader, write_safetensors, written_names
 from nemo_llm.convert.layer_subset import write_samples
 from nemo_llm.convert.logit_check import GateReport, GateSettings, compare, saved_model, their_config
 from nemo_llm.convert.mapping import Mapped
-from nemo_llm.convert.native_files import NativeReader
 from nemo_llm.convert.reach import Reach
 from nemo_llm.convert.token_ids import compare_token_ids
 from nemo_llm.convert.write_checkpoint import (
@@ -55,12 +55,11 @@ def hf_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
     has_tokenizer = (source / "tokenizer.json").is_file()
     overrides = ["+model=from_hf", f"model.hf_path={source.resolve()}", "precision=fp32"]
     run = compose([*overrides, *([] if has_tokenizer else ["tokenizer=byte"])])
-    model = to_dict(run)["model"]
-    mapped = Mapped.of(family_of(read_hf_config(source), str(source)), model)
+    mapped = Mapped.of(family_of(read_hf_config(source), str(source)), asdict(run.model))
     with HfReader(source, cfg.allow_pickle) as reader:
         mapped.check_theirs(reader.infos, str(source))
         written = write_ours(cfg, mapped, reader, temporary)
-    finish_ours(run, temporary, has_tokenizer, source)
+    finish_ours(to_dict(run), run.data.tokenizer if has_tokenizer else None, temporary, source)
     if not has_tokenizer:
         add_special_ids(temporary, special_ids(source))
     report = compare_folders(cfg, mapped, (source, temporary), temporary)
@@ -71,11 +70,11 @@ def hf_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
 
 def ours_to_hf(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
     """A checkpoint of ours becomes a folder that plain transformers loads."""
-    folder = resolve_checkpoint(source)
-    model = saved_model(folder)
+    saved = SavedRun.open(source)
+    folder, model = saved.folder, asdict(saved_model(saved))
     if cfg.family is not None and cfg.family not in FAMILIES:
         raise InputError(f"family={cfg.family}: not known; known are {', '.join(FAMILIES)}")
-    model["family"] = cfg.family or model.get("family")
+    model["family"] = cfg.family or model["family"]
     family = family_for(model)
     mapped = Mapped.of(family, model)
     reader, infos = open_ours(cfg, mapped, folder)

@@ -5,13 +5,13 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from nemo_llm.checkpoint.state_files import TensorInfo
 from nemo_llm.checkpoint.unpickle import read_torch
 from nemo_llm.errors import InputError
 
@@ -20,23 +20,6 @@ WHOLE_NAME = "model.safetensors"
 
 # Names of safetensors for the types that weights come in.
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Shape and type of a tensor that has not been read."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Size on the disk."""
-        return self.meta().numel() * self.dtype.itemsize
-
-    def meta(self) -> torch.Tensor:
-        """A tensor of this shape without memory."""
-        return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
 class HfReader:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from nemo_llm.checkpoint.folder import read_config
+from nemo_llm.checkpoint.saved_run import SavedRun, write_config
+from nemo_llm.checkpoint.state_files import NativeReader, NativeWriter
 from nemo_llm.convert.hf_files import HfReader, write_safetensors
 from nemo_llm.convert.mapping import Mapped
-from nemo_llm.convert.native_files import NativeReader, NativeWriter
 from nemo_llm.families.registry import read_hf_config
 from nemo_llm.families.spec import Link
 
@@ -74,8 +73,7 @@ def _write_ours(pairs: list[tuple[Link, Link]], source: Path, target: Path, mode
     with NativeWriter(target / "state") as writer:
         for link, origin in pairs:
             writer.write(link.key, link.index, link.axes, reader.read(origin.key, origin.index))
-    config = {**read_config(source), "model": dict(model)}
-    (target / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    write_config(target, {**SavedRun.at(source).mapping, "model": dict(model)})
     if (source / "tokenizer").is_dir():
         shutil.copytree(source / "tokenizer", target / "tokenizer")
     return target

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nemo_llm.checkpoint.folder import read_config
-from nemo_llm.config.compose.load import compose, decode, to_dict, with_younger_keys
+from nemo_llm.checkpoint.saved_run import SavedRun
+from nemo_llm.config import ModelConfig
+from nemo_llm.config.shipped import one_cpu, reference_fp32
 from nemo_llm.errors import CheckpointError
 from nemo_llm.families.registry import read_hf_config
 from nemo_llm.parallel.runtime import own_runtime
@@ -248,7 +249,7 @@ def find_layers(model: Any) -> Any:
 
 def run_ours(folder: Path, tokens: torch.Tensor, last: int | None = None) -> Outputs:
     """Our model as training builds it, on one process; ``last`` as in `run_theirs`."""
-    with our_model(folder) as chunk:
+    with float32_model(saved_model(SavedRun.at(folder))) as chunk:
         from nemo_llm.checkpoint.weights import load_weights
 
         load_weights([chunk], folder)
@@ -285,32 +286,20 @@ def forward_megatron(
     return Outputs(logits, hidden)
 
 
-def saved_model(folder: Path) -> dict[str, Any]:
-    """The model section of a checkpoint, its vocabulary known.
-
-    Keys that are younger than the checkpoint have the values that leave things as they were.
-    """
-    model: dict[str, Any] = with_younger_keys(read_config(folder))["model"]
-    if model["vocab_size"] is None:
-        model["vocab_size"] = load_tokenizer_from_folder(folder / "tokenizer").vocab_size
-    return model
+def saved_model(saved: SavedRun) -> ModelConfig:
+    """The model section of a checkpoint, its vocabulary known."""
+    model = saved.sections.model
+    if model.vocab_size is not None:
+        return model
+    return replace(model, vocab_size=load_tokenizer_from_folder(saved.tokenizer).vocab_size)
 
 
 @contextmanager
-def our_model(folder: Path) -> Iterator[Any]:
-    """The model of a checkpoint's configuration in float32 on this process alone, weights not loaded."""
-    with float32_model(saved_model(folder)) as chunk:
-        yield chunk
-
-
-@contextmanager
-def float32_model(model: Mapping[str, Any]) -> Iterator[Any]:
-    """The model of a model section in float32 on this process alone."""
-    base = compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "precision=fp32"])
-    cfg = decode({**to_dict(base), "model": dict(model)})
-    with own_runtime(cfg) as runtime:
+def float32_model(model: ModelConfig) -> Iterator[Any]:
+    """A model in float32 on the CPU of this process alone, its vocabulary known; weights are not loaded."""
+    with own_runtime(one_cpu()) as runtime:
         # Megatron is imported after the runtime has put the CPU in the place of CUDA, where there is none.
         from nemo_llm.models.build import build_model_chunks
 
-        (chunk,) = build_model_chunks(cfg, runtime, cfg.model.vocab_size or 0)
+        (chunk,) = build_model_chunks(reference_fp32(model), runtime, model.vocab_size or 0)
         yield chunk

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nemo_llm.convert.hf_files import TensorInfo
+from nemo_llm.checkpoint.state_files import TensorInfo
 from nemo_llm.convert.transforms import TRANSFORMS, Shape
 from nemo_llm.errors import InputError
 from nemo_llm.families.shapes import our_shape

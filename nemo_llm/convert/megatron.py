@@ -3,22 +3,23 @@
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nemo_llm.checkpoint.folder import resolve_checkpoint
-from nemo_llm.config import RunConfig
+from nemo_llm.checkpoint.saved_run import SavedRun
+from nemo_llm.checkpoint.state_files import NativeReader
 from nemo_llm.config.commands.convert import ConvertConfig
-from nemo_llm.config.compose.arguments import as_hydra
+from nemo_llm.config.compose.from_folder import hf_tokenizer
 from nemo_llm.config.compose.load import compose, to_dict
+from nemo_llm.config.shipped import completed_model
 from nemo_llm.convert.layer_subset import write_our_sample
 from nemo_llm.convert.logit_check import GateReport, GateSettings, Sides, compare_sides, run_ours, saved_model
 from nemo_llm.convert.mapping import Mapped
 from nemo_llm.convert.megatron_files import Source, open_megatron, write_megatron
 from nemo_llm.convert.megatron_model import run_megatron
-from nemo_llm.convert.native_files import NativeReader
 from nemo_llm.convert.reach import Reach
 from nemo_llm.convert.write_checkpoint import (
     Outcome,
@@ -42,21 +43,26 @@ def megatron_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: 
     given = None if cfg.tokenizer is None else Path(cfg.tokenizer).expanduser()
     if given is not None and not (given / "tokenizer.json").is_file():
         raise InputError(f"tokenizer={given}: holds no tokenizer.json; name a folder with a Hugging Face tokenizer")
-    with open_megatron(source, None if given is None else _vocab_size(given), temporary.parent) as opened:
+    with open_megatron(
+        source, None if given is None else load_tokenizer(hf_tokenizer(given)).vocab_size, temporary.parent
+    ) as opened:
         tokenizer = given or opened.tokenizer
-        run = _run_config(opened.model, source.name.partition(".")[0], tokenizer)
-        mapped = Mapped.of(MCORE, to_dict(run)["model"])
+        section = {"name": source.name.partition(".")[0] or "imported", **opened.model}
+        run = compose(["precision=fp32", "tokenizer=byte"], model=completed_model(section))
+        if tokenizer is not None:
+            run = replace(run, data=replace(run.data, tokenizer=hf_tokenizer(tokenizer)))
+        mapped = Mapped.of(MCORE, asdict(run.model))
         mapped.check_theirs(opened.reader.infos, str(source))
         written = write_ours(cfg, mapped, opened.reader, temporary)
-        finish_ours(run, temporary, tokenizer is not None, source)
+        finish_ours(to_dict(run), run.data.tokenizer if tokenizer else None, temporary, source)
         report = _compare(cfg, mapped, opened, temporary, temporary)
     return written.commit(cfg, mapped, report, output)
 
 
 def ours_to_megatron(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
     """A checkpoint of ours becomes a folder that Megatron-LM's ``--load`` takes."""
-    folder = resolve_checkpoint(source)
-    model = saved_model(folder)
+    saved = SavedRun.open(source)
+    folder, model = saved.folder, asdict(saved_model(saved))
     fields_of_section(model)  # refuses what Megatron-Core cannot build
     mapped = Mapped.of(MCORE, model)
     reader, infos = open_ours(cfg, mapped, folder)
@@ -86,19 +92,6 @@ def _slices(mapped: Mapped, reader: NativeReader, dtype: torch.dtype | None, bar
         if link.key in LOCAL_NAMES:
             yield LOCAL_NAMES[link.key], link.index, link.axes, slice_
         bar.update(slice_.numel() * slice_.element_size())
-
-
-def _run_config(model: dict[str, Any], name: str, tokenizer: Path | None) -> RunConfig:
-    keys = {"name": name or "imported", **model}
-    overrides = ["+model=gpt_tiny", *(f"++model.{key}={as_hydra(value)}" for key, value in keys.items())]
-    if tokenizer is None:
-        return compose([*overrides, "tokenizer=byte"])
-    return compose([*overrides, "tokenizer=from_hf", f"model.hf_path={tokenizer.resolve()}"])
-
-
-def _vocab_size(tokenizer: Path) -> int:
-    where = f"model.hf_path={tokenizer.resolve()}"
-    return load_tokenizer(compose(["+model=gpt_tiny", "tokenizer=from_hf", where]).data.tokenizer).vocab_size
 
 
 def _compare(cfg: ConvertConfig, mapped: Mapped, theirs: Source, ours: Path, written: Path) -> GateReport | None:

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import yaml
 
+from nemo_llm.checkpoint.state_files import NativeReader, NativeWriter, TensorInfo
 from nemo_llm.checkpoint.unpickle import Record, read_torch
-from nemo_llm.config.compose.load import compose, to_dict
-from nemo_llm.convert.hf_files import TensorInfo
-from nemo_llm.convert.native_files import NativeReader, NativeWriter
+from nemo_llm.config.shipped import completed_model
 from nemo_llm.convert.nemo1_ranks import RankFiles
 from nemo_llm.errors import InputError
 from nemo_llm.families.mcore import arguments_of_fields, fields_of_arguments, fields_of_section, section_of_fields
@@ -254,7 +253,7 @@ def _fields_of_yaml(path: Path, section: str) -> dict[str, Any]:
 
 
 def _open_nemo1(folder: Path, vocab_size: int | None, named: Path) -> Source:
-    model = _completed(import_nemo_model(folder / "model_config.yaml"))
+    model = completed_model(import_nemo_model(folder / "model_config.yaml"))
     states = [path.parent for path in folder.rglob(".metadata")]
     single = folder / "model_weights.ckpt"
     if states:
@@ -274,13 +273,6 @@ def _tensors_by_name(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, and weights are tensors by name")
     return {name: part for name, part in content.items() if isinstance(name, str) and isinstance(part, torch.Tensor)}
-
-
-def _completed(section: dict[str, Any]) -> dict[str, Any]:
-    """With what NeMo's configuration has no word for: the values that leave things as they are."""
-    plain = to_dict(compose(["+model=moe_tiny"]))["model"]
-    moe = {**plain["moe"], **section["moe"]} if "moe" in section else None
-    return {**plain, **section, "moe": moe}
 
 
 def _source(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nemo_llm.config.compose.load import compose
+from nemo_llm.config.shipped import one_cpu
 from nemo_llm.convert.logit_check import Outputs, forward_megatron
 from nemo_llm.convert.megatron_files import MegatronReader, canonical
 from nemo_llm.parallel.runtime import own_runtime
@@ -105,7 +105,7 @@ def run_megatron(
         layers: those of the checkpoint that the model has; None: all of them.
     """
     fields = {**fields, "num_layers": len(layers)} if layers is not None else fields
-    with own_runtime(compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "precision=fp32"])) as runtime:
+    with own_runtime(one_cpu()) as runtime:
         vocabulary = reader.infos["embedding.word_embeddings.weight"].shape[0]
         model = build_gpt_model(fields, vocabulary, runtime.groups)
         load_tensors(model, reader, fields, layers)

@@ -1,24 +1,26 @@
-"""Adapters to and from folders of Hugging Face's peft, as conversions: compared with peft before they appear."""
+"""Adapters to and from folders of Hugging Face's peft, compared with peft first; adapters merged into weights."""
 
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from nemo_llm.checkpoint.fingerprint import weights_fingerprint
-from nemo_llm.checkpoint.folder import begin, commit, read_config, resolve_checkpoint
-from nemo_llm.checkpoint.weights import load_weights
+from nemo_llm.checkpoint.folder import begin, commit, resolve_checkpoint, writing
+from nemo_llm.checkpoint.manifest import verify
+from nemo_llm.checkpoint.saved_run import SavedRun, write_config
+from nemo_llm.checkpoint.weights import load_weights, save_weights
 from nemo_llm.checkpoint.writer import StateWriter
-from nemo_llm.config import RunConfig
 from nemo_llm.config.commands.convert import ConvertConfig
-from nemo_llm.config.compose.load import compose, decode, decode_saved, to_dict, with_younger_keys
+from nemo_llm.config.compose.decode import decode, to_dict
+from nemo_llm.config.sections.model_setting import ModelSetting
+from nemo_llm.config.shipped import one_cpu, read_shipped, reference_fp32
 from nemo_llm.convert.convert import convert
 from nemo_llm.convert.logit_check import (
     GateReport,
@@ -39,6 +41,7 @@ from nemo_llm.parallel.runtime import own_runtime
 from nemo_llm.peft.adapter import adapter_state
 from nemo_llm.peft.attach import attach_peft
 from nemo_llm.peft.hf_format import export_adapter, load_hf_adapter, section_of_folder
+from nemo_llm.peft.merge import merge_adapters
 from nemo_llm.peft.state import load_adapter, write_description
 
 
@@ -61,20 +64,23 @@ def convert_adapter(cfg: ConvertConfig) -> Outcome:
 
 
 def _to_peft(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
-    folder = resolve_checkpoint(source)
-    run = decode_saved({**read_config(folder), "model": saved_model(folder)})
+    saved = SavedRun.open(source)
+    folder, run = saved.folder, saved.sections
     if run.peft is None:
         raise InputError(f"{folder} was made by a run without peft; its weights are converted with target_format=hf")
-    base = _base(cfg, run)
+    named = cfg.base or run.checkpoint.init_from
+    if named is None:
+        raise InputError("base: needed; the run of this adapter started from no checkpoint, and none is named")
+    base, setting = resolve_checkpoint(Path(named).expanduser()), reference_fp32(saved_model(saved), run.peft)
     began = time.monotonic()
     shutil.rmtree(temporary / "state")
-    export_adapter(folder, temporary, cfg.base or run.checkpoint.init_from)
+    export_adapter(folder, temporary, named)
     seconds = time.monotonic() - began
     report = None
     if cfg.verify:
-        with _adapted(run, base) as (chunk, fingerprint):
+        with _adapted(setting, base) as (chunk, fingerprint):
             load_adapter([chunk], folder, fingerprint)
-            report = _compare(cfg, run, chunk, (base, temporary))
+            report = _compare(cfg, setting, chunk, (base, temporary))
     num_bytes = sum(path.stat().st_size for path in temporary.iterdir())
     write_report(temporary, cfg, None, report)
     appear(temporary, output)
@@ -84,23 +90,22 @@ def _to_peft(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) ->
 def _to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
     if cfg.base is None:
         raise InputError("base: needed; name the checkpoint of ours that the adapter stands on")
-    base = resolve_checkpoint(Path(cfg.base).expanduser())
-    section = section_of_folder(source)
-    peft = {**to_dict(compose(["+model=gpt_tiny", f"peft={section['kind']}"]))["peft"], **section}
-    content = {**with_younger_keys(read_config(base)), "model": saved_model(base), "peft": peft}
-    content["checkpoint"] = {**content["checkpoint"], "init_from": str(base.resolve())}
-    run = decode(content)
+    saved = SavedRun.open(Path(cfg.base).expanduser())
+    base, peft = saved.folder, section_of_folder(source)
+    run = decode({**saved.mapping, "peft": {**read_shipped(f"peft/{peft['kind']}"), **peft}})
+    run = replace(run, checkpoint=replace(run.checkpoint, init_from=str(base.resolve())), model=saved_model(saved))
     assert run.peft is not None
-    with _adapted(run, base) as (chunk, fingerprint):
+    setting = reference_fp32(run.model, run.peft)
+    with _adapted(setting, base) as (chunk, fingerprint):
         load_hf_adapter([chunk], source, run.peft)
         began = time.monotonic()
         plan = StateWriter(None, threads=2).begin({"adapter": adapter_state([chunk])}, temporary / "state", copy=False)
         plan.write()
         plan.collect()
         seconds = time.monotonic() - began
-        report = _compare(cfg, run, chunk, (base, source)) if cfg.verify else None
+        report = _compare(cfg, setting, chunk, (base, source)) if cfg.verify else None
     write_description(temporary, run.peft, fingerprint)
-    (temporary / "config.yaml").write_text(yaml.safe_dump(to_dict(run), sort_keys=False), encoding="utf-8")
+    write_config(temporary, to_dict(run))
     if (base / "tokenizer").is_dir():
         shutil.copytree(base / "tokenizer", temporary / "tokenizer")
         if (source / TEMPLATE_FILE_NAME).is_file():
@@ -111,36 +116,63 @@ def _to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) ->
     return Outcome(output, num_bytes, seconds, report)
 
 
-def _base(cfg: ConvertConfig, run: RunConfig) -> Path:
-    named = cfg.base or run.checkpoint.init_from
-    if named is None:
-        raise InputError("base: needed; the run of this adapter started from no checkpoint, and none is named")
-    return resolve_checkpoint(Path(named).expanduser())
+def merge_checkpoint(checkpoint: Path, output: Path) -> Path:
+    """Write ``output``, a checkpoint of weights alone that does what base and adapter do together.
+
+    Runs on one process, in fp32 whatever the run trained in; the sum is rounded once, when it is loaded in 16 bits.
+
+    Raises:
+        CheckpointError: no adapter there, or other base weights than it was trained on.
+        InputError: an adapter that is no change of weights; an output that exists.
+    """
+    if output.exists():
+        raise InputError(f"{output}: exists already; name another folder")
+    saved = SavedRun.open(checkpoint)
+    folder, cfg = saved.folder, saved.sections
+    if cfg.peft is None:
+        raise InputError(f"{folder} was made by a run without peft: there is nothing to merge")
+    base = None if cfg.checkpoint.init_from is None else resolve_checkpoint(Path(cfg.checkpoint.init_from))
+    if base is not None:
+        verify(base, cfg.checkpoint.verify, (0, 1))
+    setting = replace(reference_fp32(saved_model(saved), cfg.peft), seed=cfg.trainer.seed)
+    with _adapted(setting, base, new_head=True) as (chunk, fingerprint):
+        load_adapter([chunk], folder, fingerprint)
+        merge_adapters([chunk])
+        plain = replace(cfg, peft=None, checkpoint=replace(cfg.checkpoint, init_from=None))
+        with writing(output) as temporary:
+            save_weights([chunk], temporary)
+            write_config(temporary, to_dict(plain))
+            shutil.copytree(folder / "tokenizer", temporary / "tokenizer")
+    return output
 
 
 @contextmanager
-def _adapted(run: RunConfig, base: Path) -> Iterator[tuple[torch.nn.Module, str]]:
-    """The base model with fresh adapters, in float32 on this process alone, and the fingerprint of its weights."""
-    single = compose(["+model=gpt_tiny", "parallelism=single", "precision=fp32", "trainer.accelerator=cpu"])
-    trainer = replace(run.trainer, accelerator="cpu")
-    run = replace(run, parallelism=single.parallelism, precision=single.precision, trainer=trainer)
-    with own_runtime(run) as runtime:
-        chunks = build_model_chunks(run, runtime, run.model.vocab_size or 0)
-        load_weights(chunks, base)
+def _adapted(setting: ModelSetting, base: Path | None, new_head: bool = False) -> Iterator[tuple[torch.nn.Module, str]]:
+    """The base model with fresh adapters on the CPU of this process alone, and the fingerprint of its weights.
+
+    Args:
+        setting: with adapters.
+        base: checkpoint of the weights; None: those that the setting's seed draws.
+        new_head: as in `load_weights`.
+    """
+    with own_runtime(one_cpu()) as runtime:
+        chunks = build_model_chunks(setting, runtime, setting.model.vocab_size or 0)
+        if base is not None:
+            load_weights(chunks, base, new_head)
         fingerprint = weights_fingerprint(chunks, runtime.device)
-        attach_peft(run, chunks, runtime)
+        attach_peft(setting, chunks, runtime)
         yield chunks[0].eval(), fingerprint
 
 
-def _compare(cfg: ConvertConfig, run: RunConfig, chunk: Any, folders: tuple[Path, Path]) -> GateReport:
+def _compare(cfg: ConvertConfig, setting: ModelSetting, chunk: Any, folders: tuple[Path, Path]) -> GateReport:
     """The gate: peft on transformers' form of the base, beside our model with the adapter.
 
     Args:
         folders: the base, a checkpoint of ours, and the adapter as a folder of peft.
     """
     base, adapter = folders
-    assert run.peft is not None
-    virtual = run.peft.virtual_tokens
+    assert setting.peft is not None
+    virtual = setting.peft.virtual_tokens
 
     def ours(tokens: torch.Tensor) -> Outputs:
         front = -1 - torch.arange(virtual).expand(tokens.shape[0], -1)
@@ -160,8 +192,7 @@ def _compare(cfg: ConvertConfig, run: RunConfig, chunk: Any, folders: tuple[Path
             return _last(forward_theirs(model, tokens), tokens, virtual)
 
     settings = GateSettings(cfg.verify_tokens, cfg.tolerance, cfg.layer_by_layer)
-    limits = {"vocab_size": run.model.vocab_size, "max_position_embeddings": run.model.max_position_embeddings}
-    report = compare_sides(Sides(theirs, ours), limits, base, settings)
+    report = compare_sides(Sides(theirs, ours), asdict(setting.model), base, settings)
     report.raise_if_different(f"{cfg.output}: not written")
     return report
 

@@ -2,17 +2,17 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import yaml
 
-from nemo_llm.checkpoint.folder import ADAPTER_FILE_NAME, read_config, resolve_checkpoint, writing
+from nemo_llm.checkpoint.folder import writing
 from nemo_llm.checkpoint.inspect import read_tensors
 from nemo_llm.checkpoint.new_tokens import NEW_TOKENS, new_tokens
 from nemo_llm.checkpoint.safe_load import load_sharded
-from nemo_llm.checkpoint.saved_run import TOKENIZER_FILE_NAME
+from nemo_llm.checkpoint.saved_run import TOKENIZER_FILE_NAME, SavedRun, write_config
 from nemo_llm.checkpoint.weights import apply_model_state, model_state, save_weights
 from nemo_llm.convert.logit_check import float32_model, saved_model
 from nemo_llm.errors import InputError
@@ -36,23 +36,23 @@ def extend_vocabulary(checkpoint: Path, output: Path, tokens: Sequence[str], sta
     """
     if output.exists():
         raise InputError(f"{output}: exists already; name another folder")
-    folder = resolve_checkpoint(checkpoint)
-    if (folder / ADAPTER_FILE_NAME).exists():
+    saved = SavedRun.open(checkpoint)
+    folder = saved.folder
+    if saved.is_adapter:
         raise InputError(f"{folder} holds an adapter alone.\n      fix: merge it first (tools/peft_adapter.py merge)")
     old = _check_tokenizer(folder, tokens)
-    model = saved_model(folder)
-    before = int(model["vocab_size"])
-    model["vocab_size"] = max(before, old.vocab_size + len(tokens))
+    model = saved_model(saved)
+    before = model.vocab_size or 0
+    model = replace(model, vocab_size=max(before, old.vocab_size + len(tokens)))
     pieces = [old.encode(token) if start == "pieces" else list(range(old.vocab_size)) for token in tokens]
     with float32_model(model) as chunk, writing(output) as temporary:
         _load_grown(chunk, folder, before, (old.vocab_size, pieces))
         save_weights([chunk], temporary)
         _write_tokenizer(old, tokens, temporary / "tokenizer", special)
-        config: dict[str, Any] = {**read_config(folder), "model": model}
-        (temporary / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        write_config(temporary, {**saved.mapping, "model": asdict(model)})
         new = {"tokens": [*new_tokens(folder), *tokens]}
         (temporary / NEW_TOKENS).write_text(json.dumps(new, ensure_ascii=False) + "\n", encoding="utf-8")
-    return int(model["vocab_size"])
+    return model.vocab_size or 0
 
 
 def _check_tokenizer(folder: Path, tokens: Sequence[str]) -> HuggingFaceTokenizer:

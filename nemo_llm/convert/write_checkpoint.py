@@ -13,17 +13,15 @@ from typing import Any, Protocol, TypeVar
 
 import psutil
 import torch
-import yaml
 from tqdm import tqdm
 
-from nemo_llm.checkpoint.folder import CONFIG_FILE_NAME, begin, commit, temporary_of
-from nemo_llm.config import RunConfig
+from nemo_llm.checkpoint.folder import begin, commit, temporary_of
+from nemo_llm.checkpoint.saved_run import write_config
+from nemo_llm.checkpoint.state_files import NativeReader, NativeWriter, TensorInfo
 from nemo_llm.config.commands.convert import ConvertConfig
-from nemo_llm.config.compose.load import to_dict
-from nemo_llm.convert.hf_files import TensorInfo
+from nemo_llm.config.sections.data import TokenizerConfig
 from nemo_llm.convert.logit_check import GateReport, GateSettings
 from nemo_llm.convert.mapping import Mapped
-from nemo_llm.convert.native_files import NativeReader, NativeWriter
 from nemo_llm.convert.reach import Reach
 from nemo_llm.errors import InputError
 from nemo_llm.families.spec import Link
@@ -152,12 +150,11 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def finish_ours(run: RunConfig, temporary: Path, has_tokenizer: bool, source: Path) -> None:
-    """Configuration and tokenizer beside the weights."""
-    text = yaml.safe_dump(to_dict(run), sort_keys=False, width=120)
-    (temporary / CONFIG_FILE_NAME).write_text(text, encoding="utf-8")
-    if has_tokenizer:
-        load_tokenizer(run.data.tokenizer).save(temporary / "tokenizer")
+def finish_ours(config: Mapping[str, Any], tokenizer: TokenizerConfig | None, temporary: Path, source: Path) -> None:
+    """Configuration, and tokenizer where there is one, beside the weights."""
+    write_config(temporary, config)
+    if tokenizer is not None:
+        load_tokenizer(tokenizer).save(temporary / "tokenizer")
     else:
         _log.warning("%s has no tokenizer.json: the checkpoint gets no tokenizer", source)
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemo_llm.config.sections.data import DataConfig
-from nemo_llm.config.sections.run import RunConfig
+from nemo_llm.config.sections.model import ModelConfig
+from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.config.sections.sources import SourceSection
 from nemo_llm.data.sampling.blend_order import Blend
 from nemo_llm.data.sampling.blended_source import BlendedSource, Phase
@@ -45,22 +46,20 @@ class DataSets:
         return "\n".join(parts)
 
 
-def open_data(cfg: RunConfig, tokenizer: Tokenizer) -> DataSets:
-    """What the run of a configuration trains and validates on; the same on every rank.
+def open_data(config: DataConfig, setting: ModelSetting, tokenizer: Tokenizer) -> DataSets:
+    """What a model of this setting trains and validates on; the same on every rank.
 
     Raises:
         ConfigError, InputError: naming the source that cannot be used.
     """
-    virtual_tokens = 0 if cfg.peft is None else cfg.peft.virtual_tokens
-    short = short_vocabulary(cfg, tokenizer)
-    return build_train_and_validation(
-        cfg.data, tokenizer, cfg.trainer.seed, virtual_tokens, cfg.model.head or (), short
-    )
+    virtual_tokens = 0 if setting.peft is None else setting.peft.virtual_tokens
+    short = short_vocabulary(setting.model, tokenizer)
+    return build_train_and_validation(config, tokenizer, setting.seed, virtual_tokens, setting.model.head or (), short)
 
 
-def short_vocabulary(cfg: RunConfig, tokenizer: Tokenizer) -> int | None:
+def short_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> int | None:
     """The model's vocabulary where that is less than the tokenizer's, so that ids may be beyond it; else None."""
-    known = cfg.model.vocab_size
+    known = model.vocab_size
     return known if known is not None and known < tokenizer.vocab_size else None
 
 

@@ -1,7 +1,6 @@
 """A trained model ready to be asked: loaded from a checkpoint onto any layout of TP, PP and EP."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,16 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.utils import unwrap_model
 
-from nemo_llm.checkpoint.folder import read_config, resolve_checkpoint
 from nemo_llm.checkpoint.manifest import verify
+from nemo_llm.checkpoint.saved_run import SavedRun
 from nemo_llm.checkpoint.weights import load_weights
-from nemo_llm.config import RunConfig
-from nemo_llm.config.checks import find_problems
+from nemo_llm.config import PrecisionConfig
+from nemo_llm.config.checks import setting_problems
 from nemo_llm.config.checks.code_paths import qkv_in_one
 from nemo_llm.config.commands.generate import ModelPlace
-from nemo_llm.config.compose.load import compose, decode, to_dict, with_younger_keys
-from nemo_llm.errors import ConfigError, InputError, Problem
+from nemo_llm.config.sections.model_setting import ModelSetting, RuntimeSetting
+from nemo_llm.config.shipped import reference_fp32, shipped
+from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.inference.graphs import DecodeGraphs
 from nemo_llm.log import get_logger
 from nemo_llm.models.build import build_model_chunks
@@ -32,51 +32,33 @@ _log = get_logger(__name__)
 _GPU_SLOT_STEP = 256
 
 
-def inference_config(place: ModelPlace, folder: Path, world_size: int) -> RunConfig:
-    """The configuration that builds the model of ``folder`` for ``place.parallelism``.
-
-    Only the model's section and its number format come from the checkpoint, not what concerned its training.
+def for_inference(saved: SavedRun, place: ModelPlace, world_size: int) -> ModelSetting:
+    """What builds a trained model for ``place.parallelism``, whatever concerned its training.
 
     Raises:
         ConfigError: a layout that this model or these processes do not allow.
-        InputError: a checkpoint without a model section.
     """
-    saved = read_config(folder)
-    if not isinstance(saved.get("model"), dict):
-        raise InputError(f"{folder / 'config.yaml'}: has no model section; expected a folder made by nemo_llm")
-    trained_in = saved.get("precision", {}).get("params_dtype", "fp32")
-    dtype = place.dtype or trained_in
-    mapping = to_dict(compose(["+model=gpt_tiny", f"precision={dtype}"]))
-    mapping["model"] = {**with_younger_keys(saved)["model"], "transformer_impl": "torch"}
-    layout = place.parallelism
-    mapping["parallelism"] = dataclasses.asdict(
-        dataclasses.replace(
-            layout,
-            # A token at a time cannot be split over the sequence, and there are no micro-batches to interleave.
-            sequence_parallel=False,
-            virtual_pipeline_model_parallel_size=None,
-            recompute_granularity=None,
-            use_distributed_optimizer=False,
-            overlap_grad_reduce=False,
-            overlap_param_gather=False,
-        )
-    )
-    mapping["trainer"]["accelerator"] = place.accelerator
-    mapping["trainer"]["micro_batch_size"] = 1
-    mapping["trainer"]["global_batch_size"] = max(1, world_size // layout.model_parallel_size)
+    # A token at a time cannot be split over the sequence, and there are no micro-batches to interleave.
+    layout = replace(place.parallelism, sequence_parallel=False, virtual_pipeline_model_parallel_size=None)
+    layout = replace(layout, recompute_granularity=None)
     # Chunks of logits stay in a CPU's cache. On a GPU the fused loss would be compiled for every number of tokens.
     on_cpu = place.accelerator == "cpu" or not torch.cuda.is_available()
-    mapping["performance"] |= {"fused_linear_cross_entropy": on_cpu, "cross_entropy_chunk_tokens": 256}
-    mapping["performance"] |= {"gradient_accumulation_fusion": False, "fused_rope": False, "compile_layers": False}
-    mapping["performance"] |= {"flex_attention": False}  # compiled for every length of prompts
-    cfg = decode(mapping)
-    if not on_cpu and qkv_in_one(cfg.model, cfg.parallelism):
+    setting = reference_fp32(replace(saved.sections.model, transformer_impl="torch"))
+    performance = replace(
+        setting.performance,
+        fused_linear_cross_entropy=on_cpu,
+        cross_entropy_chunk_tokens=256,
+        gradient_accumulation_fusion=False,
         # One kernel for any length; the rotation alone would be compiled for every length of prompts.
-        cfg = dataclasses.replace(cfg, performance=dataclasses.replace(cfg.performance, fused_rope=True))
-    problems = [problem for problem in find_problems(cfg, world_size) if problem.key.startswith(("parallel", "model"))]
-    # Sequence parallelism for experts under TP, and ways of balancing experts, matter in training alone.
-    trained = ("parallelism.sequence_parallel", "model.moe.moe_router_load_balancing_type")
-    problems = [problem for problem in problems if problem.key not in trained]
+        fused_rope=not on_cpu and qkv_in_one(setting.model, layout),
+        compile_layers=False,
+        flex_attention=False,  # compiled for every length of prompts
+    )
+    precision = shipped(PrecisionConfig, f"precision/{place.dtype or saved.sections.precision.params_dtype}")
+    setting = replace(setting, parallelism=layout, precision=precision, performance=performance)
+    # Lengths, sequence parallelism for experts under TP, and ways of balancing experts matter in training alone.
+    trained = ("data.seq_length", "parallelism.sequence_parallel", "model.moe.moe_router_load_balancing_type")
+    problems = [problem for problem in setting_problems(setting, world_size) if problem.key not in trained]
     if layout.context_parallel_size > 1:
         rule = "generation and evaluation do not split a sequence"
         problems.append(
@@ -84,15 +66,16 @@ def inference_config(place: ModelPlace, folder: Path, world_size: int) -> RunCon
         )
     if problems:
         raise ConfigError(problems)
-    return cfg
+    return setting
 
 
 @dataclass(frozen=True)
 class LoadedFolder:
-    """A checkpoint that was found, and the configuration to build its model with."""
+    """A checkpoint that was found, and what its model is built from, on which processes."""
 
     folder: Path
-    cfg: RunConfig
+    setting: ModelSetting
+    runtime: RuntimeSetting
     tokenizer: Tokenizer
 
 
@@ -102,22 +85,19 @@ def open_checkpoint(place: ModelPlace, path: Path, world_size: int) -> LoadedFol
     Raises:
         InputError, ConfigError, CheckpointNotFoundError: each names what is missing and the fix.
     """
-    folder = resolve_checkpoint(path)
-    if not (folder / "tokenizer").is_dir():
-        raise InputError(
-            f"{folder}: holds no tokenizer/ folder, so that text cannot be encoded.\n      fix: copy tokenizer/ from a "
-            "checkpoint of the same run, or convert the model again with its tokenizer"
-        )
-    tokenizer = load_tokenizer_from_folder(folder / "tokenizer")
+    saved = SavedRun.open(path)
+    tokenizer = load_tokenizer_from_folder(saved.tokenizer)
     if isinstance(tokenizer, HuggingFaceTokenizer) and (bos := tokenizer.unsaved_bos()) is not None:
         _log.warning(
             "%s: its tokenizer.json puts %s before a text, and this checkpoint was saved without: texts are read as "
             "they were until now. To have it, convert the model again (tools/convert_checkpoint.py, from its Hugging "
             "Face folder; a trained one to format hf and back)",
-            folder,
+            saved.folder,
             bos,
         )
-    return LoadedFolder(folder, inference_config(place, folder, world_size), tokenizer)
+    setting = for_inference(saved, place, world_size)
+    runtime = RuntimeSetting(parallelism=setting.parallelism, accelerator=place.accelerator)
+    return LoadedFolder(saved.folder, setting, runtime, tokenizer)
 
 
 class InferenceModel:
@@ -126,22 +106,24 @@ class InferenceModel:
     Every data-parallel rank computes the same: ranks beyond TP x PP bring nothing but the experts that they hold.
     """
 
-    def __init__(self, cfg: RunConfig, runtime: ParallelRuntime, tokenizer: Tokenizer, chunk: torch.nn.Module) -> None:
-        self.cfg, self.runtime, self.tokenizer = cfg, runtime, tokenizer
+    def __init__(
+        self, setting: ModelSetting, runtime: ParallelRuntime, tokenizer: Tokenizer, chunk: torch.nn.Module
+    ) -> None:
+        self.setting, self.runtime, self.tokenizer = setting, runtime, tokenizer
         self.chunk: Any = unwrap_model(chunk).eval()
         self.vocab_size = min(tokenizer.vocab_size, self.chunk.known_tokens)
-        self.max_length = cfg.model.max_position_embeddings
+        self.max_length = setting.model.max_position_embeddings
         self.num_stages = dist.get_world_size(runtime.groups.pp)
-        self.classes: tuple[str, ...] = cfg.model.head or ()
+        self.classes: tuple[str, ...] = setting.model.head or ()
         # Megatron's embedding under TP and its experts wait for the device, which a recorded step must not.
-        alone = runtime.parallelism.model_parallel_size == 1 and cfg.model.moe is None and cfg.model.mla is None
+        alone = runtime.parallelism.model_parallel_size == 1 and setting.model.moe is None and setting.model.mla is None
         self.records_graphs = runtime.device.type == "cuda" and alone
         self._stage_ranks = dist.get_process_group_ranks(runtime.groups.pp)
         attentions = cacheable_attentions(self.chunk)
         if attentions is None:
             problem = Problem(
                 "model.layer_spec",
-                cfg.model.layer_spec,
+                setting.model.layer_spec,
                 "has an attention without a cache",
                 "set model.layer_spec=null",
             )
@@ -161,7 +143,7 @@ class InferenceModel:
         self._need_tokens()
         on_cpu = self.device.type == "cpu"
         # The kernels take keys and values of the same width.
-        fused = not on_cpu and self.cfg.performance.fused_kernels and self.cfg.model.mla is None
+        fused = not on_cpu and self.setting.performance.fused_kernels and self.setting.model.mla is None
         return KVCache(num_slots, 1 if on_cpu else _GPU_SLOT_STEP, fused)
 
     @torch.no_grad()
@@ -282,7 +264,7 @@ class InferenceModel:
         rows, length = tokens.shape
         if stage > 0:
             hidden = torch.empty(
-                length, rows, self.cfg.model.hidden_size, dtype=self.chunk.config.params_dtype, device=self.device
+                length, rows, self.setting.model.hidden_size, dtype=self.chunk.config.params_dtype, device=self.device
             )
             dist.recv(hidden, self._stage_ranks[stage - 1], group=group)
             self.chunk.set_input_tensor(hidden)
@@ -301,7 +283,7 @@ class InferenceModel:
         return gather_from_tensor_model_parallel_region(local)[:, : self.vocab_size].float()
 
     def _rotary_table(self, longest: int) -> torch.Tensor | None:
-        if self.cfg.model.position_embedding_type != "rope" or self.cfg.model.mla is not None:
+        if self.setting.model.position_embedding_type != "rope" or self.setting.model.mla is not None:
             return None
         return self.chunk.rotary_pos_emb(longest)[:, 0]
 
@@ -316,6 +298,6 @@ def load_model(opened: LoadedFolder, runtime: ParallelRuntime, how: str) -> Infe
         CheckpointError: damaged files, or weights of another model.
     """
     verify(opened.folder, how, (runtime.rank, runtime.world_size))  # type: ignore[arg-type]
-    chunks = build_model_chunks(opened.cfg, runtime, opened.cfg.model.vocab_size or opened.tokenizer.vocab_size)
+    chunks = build_model_chunks(opened.setting, runtime, opened.setting.model.vocab_size or opened.tokenizer.vocab_size)
     load_weights(chunks, opened.folder)
-    return InferenceModel(opened.cfg, runtime, opened.tokenizer, chunks[0])
+    return InferenceModel(opened.setting, runtime, opened.tokenizer, chunks[0])

@@ -14,8 +14,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_llm.config import RunConfig
 from nemo_llm.config.checks.code_paths import fused_chunk_tokens
+from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.initialize import InitRule, initialize_weights
 from nemo_llm.models.language_model import LanguageModel
@@ -26,39 +26,39 @@ from nemo_llm.models.transformer_config import to_transformer_config
 from nemo_llm.parallel.runtime import ParallelRuntime
 
 
-def build_model_chunks(cfg: RunConfig, runtime: ParallelRuntime, vocab_size: int) -> list[torch.nn.Module]:
+def build_model_chunks(setting: ModelSetting, runtime: ParallelRuntime, vocab_size: int) -> list[torch.nn.Module]:
     """One module for each virtual pipeline stage of this rank (one without interleaving), weights initialised.
 
     Args:
         vocab_size: tokens known to the tokenizer; ``model.vocab_size`` when that is given.
     """
-    config = to_transformer_config(cfg, runtime.device)
-    backend = choose_backend(cfg.model, runtime.device.type)
-    _check_fp8_device(cfg, runtime.device)
+    config = to_transformer_config(setting, runtime.device)
+    backend = choose_backend(setting.model, runtime.device.type)
+    _check_fp8_device(setting, runtime.device)
     virtual_stages = config.virtual_pipeline_model_parallel_size or 1
     chunks = [
-        _build_chunk(cfg, runtime, config, backend, vp if virtual_stages > 1 else None, vocab_size)
+        _build_chunk(setting, runtime, config, backend, vp if virtual_stages > 1 else None, vocab_size)
         for vp in range(virtual_stages)
     ]
-    residual_scale = 1.0 / math.sqrt(2.0 * cfg.model.num_layers) if cfg.model.depth_scaled_init else 1.0
-    std = cfg.model.init_method_std
-    norm_weight = 0.0 if cfg.model.layernorm_zero_centered_gamma else 1.0
-    initialize_weights(chunks, cfg.trainer.seed, InitRule(std, std * residual_scale, norm_weight))
+    residual_scale = 1.0 / math.sqrt(2.0 * setting.model.num_layers) if setting.model.depth_scaled_init else 1.0
+    std = setting.model.init_method_std
+    norm_weight = 0.0 if setting.model.layernorm_zero_centered_gamma else 1.0
+    initialize_weights(chunks, setting.seed, InitRule(std, std * residual_scale, norm_weight))
     if config.fp16 or config.bf16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
     return chunks
 
 
-def _check_fp8_device(cfg: RunConfig, device: torch.device) -> None:
-    if cfg.precision.fp8 is None or device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9):
+def _check_fp8_device(setting: ModelSetting, device: torch.device) -> None:
+    if setting.precision.fp8 is None or device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9):
         return
     name = torch.cuda.get_device_name(device)
     rule = f"the tensor cores of {name} have no FP8"
-    raise ConfigError([Problem("precision.fp8", cfg.precision.fp8.fp8_recipe, rule, "choose precision=bf16")])
+    raise ConfigError([Problem("precision.fp8", setting.precision.fp8.fp8_recipe, rule, "choose precision=bf16")])
 
 
 def _build_chunk(
-    cfg: RunConfig,
+    setting: ModelSetting,
     runtime: ParallelRuntime,
     config: TransformerConfig,
     backend: Any,
@@ -69,11 +69,11 @@ def _build_chunk(
     stage = vp_stage or 0
     chunk = LanguageModel(
         config,
-        build_block_spec(cfg, config, backend, vp_stage, runtime.groups),
-        cfg.model,
+        build_block_spec(setting, config, backend, vp_stage, runtime.groups),
+        setting.model,
         vocab_size,
-        cfg.task.z_loss_coeff,
-        fused_chunk_tokens(cfg),
+        setting.z_loss_coeff,
+        fused_chunk_tokens(setting),
         pre_process=runtime.pp_rank == 0 and stage == 0,
         post_process=runtime.is_last_pipeline_stage and stage == last_vp,
         vp_stage=vp_stage,
@@ -81,12 +81,12 @@ def _build_chunk(
     )
     _mark_split_parameters(chunk)
     _mark_experts(chunk, runtime)
-    use_local_dispatcher(chunk, cfg, runtime.groups)
-    if cfg.performance.compile_layers and runtime.device.type == "cuda":
+    use_local_dispatcher(chunk, setting, runtime.groups)
+    if setting.performance.compile_layers and runtime.device.type == "cuda":
         for layer in chunk.decoder.layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
-    if cfg.performance.offload_activation_layers:
-        offload_activations(chunk.decoder.layers, cfg.performance.offload_activation_layers)
+    if setting.performance.offload_activation_layers:
+        offload_activations(chunk.decoder.layers, setting.performance.offload_activation_layers)
     return chunk.to(runtime.device)
 
 

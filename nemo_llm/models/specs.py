@@ -33,8 +33,9 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from nemo_llm.config import ModelConfig, RunConfig
+from nemo_llm.config import ModelConfig
 from nemo_llm.config.checks.code_paths import keys_of_own_layers, why_no_flex
+from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.layers.attention import CoreAttention, LocalRotaryAttention
 from nemo_llm.models.layers.experts import experts_spec
@@ -55,10 +56,10 @@ if not hasattr(moe_utils, "te_general_gemm"):
 class TorchBackend(LocalSpecProvider):
     """The parts of a layer on machines without Transformer Engine."""
 
-    def __init__(self, cfg: RunConfig, linears: tuple[type, type]) -> None:
-        self.model, self.performance = cfg.model, cfg.performance
+    def __init__(self, setting: ModelSetting, linears: tuple[type, type]) -> None:
+        self.model, self.performance = setting.model, setting.performance
         self.column, self.row = linears
-        self.flex_length = cfg.data.seq_length if why_no_flex(cfg) is None else None
+        self.flex_length = setting.seq_length if why_no_flex(setting) is None else None
 
     def column_parallel_linear(self) -> type:
         return self.column
@@ -127,43 +128,43 @@ def choose_backend(model: ModelConfig, device_type: str) -> str:
 
 
 def build_block_spec(
-    cfg: RunConfig, config: TransformerConfig, backend: str, vp_stage: int | None, groups: Any
+    setting: ModelSetting, config: TransformerConfig, backend: str, vp_stage: int | None, groups: Any
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the final norm, as a Megatron block spec.
 
     Args:
         groups: Megatron's process groups.
     """
-    block = _block_spec(cfg, config, backend, vp_stage, groups)
+    block = _block_spec(setting, config, backend, vp_stage, groups)
     use_own_router(block)
     return block
 
 
 def _block_spec(
-    cfg: RunConfig, config: TransformerConfig, backend: str, vp_stage: int | None, groups: Any
+    setting: ModelSetting, config: TransformerConfig, backend: str, vp_stage: int | None, groups: Any
 ) -> TransformerBlockSubmodules:
-    model = cfg.model
+    model = setting.model
     pp_rank = groups.pp.rank()
     if model.layer_spec is not None:
         return _users_block_spec(model, config, vp_stage)
     if backend == "transformer_engine":
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-    parts, moe_parts = (TorchBackend(cfg, _linears(cfg, moe)) for moe in (False, True))
+    parts, moe_parts = (TorchBackend(setting, _linears(setting, moe)) for moe in (False, True))
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     has_experts = [model.moe is not None and model.moe.has_layer(offset + i) for i in range(count)]
-    layers = [_torch_layer_spec(cfg, parts, moe_parts if moe else None, config, groups.tp) for moe in has_experts]
+    layers = [_torch_layer_spec(setting, parts, moe_parts if moe else None, config, groups.tp) for moe in has_experts]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=parts.layer_norm())
 
 
-def _linears(cfg: RunConfig, moe: bool) -> tuple[type, type]:
+def _linears(setting: ModelSetting, moe: bool) -> tuple[type, type]:
     """The column-parallel and the row-parallel linear layer, in an MLP of experts or elsewhere."""
-    if cfg.precision.fp8 is not None:
-        return LINEARS[cfg.precision.fp8.fp8]
+    if setting.precision.fp8 is not None:
+        return LINEARS[setting.precision.fp8.fp8]
     # Experts take another number of tokens each time, for which no kernel is chosen; and Megatron's latent attention
     # has a list of the classes that it takes.
-    split = cfg.parallelism.tensor_model_parallel_size > 1
-    if split or moe or cfg.model.mla is not None or not cfg.performance.gradient_accumulation_fusion:
+    split = setting.parallelism.tensor_model_parallel_size > 1
+    if split or moe or setting.model.mla is not None or not setting.performance.gradient_accumulation_fusion:
         return ColumnParallelLinear, RowParallelLinear
     return WholeColumnLinear, WholeRowLinear
 
@@ -175,7 +176,7 @@ def _layer_class(model: ModelConfig) -> type:
 
 
 def _torch_layer_spec(
-    cfg: RunConfig, parts: TorchBackend, moe_parts: TorchBackend | None, config: TransformerConfig, tp_group: Any
+    setting: ModelSetting, parts: TorchBackend, moe_parts: TorchBackend | None, config: TransformerConfig, tp_group: Any
 ) -> ModuleSpec:
     """One layer; ``moe_parts`` are those of its experts, if it has any."""
     model = parts.model
@@ -190,7 +191,7 @@ def _torch_layer_spec(
             self_attention=_self_attention(parts, tp_group) if model.mla is None else _latent_attention(parts),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=pre_norm,
-            mlp=experts_spec(mlp, cfg) if moe_parts else mlp,
+            mlp=experts_spec(mlp, setting) if moe_parts else mlp,
             mlp_bda=get_bias_dropout_add,
             # Checkpoint names as Transformer Engine's fused modules have them: one checkpoint serves both backends.
             sharded_state_dict_keys_map=_checkpoint_names(model.mla is not None, moe_parts is not None),

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from nemo_llm.config import ModelConfig, ParallelismConfig, PrecisionConfig, RunConfig
+from nemo_llm.config import ModelConfig, ParallelismConfig, PrecisionConfig
 from nemo_llm.config.checks.code_paths import fuses_rope, splits_qkv
 from nemo_llm.config.mcore_fields import UNFUSED_ACTIVATION
+from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.layers.main_grad import offer_gradient_accumulation
 from nemo_llm.models.layers.norm_recomputation import offer_norm_recomputation
@@ -37,7 +38,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerConfig:
+def to_transformer_config(setting: ModelSetting, device: torch.device) -> TransformerConfig:
     """Translate the model, parallelism and precision sections.
 
     Values are handed on as they are; nothing is derived here that a user could have set. ``model.mcore_overrides``
@@ -46,42 +47,37 @@ def to_transformer_config(cfg: RunConfig, device: torch.device) -> TransformerCo
     Raises:
         ConfigError: a combination that Megatron refuses.
     """
-    fuse_rope = device.type == "cuda" and fuses_rope(cfg)
-    if cfg.performance.gradient_accumulation_fusion:
+    fuse_rope = device.type == "cuda" and fuses_rope(setting)
+    if setting.performance.gradient_accumulation_fusion:
         offer_gradient_accumulation()
-    if cfg.parallelism.recompute_granularity == "selective":
+    if setting.parallelism.recompute_granularity == "selective":
         offer_norm_recomputation()
     if fuse_rope:
         offer_fused_rope()
-    if device.type == "cuda" and cfg.performance.fused_kernels:
+    if device.type == "cuda" and setting.performance.fused_kernels:
         offer_fused_swiglu()
-    fuse_qkv = device.type == "cuda" and splits_qkv(cfg)
+    fuse_qkv = device.type == "cuda" and splits_qkv(setting)
     if fuse_qkv:
         offer_fused_qkv()
     fields = {
-        **_model_fields(cfg.model),
-        **_moe_fields(cfg.model),
-        **_mla_fields(cfg.model),
-        **_parallel_fields(cfg.parallelism, device),
-        **_precision_fields(cfg.precision, choose_backend(cfg.model, device.type)),
-        "deterministic_mode": cfg.trainer.deterministic,
-        "gradient_accumulation_fusion": cfg.performance.gradient_accumulation_fusion,
+        **_model_fields(setting.model),
+        **_moe_fields(setting.model),
+        **_mla_fields(setting.model),
+        **_parallel_fields(setting.parallelism, device),
+        **_precision_fields(setting.precision, choose_backend(setting.model, device.type)),
+        "deterministic_mode": setting.deterministic,
+        "gradient_accumulation_fusion": setting.performance.gradient_accumulation_fusion,
         "apply_rope_fusion": fuse_rope,
         "fused_single_qkv_rope": fuse_qkv,
-        "bias_activation_fusion": device.type == "cuda" and _fuses_activation(cfg.model),
+        "bias_activation_fusion": device.type == "cuda" and _fuses_activation(setting.model),
         "bias_dropout_fusion": device.type == "cuda",
     }
-    class_ = TransformerConfig if cfg.model.mla is None else MLATransformerConfig
+    class_ = TransformerConfig if setting.model.mla is None else MLATransformerConfig
     try:
-        return class_(**{**fields, **cfg.model.mcore_overrides})
+        return class_(**{**fields, **setting.model.mcore_overrides})
     except (ValueError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            [
-                Problem(
-                    "model", cfg.model.name, f"Megatron-Core refuses this combination: {error}", "change the keys named"
-                )
-            ]
-        ) from error
+        rule = f"Megatron-Core refuses this combination: {error}"
+        raise ConfigError([Problem("model", setting.model.name, rule, "change the keys named")]) from error
 
 
 def _fuses_activation(model: ModelConfig) -> bool:

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 
-from nemo_llm.config import RunConfig
 from nemo_llm.config.checks.code_paths import (
     fused_chunk_tokens,
     fuses_rope,
@@ -25,6 +24,7 @@ from nemo_llm.config.checks.code_paths import (
     why_not_grouped,
 )
 from nemo_llm.config.sections.arithmetic import padded_vocab_size
+from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.kernels.cublaslt import Shape
 from nemo_llm.kernels.matmul import choose_kernels, shapes_of_linear
 from nemo_llm.log import get_logger
@@ -41,24 +41,24 @@ from nemo_llm.parallel.runtime import ParallelRuntime
 _log = get_logger(__name__)
 
 
-def warm_kernels(cfg: RunConfig, runtime: ParallelRuntime, vocab_size: int) -> None:
+def warm_kernels(setting: ModelSetting, runtime: ParallelRuntime, vocab_size: int) -> None:
     """Fill this node's caches of compiled kernels, where several ranks share them; a collective of all ranks."""
     if runtime.device.type != "cuda" or runtime.place.local_world_size == 1:
         return
     if runtime.place.local_rank == 0:
         began = time.perf_counter()
-        run_kernels(cfg, runtime.device, vocab_size)
+        run_kernels(setting, runtime.device, vocab_size)
         torch.cuda.synchronize(runtime.device)
         torch.cuda.empty_cache()
         _log.info("kernels compiled or found in the node's cache in %.1f s", time.perf_counter() - began)
     dist.all_reduce(torch.zeros(1, device=runtime.device))
 
 
-def choose_products(cfg: RunConfig, chunks: list[torch.nn.Module], device: torch.device) -> None:
+def choose_products(setting: ModelSetting, chunks: list[torch.nn.Module], device: torch.device) -> None:
     """Choose the kernels of the matrix products of these (unwrapped) chunks, and say which are not PyTorch's."""
-    if device.type != "cuda" or why_no_choice(cfg, device) is not None:
+    if device.type != "cuda" or why_no_choice(setting, device) is not None:
         return
-    shapes = [shape for chunk in chunks for shape in _product_shapes(cfg, unwrap_model(chunk))]
+    shapes = [shape for chunk in chunks for shape in _product_shapes(setting, unwrap_model(chunk))]
     began = time.perf_counter()
     try:
         choices = choose_kernels(shapes, device)
@@ -76,20 +76,20 @@ def choose_products(cfg: RunConfig, chunks: list[torch.nn.Module], device: torch
         _log.debug("%s: %.3f ms, before %.3f ms", choice.shape, choice.after, choice.before)
 
 
-def why_no_choice(cfg: RunConfig, device: torch.device) -> str | None:
+def why_no_choice(setting: ModelSetting, device: torch.device) -> str | None:
     """Why the matrix products of this run keep PyTorch's choice of kernels on this GPU; None where another is tried."""
     reasons = {
-        "performance.choose_matrix_kernels=false": not cfg.performance.choose_matrix_kernels,
-        "performance.compile_layers=true": cfg.performance.compile_layers,
+        "performance.choose_matrix_kernels=false": not setting.performance.choose_matrix_kernels,
+        "performance.compile_layers=true": setting.performance.compile_layers,
         "a GPU before Hopper": torch.cuda.get_device_capability(device)[0] < 9,
-        f"parameters in {cfg.precision.params_dtype}": cfg.precision.params_dtype != "bf16",
+        f"parameters in {setting.precision.params_dtype}": setting.precision.params_dtype != "bf16",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _product_shapes(cfg: RunConfig, chunk: LanguageModel) -> Iterator[Shape]:
+def _product_shapes(setting: ModelSetting, chunk: LanguageModel) -> Iterator[Shape]:
     """Of the linear layers whose number of tokens is known, and of the fused loss."""
-    tokens = cfg.data.seq_length // cfg.parallelism.context_parallel_size * cfg.trainer.micro_batch_size
+    tokens = setting.seq_length // setting.parallelism.context_parallel_size * setting.micro_batch_size
     for weight in weights_with_product(chunk, WholeLinear.product):  # layers in FP8 have a product of their own
         yield from shapes_of_linear(tokens, weight)
     if chunk.fuses_loss:
@@ -103,40 +103,40 @@ def _chunks_of_tokens(tokens: int, chunk: int) -> set[int]:
     return {min(chunk, tokens), tokens % chunk} - {0}
 
 
-def run_kernels(cfg: RunConfig, device: torch.device, vocab_size: int) -> None:
-    """Run, forward and backward, every kernel of our own that a training step of ``cfg`` launches on one rank.
+def run_kernels(setting: ModelSetting, device: torch.device, vocab_size: int) -> None:
+    """Run, forward and backward, every kernel of our own that a training step of ``setting`` launches on one rank.
 
     Args:
         vocab_size: tokens that the model knows.
     """
-    layout, model = cfg.parallelism, cfg.model
+    layout, model = setting.parallelism, setting.model
     tp = layout.tensor_model_parallel_size
-    length = cfg.data.seq_length // layout.context_parallel_size
-    tokens = length * cfg.trainer.micro_batch_size
-    dtype = DTYPES[cfg.precision.params_dtype]
+    length = setting.seq_length // layout.context_parallel_size
+    tokens = length * setting.micro_batch_size
+    dtype = DTYPES[setting.precision.params_dtype]
     like = {"dtype": dtype, "device": device}
-    if cfg.performance.fused_kernels:
+    if setting.performance.fused_kernels:
         if choose_backend(model, "cuda") == "torch":
-            _run_norms(cfg, tokens // (tp if layout.sequence_parallel else 1), like)
-            _run_fp8(cfg, tokens, like)
+            _run_norms(setting, tokens // (tp if layout.sequence_parallel else 1), like)
+            _run_fp8(setting, tokens, like)
         if model.activation_func == "silu" and model.gated_linear_unit:
-            _run_swiglu(cfg, tokens, like)
+            _run_swiglu(setting, tokens, like)
     if model.moe is not None and choose_backend(model, "cuda") == "torch":
-        _run_experts(cfg, tokens, like)
-    if fuses_rope(cfg):
-        _run_rope(cfg, length, like)
-    run_flex(cfg, like)
-    if fused_chunk_tokens(cfg) is not None:
+        _run_experts(setting, tokens, like)
+    if fuses_rope(setting):
+        _run_rope(setting, length, like)
+    run_flex(setting, like)
+    if fused_chunk_tokens(setting) is not None:
         columns = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by) // tp
-        for rows in _chunks_of_tokens(tokens, cfg.performance.cross_entropy_chunk_tokens):
+        for rows in _chunks_of_tokens(tokens, setting.performance.cross_entropy_chunk_tokens):
             _run_loss(torch.zeros(rows, columns, **like), alone=tp == 1 and model.final_logit_softcapping is None)
-    _run_embedding(cfg, tokens, like)
+    _run_embedding(setting, tokens, like)
 
 
-def _run_norms(cfg: RunConfig, rows: int, like: dict) -> None:
+def _run_norms(setting: ModelSetting, rows: int, like: dict) -> None:
     from nemo_llm.kernels.norm_swiglu import FusedNorm
 
-    model = cfg.model
+    model = setting.model
     rule = (model.layernorm_epsilon, model.layernorm_zero_centered_gamma)
     x, residual = (torch.zeros(rows, model.hidden_size, **like).requires_grad_() for _ in range(2))
     weight = torch.zeros(model.hidden_size, **like).requires_grad_()
@@ -147,30 +147,30 @@ def _run_norms(cfg: RunConfig, rows: int, like: dict) -> None:
         ((normed + total) if sum_used else normed).sum().backward()
 
 
-def _run_fp8(cfg: RunConfig, rows: int, like: dict) -> None:
-    if cfg.precision.fp8 is None:
+def _run_fp8(setting: ModelSetting, rows: int, like: dict) -> None:
+    if setting.precision.fp8 is None:
         return
     from nemo_llm.models.layers.fp8 import quantize
 
-    x = torch.zeros(rows, cfg.model.hidden_size, **like)
+    x = torch.zeros(rows, setting.model.hidden_size, **like)
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         quantize(x, dtype)
 
 
-def _run_swiglu(cfg: RunConfig, rows: int, like: dict) -> None:
+def _run_swiglu(setting: ModelSetting, rows: int, like: dict) -> None:
     from nemo_llm.kernels.norm_swiglu import FusedSwiGLU
 
-    units = cfg.model.ffn_hidden_size // cfg.parallelism.tensor_model_parallel_size
+    units = setting.model.ffn_hidden_size // setting.parallelism.tensor_model_parallel_size
     x = torch.zeros(rows, 2 * units, **like).requires_grad_()
-    bias = torch.zeros(2 * units, **like).requires_grad_() if cfg.model.add_bias_linear else None
+    bias = torch.zeros(2 * units, **like).requires_grad_() if setting.model.add_bias_linear else None
     FusedSwiGLU.apply(x, bias).sum().backward()
 
 
-def _run_experts(cfg: RunConfig, tokens: int, like: dict) -> None:
+def _run_experts(setting: ModelSetting, tokens: int, like: dict) -> None:
     """The grouped products of tokens that are here and of rows that came from other ranks, with both ways to add."""
-    if why_not_grouped(cfg) is not None:
+    if why_not_grouped(setting) is not None:
         return
-    model, layout = cfg.model, cfg.parallelism
+    model, layout = setting.model, setting.parallelism
     assert model.moe is not None
     units = model.moe.moe_ffn_hidden_size // layout.expert_tp_size
     fc1, fc2 = torch.zeros(2 * units, model.hidden_size, **like), torch.zeros(model.hidden_size, units, **like)
@@ -187,12 +187,12 @@ def _run_experts(cfg: RunConfig, tokens: int, like: dict) -> None:
             ExpertProducts.apply(inputs, shares.clone().requires_grad_(), routes, weights).sum().backward()
 
 
-def _run_rope(cfg: RunConfig, length: int, like: dict) -> None:
+def _run_rope(setting: ModelSetting, length: int, like: dict) -> None:
     from nemo_llm.kernels.qkv_split_rotary import FusedQKV
 
-    model, tp = cfg.model, cfg.parallelism.tensor_model_parallel_size
-    batch, turned = cfg.trainer.micro_batch_size, int(model.head_dim * model.rotary_percent)
-    if splits_qkv(cfg):
+    model, tp = setting.model, setting.parallelism.tensor_model_parallel_size
+    batch, turned = setting.micro_batch_size, int(model.head_dim * model.rotary_percent)
+    if splits_qkv(setting):
         queries, groups = model.num_attention_heads // model.num_query_groups, model.num_query_groups // tp
         mixed = torch.zeros(length, batch, groups, (queries + 2) * model.head_dim, **like).requires_grad_()
         angles = torch.zeros(length, turned, dtype=torch.float32, device=like["device"])
@@ -204,19 +204,20 @@ def _run_rope(cfg: RunConfig, length: int, like: dict) -> None:
         rotate_fused(heads_in, angles).sum().backward()
 
 
-def run_flex(cfg: RunConfig, like: dict) -> None:
+def run_flex(setting: ModelSetting, like: dict) -> None:
     """Attention of layers with a window and of those without, where the scores are masked or capped, both ways.
 
     Args:
         like: dtype and device of queries, keys and values.
     """
-    model, tp, length = cfg.model, cfg.parallelism.tensor_model_parallel_size, cfg.data.seq_length
+    model, layout, length = setting.model, setting.parallelism, setting.seq_length
+    tp = layout.tensor_model_parallel_size
     # Under context parallelism each rank has lengths of its own.
-    if why_no_flex(cfg) or cfg.parallelism.context_parallel_size > 1 or choose_backend(model, "cuda") != "torch":
+    if why_no_flex(setting) or layout.context_parallel_size > 1 or choose_backend(model, "cuda") != "torch":
         return
-    batch, cap = cfg.trainer.micro_batch_size, model.attn_logit_softcapping
+    batch, cap = setting.micro_batch_size, model.attn_logit_softcapping
     documents = None
-    if cfg.data.reset_attention_mask:
+    if setting.reset_attention_mask:
         documents = torch.zeros(batch, length, dtype=torch.int32, device=like["device"])
     windows = {model.window_size} if model.window_attn_skip_freq is None else {model.window_size, None}
     for window in {used_window(window, length) for window in windows}:
@@ -226,7 +227,7 @@ def run_flex(cfg: RunConfig, like: dict) -> None:
         queries, width = model.num_attention_heads // tp, model.head_dim
         q, k = (torch.zeros(length, batch, n, width, **like).requires_grad_() for n in (queries, groups))
         # Values lie where the joint projection left them, unless our kernel splits it.
-        joint = 1 if splits_qkv(cfg) else queries // groups + 2
+        joint = 1 if splits_qkv(setting) else queries // groups + 2
         v = torch.zeros(length, batch, groups, joint * width, **like).requires_grad_()[..., -width:]
         scale = softmax_scale(model) or 1.0 / math.sqrt(width)  # to the last bit: it is a constant of the kernel
         heads_first = (x.permute(1, 2, 0, 3) for x in (q, k, v))
@@ -250,9 +251,9 @@ def _run_loss(logits: torch.Tensor, alone: bool) -> None:
         to_gradient(logits, lse.clone(), row_scale.clone(), label_share.clone(), labels)
 
 
-def _run_embedding(cfg: RunConfig, tokens: int, like: dict) -> None:
+def _run_embedding(setting: ModelSetting, tokens: int, like: dict) -> None:
     from nemo_llm.kernels.embedding_gradient import add_rows
 
     numbers = torch.zeros(tokens, dtype=torch.int64, device=like["device"])
-    buffer = torch.zeros(1, cfg.model.hidden_size, dtype=torch.float32, device=like["device"])
-    add_rows(buffer, numbers, torch.zeros(tokens, cfg.model.hidden_size, **like))
+    buffer = torch.zeros(1, setting.model.hidden_size, dtype=torch.float32, device=like["device"])
+    add_rows(buffer, numbers, torch.zeros(tokens, setting.model.hidden_size, **like))

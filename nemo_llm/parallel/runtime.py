@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_llm.config import ParallelismConfig, RunConfig
+from nemo_llm.config import ParallelismConfig
+from nemo_llm.config.sections.model_setting import RuntimeSetting
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.parallel import cuda_on_cpu
 
@@ -136,13 +137,13 @@ class ParallelRuntime:
             dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
-def select_device(cfg: RunConfig, place: ProcessPlace) -> torch.device:
+def select_device(setting: RuntimeSetting, place: ProcessPlace) -> torch.device:
     """Take the GPU of this local rank, or the CPU under Megatron's device mapping.
 
     Raises:
         ConfigError: ``trainer.accelerator=cuda`` without a usable GPU for this local rank.
     """
-    wanted = cfg.trainer.accelerator
+    wanted = setting.accelerator
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         cuda_on_cpu.install()
         return torch.device("cpu")
@@ -162,8 +163,8 @@ def select_device(cfg: RunConfig, place: ProcessPlace) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
-def start_runtime(cfg: RunConfig, place: ProcessPlace | None = None) -> ParallelRuntime:
-    """Initialise torch.distributed and Megatron's groups for the layout that the configuration asks for.
+def start_runtime(setting: RuntimeSetting, place: ProcessPlace | None = None) -> ParallelRuntime:
+    """Initialise torch.distributed and Megatron's groups for the layout that the setting asks for.
 
     The timeout is the long one of the first step (compilation, lazy communicator set-up); the loop shortens it.
 
@@ -171,26 +172,26 @@ def start_runtime(cfg: RunConfig, place: ProcessPlace | None = None) -> Parallel
         ConfigError: no GPU where one was asked for.
     """
     place = place or find_process_place()
-    if cfg.trainer.deterministic:
+    if setting.deterministic:
         _make_deterministic()
     # Before anything of CUDA or NCCL starts; what stands in the environment is the user's and wins.
-    for name, value in cfg.cluster.environment.items():
+    for name, value in setting.environment.items():
         os.environ.setdefault(name, value)
-    device = select_device(cfg, place)
+    device = select_device(setting, place)
     # Grown segments instead of many of fixed sizes: less memory lost to fragments when activations change size.
     if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name, which the older would beat
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    if cfg.parallelism.tensor_model_parallel_size * cfg.parallelism.context_parallel_size > 1:
+    if setting.parallelism.tensor_model_parallel_size * setting.parallelism.context_parallel_size > 1:
         # Kernels then start in the order they were launched, which Megatron's overlap of TP and CP relies on.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # NCCL's flight recorder keeps the last collectives, which the watchdog writes out when the run hangs.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if place.launcher == "slurm":
         _set_slurm_rendezvous()
-    timeout = timedelta(minutes=cfg.trainer.first_step_timeout_minutes)
+    timeout = timedelta(minutes=setting.timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if dist.is_initialized():  # the caller's world, as in tests that keep their ranks warm
-        return set_layout(cfg, place, device)
+        return set_layout(setting, place, device)
     if place.launcher == "single":
         store = dist.FileStore(tempfile.mktemp(prefix="nemo_llm_store_"), 1)
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
@@ -202,7 +203,7 @@ def start_runtime(cfg: RunConfig, place: ProcessPlace | None = None) -> Parallel
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timeout)
-    return set_layout(cfg, place, device)
+    return set_layout(setting, place, device)
 
 
 def _make_deterministic() -> None:
@@ -212,12 +213,12 @@ def _make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def set_layout(cfg: RunConfig, place: ProcessPlace, device: torch.device) -> ParallelRuntime:
-    """Build Megatron's process groups for ``cfg.parallelism`` over the world that is already up."""
+def set_layout(setting: RuntimeSetting, place: ProcessPlace, device: torch.device) -> ParallelRuntime:
+    """Build Megatron's process groups for ``setting.parallelism`` over the world that is already up."""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    layout = cfg.parallelism
+    layout = setting.parallelism
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
@@ -225,10 +226,10 @@ def set_layout(cfg: RunConfig, place: ProcessPlace, device: torch.device) -> Par
         context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-        distributed_timeout_minutes=cfg.trainer.first_step_timeout_minutes,
+        distributed_timeout_minutes=setting.timeout_minutes,
         create_gloo_process_groups=device.type == "cuda",
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(cfg.trainer.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(setting.seed)
     return ParallelRuntime(place, device, layout, ProcessGroupCollection.use_mpu_process_groups())
 
 
@@ -240,10 +241,10 @@ def clear_layout() -> None:
 
 
 @contextmanager
-def own_runtime(cfg: RunConfig) -> Iterator[ParallelRuntime]:
+def own_runtime(setting: RuntimeSetting) -> Iterator[ParallelRuntime]:
     """A runtime for one piece of work; in a world that is up already the layout alone comes and goes."""
     own_world = not dist.is_initialized()
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(setting)
     try:
         yield runtime
     finally:

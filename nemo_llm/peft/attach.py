@@ -9,8 +9,8 @@ from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.utils import get_model_config, unwrap_model
 
 from nemo_llm.checkpoint.collective_errors import raise_together
-from nemo_llm.config import RunConfig
 from nemo_llm.config.compose.catalog import nearest
+from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.config.sections.peft import LinearMethod, LoraConfig, PromptMethod
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.initialize import fill_normal
@@ -22,7 +22,7 @@ from nemo_llm.peft.lora import LoraAdapter
 from nemo_llm.peft.prompt import PromptAdapter
 
 
-def attach_peft(cfg: RunConfig, chunks: list[torch.nn.Module], runtime: ParallelRuntime) -> None:
+def attach_peft(setting: ModelSetting, chunks: list[torch.nn.Module], runtime: ParallelRuntime) -> None:
     """Freeze these chunks and put adapters on them, initialised by name as all weights are.
 
     Must come before Megatron's gradient buffers and the optimizer are made: what is frozen then gets neither gradients
@@ -31,17 +31,17 @@ def attach_peft(cfg: RunConfig, chunks: list[torch.nn.Module], runtime: Parallel
     Raises:
         ConfigError: a pattern that matches nothing, or a layer that an adapter cannot go on.
     """
-    assert cfg.peft is not None
+    assert setting.peft is not None
     for chunk in chunks:
         chunk.requires_grad_(False)
     for head in heads(chunks):  # new, as the adapters are
         head.requires_grad_(True)
-    if isinstance(cfg.peft, LinearMethod):
-        _attach_to_linears(cfg.peft, chunks, runtime)
+    if isinstance(setting.peft, LinearMethod):
+        _attach_to_linears(setting.peft, chunks, runtime)
     else:
-        _attach_to_embedding(cfg.peft, cfg.model.hidden_size, chunks, runtime)
+        _attach_to_embedding(setting.peft, setting.model.hidden_size, chunks, runtime)
     for module in adapted_modules(chunks):
-        _initialize(module.adapter, cfg.trainer.seed)
+        _initialize(module.adapter, setting.seed)
     for chunk in chunks:
         _let_gradients_begin(chunk)
 

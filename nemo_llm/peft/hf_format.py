@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_llm.checkpoint.collective_errors import raise_together
 from nemo_llm.checkpoint.inspect import read_tensors, tensors
+from nemo_llm.checkpoint.saved_run import SavedRun
 from nemo_llm.config.sections.peft import LoraConfig, PeftConfig
 from nemo_llm.data.chat_template import TEMPLATE_FILE_NAME
 from nemo_llm.errors import CheckpointError, InputError
@@ -87,10 +88,10 @@ def export_adapter(checkpoint: Path, output: Path, base_model: str | None) -> di
     Raises:
         CheckpointError: no adapter there, or one that PEFT has no form for.
     """
-    description = read_description(checkpoint)
+    read_description(checkpoint)  # or there is no adapter
     names = [name for name in tensors(checkpoint) if name.startswith(KEY_PREFIX)]
     state = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in read_tensors(checkpoint, names)}
-    peft = description["peft"]
+    peft = SavedRun.at(checkpoint).mapping["peft"]
     weights = to_hf_weights(state, peft)
     settings = _hf_config(peft, state, base_model)
     output.mkdir(parents=True, exist_ok=True)

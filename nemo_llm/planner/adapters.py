@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from nemo_llm.config.sections.model import ModelConfig
+from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.config.sections.peft import LinearMethod, LoraConfig, PeftMethod
-from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.parallel.layout import ParallelLayout
 from nemo_llm.planner.parameters import is_moe_layer
 
@@ -88,9 +88,9 @@ def _matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name if "." in pattern else name.rpartition(".")[2], pattern)
 
 
-def trained_parameters(cfg: RunConfig, layout: ParallelLayout, layers: tuple[int, ...]) -> float:
+def trained_parameters(setting: ModelSetting, layout: ParallelLayout, layers: tuple[int, ...]) -> float:
     """Parameters of the adapters on one rank that holds these layers; virtual tokens are counted on every rank."""
-    peft, model = cfg.peft, cfg.model
+    peft, model = setting.peft, setting.model
     if peft is None:
         return 0.0
     total = float(len(model.head) * model.hidden_size) if model.head is not None else 0.0
@@ -122,16 +122,17 @@ def _parameters(peft: PeftMethod, linear: Linear, split: int) -> float:
     return low + (outputs if peft.kind == "dora" else 0.0)
 
 
-def keeps_inputs(cfg: RunConfig, linear: Linear) -> bool:
+def keeps_inputs(setting: ModelSetting, linear: Linear) -> bool:
     """Whether the adapter on this layer needs the layer's inputs in the backward pass."""
-    if cfg.peft is None or not adapted_parts(cfg.peft, linear):
+    if setting.peft is None or not adapted_parts(setting.peft, linear):
         return False
-    return isinstance(cfg.peft, LoraConfig) or (cfg.peft.kind == "ia3" and linear.leaf == "linear_fc2")
+    peft = setting.peft
+    return isinstance(peft, LoraConfig) or (peft.kind == "ia3" and linear.leaf == "linear_fc2")
 
 
-def kept_bytes(cfg: RunConfig, linear: Linear, tokens: float, element: int, split: int) -> float:
+def kept_bytes(setting: ModelSetting, linear: Linear, tokens: float, element: int, split: int) -> float:
     """Bytes that the adapter keeps beside the layer's inputs, for ``tokens`` tokens on a rank with ``1 / split``."""
-    peft = cfg.peft
+    peft = setting.peft
     ranks = {} if peft is None else adapted_parts(peft, linear)
     if peft is None or not ranks:
         return 0.0

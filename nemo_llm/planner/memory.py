@@ -10,7 +10,7 @@ to compute, are taken to need less than a training step; checkpoints are copied 
 from dataclasses import dataclass
 
 from nemo_llm.config.sections.arithmetic import evenly_spread
-from nemo_llm.config.sections.run import RunConfig
+from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.parallel.layout import ParallelLayout
 from nemo_llm.parallel.stages import Stage, StagePlan, format_table, plan_stages
 from nemo_llm.planner.activations import boundary_bytes, gathered_bytes, layer_activations
@@ -101,24 +101,27 @@ class MemoryEstimate:
         return format_table(rows)
 
 
-def estimate_memory(cfg: RunConfig, world_size: int, padded_vocab_size: int) -> MemoryEstimate:
-    """Memory of every pipeline stage of `cfg` on `world_size` processes.
+def estimate_memory(
+    setting: ModelSetting, world_size: int, padded_vocab_size: int, global_batch_size: int, muon: bool
+) -> MemoryEstimate:
+    """Memory of every pipeline stage of a model that trains on `world_size` processes.
+
+    Args:
+        muon: whether Muon trains the layers' matrices, and not Adam.
 
     Raises:
         ValueError: the layout does not fit the processes, the layers or the batch (`config.checks` says so in words).
     """
-    layout = ParallelLayout.from_config(cfg.parallelism, world_size)
-    plan = plan_stages(cfg.model.num_layers, cfg.parallelism)
-    counted = count_parameters(cfg.model, padded_vocab_size)
-    num_microbatches = layout.num_microbatches(cfg.trainer.global_batch_size, cfg.trainer.micro_batch_size)
+    layout = ParallelLayout.from_config(setting.parallelism, world_size)
+    plan = plan_stages(setting.model.num_layers, setting.parallelism)
+    counted = count_parameters(setting.model, padded_vocab_size)
+    num_microbatches = layout.num_microbatches(global_batch_size, setting.micro_batch_size)
     stages = []
     for pp_rank in range(layout.pp):
         chunks = plan.chunks(pp_rank)
-        in_flight = _chunks_in_flight(layout, pp_rank, num_microbatches)
-        loss = loss_bytes(cfg, padded_vocab_size) if any(chunk.has_loss for chunk in chunks) else 0.0
-        stages.append(
-            _rank_memory(layout, state_bytes(cfg, layout, chunks, counted), _kept(cfg, chunks, in_flight), loss)
-        )
+        kept = _kept(setting, chunks, _chunks_in_flight(layout, pp_rank, num_microbatches))
+        loss = loss_bytes(setting, padded_vocab_size) if any(chunk.has_loss for chunk in chunks) else 0.0
+        stages.append(_rank_memory(layout, state_bytes(setting, muon, layout, chunks, counted), kept, loss))
     return MemoryEstimate(layout, plan, counted, tuple(stages))
 
 
@@ -172,18 +175,18 @@ def _chunks_in_flight(layout: ParallelLayout, pp_rank: int, num_microbatches: in
     return min(num_microbatches * layout.vp, ahead) / layout.vp
 
 
-def _kept(cfg: RunConfig, chunks: tuple[Stage, ...], in_flight: float) -> _Kept:
+def _kept(setting: ModelSetting, chunks: tuple[Stage, ...], in_flight: float) -> _Kept:
     """Kept activations of all micro-batches in flight, and what the backward pass of one layer adds to them."""
-    parallel = cfg.parallelism
+    parallel = setting.parallelism
     full = parallel.recompute_granularity == "full"
     kept, backward = 0.0, 0.0
     for chunk in chunks:
-        count = min(cfg.performance.offload_activation_layers, len(chunk.layers) - 1)
+        count = min(setting.performance.offload_activation_layers, len(chunk.layers) - 1)
         offloaded = evenly_spread(count + 1, len(chunk.layers))[:count]
         for place, number in enumerate(chunk.layers):
             whole_block = parallel.recompute_num_layers or 1
             recomputed = full and (parallel.recompute_method != "block" or place < whole_block)
-            layer = layer_activations(cfg, number, recomputed)
+            layer = layer_activations(setting, number, recomputed)
             if place in offloaded:  # in host memory by the end of the forward pass, and back when those above are free
                 continue
             first_of_block = parallel.recompute_method != "uniform" or place % whole_block == 0
@@ -191,6 +194,6 @@ def _kept(cfg: RunConfig, chunks: tuple[Stage, ...], in_flight: float) -> _Kept:
             layers_at_once = whole_block if recomputed and parallel.recompute_method == "uniform" else 1
             again = layer.recomputed * min(layers_at_once, len(chunk.layers))
             if recomputed:
-                again += boundary_bytes(cfg)  # its output
+                again += boundary_bytes(setting)  # its output
             backward = max(backward, again + layer.in_flight)
-    return _Kept(kept * in_flight + gathered_bytes(cfg), backward)
+    return _Kept(kept * in_flight + gathered_bytes(setting), backward)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from nemo_llm.config.sections.run import RunConfig
+from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.parallel.layout import ParallelLayout
 from nemo_llm.parallel.stages import Stage
 from nemo_llm.planner.activations import DTYPE_BYTES, uses_transformer_engine
@@ -39,51 +39,52 @@ class StateBytes:
 
 
 def state_bytes(
-    cfg: RunConfig, layout: ParallelLayout, chunks: tuple[Stage, ...], counted: ModelParameters
+    setting: ModelSetting, muon: bool, layout: ParallelLayout, chunks: tuple[Stage, ...], counted: ModelParameters
 ) -> StateBytes:
-    """Bytes on a rank that holds `chunks`."""
-    tied = cfg.model.share_embeddings_and_output_weights and cfg.model.head is None
+    """Bytes on a rank that holds `chunks`; `muon` is the optimizer of the layers' matrices."""
+    tied = setting.model.share_embeddings_and_output_weights and setting.model.head is None
     dense, experts = local_parameters(layout, chunks, counted, tied)
     outside, _ = local_parameters(layout, tuple(replace(chunk, layers=range(0)) for chunk in chunks), counted, tied)
-    element, weights = DTYPE_BYTES[cfg.precision.params_dtype], dense + experts
-    parameters = _weight_bytes(cfg, weights, weights - outside)
-    start = weights * element - parameters if cfg.peft is not None else 0.0
-    if cfg.peft is not None:
+    element, weights = DTYPE_BYTES[setting.precision.params_dtype], dense + experts
+    parameters = _weight_bytes(setting, weights, weights - outside)
+    start = weights * element - parameters if setting.peft is not None else 0.0
+    if setting.peft is not None:
         numbers = tuple(number for chunk in chunks for number in chunk.layers)
-        dense, experts, outside = trained_parameters(cfg, layout, numbers), 0.0, 0.0
+        dense, experts, outside = trained_parameters(setting, layout, numbers), 0.0, 0.0
         parameters += dense * element
-    gradient = 4 if cfg.precision.grad_reduce_in_fp32 or element == 4 else element
-    sharded = cfg.parallelism.use_distributed_optimizer
+    gradient = 4 if setting.precision.grad_reduce_in_fp32 or element == 4 else element
+    sharded = setting.parallelism.use_distributed_optimizer
     share, expert_share = (layout.dp * layout.cp, layout.edp) if sharded else (1, 1)
-    optimizer = _master_and_moments(cfg, dense, outside) / share + _master_and_moments(cfg, experts, 0.0) / expert_share
+    optimizer = _master_and_moments(setting, muon, dense, outside) / share
+    optimizer += _master_and_moments(setting, muon, experts, 0.0) / expert_share
     moments = _ADAM_MOMENTS_BYTES * (dense / share + experts / expert_share)
-    if cfg.performance.offload_optimizer_moments:
+    if setting.performance.offload_optimizer_moments:
         optimizer += min(_STAGING_BYTES, 3 * moments)
     update = 4 * (dense / share + experts / expert_share) if gradient < 4 else 0.0  # gradients in float32
-    if cfg.optim.muon is not None:
+    if muon:
         matrices = dense + experts - outside
         update += 2 * element * min(matrices, _MUON_ROUND) + 8 * element * min(matrices, _MUON_BATCH)
     return StateBytes(parameters, (dense + experts) * gradient, optimizer, update, max(start, 0.0))
 
 
-def _weight_bytes(cfg: RunConfig, weights: float, in_layers: float) -> float:
+def _weight_bytes(setting: ModelSetting, weights: float, in_layers: float) -> float:
     """Of ``weights`` parameters, of which ``in_layers`` are in the layers, whose norms count as matrices here."""
-    element = DTYPE_BYTES[cfg.precision.params_dtype]
-    if cfg.peft is not None and cfg.peft.base_weights == "nf4":
+    element = DTYPE_BYTES[setting.precision.params_dtype]
+    if setting.peft is not None and setting.peft.base_weights == "nf4":
         return (weights - in_layers) * element + in_layers * _NF4_BYTES
-    if cfg.precision.fp8 is None or not uses_transformer_engine(cfg):
+    if setting.precision.fp8 is None or not uses_transformer_engine(setting):
         return weights * element
-    return weights * element + in_layers * (_TE_FP8_BYTES - (element if cfg.precision.fp8.fp8_param else 0))
+    return weights * element + in_layers * (_TE_FP8_BYTES - (element if setting.precision.fp8.fp8_param else 0))
 
 
-def _master_and_moments(cfg: RunConfig, weights: float, outside: float) -> float:
+def _master_and_moments(setting: ModelSetting, muon: bool, weights: float, outside: float) -> float:
     """Bytes of the optimizer's state for ``weights`` parameters, of which ``outside`` are not in the layers."""
     moments = _ADAM_MOMENTS_BYTES * weights
-    if cfg.optim.muon is not None:  # the layers' matrices have one moment
+    if muon:  # the layers' matrices have one moment
         moments -= _ADAM_MOMENTS_BYTES / 2 * (weights - outside)
-    if cfg.performance.offload_optimizer_moments:
+    if setting.performance.offload_optimizer_moments:
         moments = 0.0
-    return moments + (_MASTER_BYTES * weights if DTYPE_BYTES[cfg.precision.params_dtype] < 4 else 0.0)
+    return moments + (_MASTER_BYTES * weights if DTYPE_BYTES[setting.precision.params_dtype] < 4 else 0.0)
 
 
 def local_parameters(

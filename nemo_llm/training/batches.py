@@ -102,7 +102,7 @@ def build_loaders(
         InputError: files that are missing or damaged, or that hold token ids beyond the vocabulary.
     """
     tokenizer = load_tokenizer(cfg.data.tokenizer)
-    sets, short = open_data(cfg, tokenizer), short_vocabulary(cfg, tokenizer)
+    sets, short = open_data(cfg.data, cfg.model_setting, tokenizer), short_vocabulary(cfg.model, tokenizer)
     train = DeviceBatches(sets.train, cfg, runtime, cfg.data.prefetch, short)
     validation = {
         name: DeviceBatches(PaddedSource(source), cfg, runtime, 0, short)

@@ -51,13 +51,13 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
     tokenizer, sets, loader, validation = build_loaders(cfg, runtime)
     ramp = build_batch_ramp(cfg.trainer.global_batch_size, cfg.trainer.rampup_batch_size)
     _log.info("data\n%s", sets.describe(ramp.consumed_samples(cfg.trainer.max_steps)))
-    vocab_size = cfg.model.vocab_size or tokenizer.vocab_size
-    warm_kernels(cfg, runtime, vocab_size)
-    chunks = build_model_chunks(cfg, runtime, vocab_size)
+    setting, vocab_size = cfg.model_setting, cfg.model.vocab_size or tokenizer.vocab_size
+    warm_kernels(setting, runtime, vocab_size)
+    chunks = build_model_chunks(setting, runtime, vocab_size)
     base_fingerprint = "" if cfg.peft is None else freeze_and_adapt(cfg, chunks, runtime)
-    for line in describe_choices(cfg, runtime.device):
+    for line in describe_choices(setting, runtime.device):
         _log.info("%s", line)
-    choose_products(cfg, chunks, runtime.device)
+    choose_products(setting, chunks, runtime.device)
     model = wrap_data_parallel(cfg, chunks)
     if not cfg.performance.compile_layers:  # which would make constants of the marks
         for chunk in model:
@@ -92,7 +92,7 @@ def freeze_and_adapt(cfg: RunConfig, chunks: list[torch.nn.Module], runtime: Par
     fingerprint = weights_fingerprint(chunks, runtime.device)
     if cfg.peft.base_weights == "nf4":
         quantize_base(chunks, runtime.groups)
-    attach_peft(cfg, chunks, runtime)
+    attach_peft(cfg.model_setting, chunks, runtime)
     if cfg.peft.init_from is not None:
         start = Path(cfg.peft.init_from)
         if (start / CONFIG_FILE).is_file():

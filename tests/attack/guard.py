@@ -71,7 +71,7 @@ def weights(path: Path, out: Path) -> int:
     """Everything in ``state``, through the reader of files and through PyTorch's."""
     from nemo_llm.checkpoint.inspect import read_tensors, tensors
     from nemo_llm.checkpoint.safe_load import check_safe
-    from nemo_llm.convert.native_files import NativeReader
+    from nemo_llm.checkpoint.state_files import NativeReader
 
     del out
     check_safe(path / "state")

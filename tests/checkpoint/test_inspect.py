@@ -12,7 +12,7 @@ import pytest
 from nemo_llm.checkpoint.folder import find_checkpoint, resolve_checkpoint
 from nemo_llm.checkpoint.manifest import BLOCK_BYTES, BlockHasher, describe_file, verify
 from nemo_llm.checkpoint.safe_load import check_safe
-from nemo_llm.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+from nemo_llm.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError, ExitCode
 from nemo_llm.training.resume import _check_step
 from tests.ranks import RankPool
 from tests.training.test_resume import ZERO1, _train, flip_a_byte
@@ -79,9 +79,10 @@ def test_what_runs_code_is_refused(copy: Path) -> None:
 
 def test_a_newer_format_is_refused(copy: Path) -> None:
     path = copy / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
-    with pytest.raises(CheckpointError, match="format 99 by a newer version"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99, "version": "9.1.0"}))
+    with pytest.raises(CheckpointError, match=r"format 99 by a newer version of nemo_llm \(9\.1\.0\)") as caught:
         verify(copy)
+    assert caught.value.exit_code == ExitCode.BAD_INPUT
 
 
 def test_a_changed_manifest_is_noticed(copy: Path) -> None:

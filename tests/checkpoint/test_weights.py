@@ -25,7 +25,7 @@ def _with_model(folder: str, seed: int, overrides: tuple[str, ...], write: bool)
     from nemo_llm.training.setup import build_training_run
 
     cfg = compose([*model_overrides("gpt_tiny"), "trainer.accelerator=cpu", f"trainer.seed={seed}", *overrides])
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     final = Path(folder) / "step_00000000"
     if write:
         if dist.get_rank() == 0:

@@ -8,7 +8,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from nemo_llm.config import RunConfig
-from nemo_llm.config.checks import CHECKS, check, find_problems
+from nemo_llm.config.checks import RUN_CHECKS, SETTING_CHECKS, check, find_problems
 from nemo_llm.config.compose.load import compose, decode, to_dict
 from nemo_llm.errors import ConfigError
 
@@ -295,10 +295,12 @@ def test_check(arguments: str, processes: int, key: str, words: list[str], repai
 
 def test_every_check_has_a_case() -> None:
     """Each registered check yields a problem in at least one case."""
-    unused = {function.__name__ for function in CHECKS}
+    unused = {function.__name__ for function in (*SETTING_CHECKS, *RUN_CHECKS)}
     for arguments, processes, *_ in CASES:
         cfg = composed(arguments)
-        unused -= {function.__name__ for function in CHECKS if list(function(cfg, processes))}
+        setting = cfg.model_setting
+        unused -= {function.__name__ for function in SETTING_CHECKS if list(function(setting, processes))}
+        unused -= {function.__name__ for function in RUN_CHECKS if list(function(cfg, processes))}
     assert not unused
 
 

@@ -1,9 +1,11 @@
 """Saved configurations of earlier versions: each change since then is a migration, and today's keys come out."""
 
 import copy
+import datetime
 import importlib
 import json
 import logging
+import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -126,6 +128,49 @@ def test_younger_keys_have_the_value_that_leaves_the_run_as_it_was() -> None:
     assert shipped.trainer.check_memory
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["+model=gpt_tiny", "peft=dora", "optim/sched=wsd"],
+        ["+model=moe_tiny", "optim=muon", "precision=fp8_delayed", "data=mock"],
+        ["+model=deepseek_v2_lite", "peft=ia3", "tokenizer=byte"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_any_of_the_added_keys_may_be_missing_and_no_other_changes(arguments: list[str]) -> None:
+    saved = to_dict(compose(arguments))
+    added = {key: value for migration in migrations.migrations() for key, value in migration.added.items()}
+    draw = random.Random(7)
+    for _ in range(12):
+        removed = draw.sample(sorted(added), draw.choice((1, 3, 6)))
+        lacking = copy.deepcopy(saved)
+        for key in removed:
+            migrations.move_key(lacking, key, None)
+        read = to_dict(decode(migrate(lacking, "a saved run")))
+        for key in leaves(saved):
+            value = at(saved, key)
+            if not isinstance(value, dict) and not any(f"{key}.".startswith(f"{gone}.") for gone in removed):
+                assert at(read, key) == value, key
+        for key in removed:
+            if at(saved, key.rpartition(".")[0]) is not None:
+                assert at(read, key) == added[key], key
+
+
+def at(tree: Any, path: str) -> Any:
+    for key in path.split("."):
+        tree = None if tree is None else tree[key]
+    return tree
+
+
+def test_a_section_that_was_null_stays_null_and_a_size_is_never_guessed() -> None:
+    saved = to_dict(compose(["+model=gpt_tiny"]))
+    read = decode(migrate(saved, "a saved run"))
+    assert (read.peft, read.model.moe, read.precision.fp8) == (None, None, None)
+    del saved["model"]["hidden_size"]
+    with pytest.raises(ConfigError, match=r"model\.hidden_size: missing"):
+        decode(migrate(saved, "a saved run"))
+
+
 def saved_in(folder: Path, **sections: Any) -> Path:
     """A folder with the configuration of a recorded run, and these sections in it."""
     folder.mkdir(exist_ok=True)
@@ -166,6 +211,13 @@ def test_a_key_that_is_gone_is_refused_by_name(tmp_path: Path) -> None:
         SavedRun.at(saved_in(tmp_path, **config, museum={"saved_by": 1}))
     assert sorted(problem.key for problem in caught.value.problems) == ["model.ancient", "museum", "trainer.warp_speed"]
     assert all(f"nemo_llm {__version__} has no such key" in problem.rule for problem in caught.value.problems)
+
+
+def test_a_date_that_was_written_by_hand_is_a_text(tmp_path: Path) -> None:
+    folder = saved_in(tmp_path)
+    data = read_config(HEADS)["data"]
+    data["chat"] |= {"date": datetime.date(2026, 11, 26)}
+    assert SavedRun.at(saved_in(folder, data=data)).sections.data.chat.date == "2026-11-26"
 
 
 @pytest.mark.parametrize("name", ["mtp_num_layers", "softmax_type", "qk_clip", "qk_clip_alpha"])

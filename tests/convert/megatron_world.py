@@ -129,7 +129,9 @@ def _start(*overrides: str) -> Any:
     from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime
 
-    runtime = start_runtime(compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "precision=fp32", *overrides]))
+    runtime = start_runtime(
+        compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "precision=fp32", *overrides]).runtime_setting
+    )
     from megatron.core import tensor_parallel
 
     tensor_parallel.model_parallel_cuda_manual_seed(11)

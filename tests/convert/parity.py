@@ -59,7 +59,7 @@ def measure(checkpoint: str, output: str, overrides: tuple[str, ...]) -> None:
             "parallelism.use_distributed_optimizer=false",  # with it a rank has the sums of its own shard alone
         ]
     )
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     load_weights(run.model, Path(checkpoint))
     rows = list(batch())
     batches = [

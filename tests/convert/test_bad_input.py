@@ -193,7 +193,7 @@ def test_the_gate_names_the_first_layer_that_differs(hf: Path, tmp_path: Path, r
 
 def _convert_sampled(folder: str) -> tuple[list[int], str, str]:
     """A gate over three of the layers: of a right conversion and of two whose damage lies in and between them."""
-    from nemo_llm.convert.native_files import NativeReader, NativeWriter
+    from nemo_llm.checkpoint.state_files import NativeReader, NativeWriter
 
     source, ours = Path(folder) / "hf", Path(folder) / "ours"
     sampled = run(source, ours, "verify=true", "verify_layers=3").gate.sampled_layers

@@ -115,7 +115,7 @@ def _our_rotations(sections: list[dict[str, Any]], length: int) -> list[torch.Te
 
     base = compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "precision=fp32"])
     found = []
-    with own_runtime(base):
+    with own_runtime(base.runtime_setting):
         for section in sections:
             sections_with = to_dict(base) | {"model": {**to_dict(base)["model"], **section, "kv_channels": 8}}
             model = decode(sections_with).model

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nemo_llm.checkpoint.folder import read_config
+from nemo_llm.checkpoint.state_files import NativeReader
 from nemo_llm.config.commands.convert import ConvertConfig
 from nemo_llm.config.commands.data import compose_tool
 from nemo_llm.config.compose.catalog import conf_dir, group_choices
@@ -15,7 +16,6 @@ from nemo_llm.config.compose.load import compose, to_dict
 from nemo_llm.convert.convert import convert
 from nemo_llm.convert.hf_files import HfReader
 from nemo_llm.convert.mapping import Mapped
-from nemo_llm.convert.native_files import NativeReader
 from nemo_llm.families.registry import FAMILIES, family_for
 from tests.convert.cases import CASES, VOCABULARY, Case, make_hf_model
 from tests.convert.parity import LAYOUTS, measure, run_theirs

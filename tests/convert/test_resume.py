@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 KILLED = """
 import os, signal, sys
 import torch
-from nemo_llm.convert import hf_files, native_files
+from nemo_llm.checkpoint import state_files
+from nemo_llm.convert import hf_files
 
 def dying(function, which):
     count = 0
@@ -37,7 +38,7 @@ def dying(function, which):
 
 which_file = int(sys.argv[3])
 if which_file:
-    native_files.torch.save = dying(torch.save, int(sys.argv[4]))
+    state_files.torch.save = dying(torch.save, int(sys.argv[4]))
 else:
     hf_files._write_all = dying(hf_files._write_all, int(sys.argv[4]))
 from nemo_llm.config.commands.convert import ConvertConfig

@@ -15,8 +15,9 @@ def extend(folder: str) -> dict[str, Any]:
     import torch
 
     from nemo_llm.checkpoint.inspect import read_tensors
+    from nemo_llm.checkpoint.saved_run import SavedRun
     from nemo_llm.checkpoint.weights import load_weights
-    from nemo_llm.convert.logit_check import our_model
+    from nemo_llm.convert.logit_check import float32_model, saved_model
     from nemo_llm.convert.vocabulary import extend_vocabulary
     from nemo_llm.tokenizers.tokenizer import load_tokenizer_from_folder
 
@@ -28,7 +29,7 @@ def extend(folder: str) -> dict[str, Any]:
         found[name] = dict(read_tensors(place, names))
         tokenizer = load_tokenizer_from_folder(place / "tokenizer")
         found[f"{name} ids"] = tokenizer.encode(TEXT)
-        with our_model(place) as chunk, torch.no_grad():
+        with float32_model(saved_model(SavedRun.at(place))) as chunk, torch.no_grad():
             load_weights([chunk], place)
             ids = torch.tensor([tokenizer.encode("The old ship is at sea.")])
             found[f"{name} logits"] = chunk(ids, torch.arange(ids.shape[1])[None], None)[0, :, :2048]
@@ -72,7 +73,7 @@ def train_on(folder: str) -> tuple[float, float]:
             "optim.sched.warmup_steps=0",
         ]
     )
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     resume(run)
     losses = [train_step(run).loss for _ in range(4)]
     return losses[0], losses[-1]
@@ -99,8 +100,10 @@ def adapt(folder: str) -> list[str]:
                 *("trainer.accelerator=cpu", "data=mock", "peft=lora", "peft.rank=2", f"checkpoint.init_from={place}"),
             ]
         )
-        with own_runtime(cfg) as runtime:
-            setup.freeze_and_adapt(cfg, build_model_chunks(cfg, runtime, cfg.model.vocab_size or 0), runtime)
+        with own_runtime(cfg.runtime_setting) as runtime:
+            setup.freeze_and_adapt(
+                cfg, build_model_chunks(cfg.model_setting, runtime, cfg.model.vocab_size or 0), runtime
+            )
     setup._log.removeHandler(handler)
     return [line for line in lines if "new" in line]
 

@@ -8,17 +8,20 @@ import importlib
 import importlib.util
 import io
 import json
+import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from nemo_llm.config.compose.load import decode_saved, to_dict, with_younger_keys
+from nemo_llm.checkpoint.saved_run import SavedRun
+from nemo_llm.config.commands.entry_train import load
+from nemo_llm.errors import InputError
 from nemo_llm.runs import main as list_runs
-from tests.config.test_saved import leaves
 from tests.golden.make_runs import MAX_BYTES, MAX_FOLDER_BYTES, RECIPES, RUNS, check_size
 from tests.ranks import RankPool
 
@@ -107,10 +110,12 @@ def test_folders_are_small_and_have_recipes() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_saved_configurations_have_every_key_of_today(name: str) -> None:
-    saved = yaml.safe_load((RUNS / name / run_of(name) / STEP / "config.yaml").read_text(encoding="utf-8"))
-    filled = with_younger_keys(saved)
-    assert sorted(leaves(filled)) == sorted(leaves(to_dict(decode_saved(saved))))
+def test_it_opens(name: str) -> None:
+    run = SavedRun.open(RUNS / name / run_of(name))
+    assert (run.folder, run.step) == (RUNS / name / run_of(name) / STEP, 2)
+    assert run.sections.model.num_layers == (1 if name == ADAPTER else 2)
+    assert run.is_adapter == (name == ADAPTER) == (run.sections.peft is not None)
+    assert (run.tokenizer / "nemo_llm_tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,6 +147,72 @@ def test_runs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert list_runs(["--json", *(str(RUNS / name / "run") for name in RECIPES)]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["step"] for row in rows] == [3] * len(RECIPES)
+
+
+def chat(at: str, model: str) -> tuple[int | None, str]:
+    """``python -m nemo_llm.chat``, on a rank: exit code, and the answer to one message."""
+    from nemo_llm.chat import main
+    from nemo_llm.config.commands.entry import run_tool
+    from nemo_llm.config.commands.generate import ChatConfig
+
+    keys = [f"checkpoint={model}", "chat_template=plain.jinja", "sampling.max_new_tokens=3", "accelerator=cpu"]
+    before, sys.stdin = sys.stdin, io.StringIO("1+2?\n")
+    try:
+        with contextlib.chdir(at), contextlib.redirect_stdout(io.StringIO()) as said:
+            return run_tool("chat", ChatConfig, main, keys), said.getvalue()
+    finally:
+        sys.stdin = before
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_it_chats(name: str, at: Path, model: str, ranks: RankPool) -> None:
+    template = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}"
+    (at / "plain.jinja").write_text(template, encoding="utf-8")
+    ((code, said),) = ranks.run(chat, 1, str(at), model)
+    assert code == 0
+    assert said
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_says_what_it_read(name: str, at: Path, ranks: RankPool) -> None:
+    ((code, said),) = ranks.run(call, 1, str(at), "inspect_dataset", ["ledger", "--run", "run", "--steps", "1:3"])
+    assert code == 0, said
+
+
+NEWER = {"version": "9.1.0", "migrations": ["2031_01_01_later"]}
+TOOLS_OF_ADAPTERS = [("peft_adapter", ["export", "lora", "out"]), ("peft_adapter", ["merge", "lora", "out"])]
+TOOLS_OF_WEIGHTS = [
+    ("generate", ["checkpoint=run", "text=1", "accelerator=cpu"]),
+    ("evaluate", ["checkpoint=run", "texts=held_out.txt", "accelerator=cpu"]),
+    ("convert_checkpoint", ["source_format=nemo_llm", "target_format=hf", "input=run", "output=out"]),
+    ("convert_checkpoint", ["source_format=nemo_llm", "target_format=megatron", "input=run", "output=out"]),
+    ("extend_vocabulary", ["run", "out", "--tokens", "chats.jsonl"]),
+    ("inspect_checkpoint", ["show", "run"]),
+    ("inspect_dataset", ["ledger", "--run", "run", "--steps", "1:2"]),
+]
+
+
+@pytest.mark.parametrize("what", ["newer", "gone"])
+@pytest.mark.parametrize(
+    ("name", "tools"), [(ADAPTER, TOOLS_OF_ADAPTERS), ("sft_0d8d993", TOOLS_OF_WEIGHTS)], ids=["adapter", "weights"]
+)
+def test_no_tool_opens_what_this_version_does_not_know(
+    name: str, tools: list[tuple[str, list[str]]], what: str, at: Path, ranks: RankPool
+) -> None:
+    (at / "held_out.txt").write_text("to be or not to be", encoding="utf-8")
+    (wanted, section) = ("9.1.0", {"saved_by": NEWER}) if what == "newer" else ("trainer.warp = 9", {})
+    for path in at.rglob("config.yaml"):
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+        saved["trainer"] |= {"warp": 9} if what == "gone" else {}
+        path.write_text(yaml.safe_dump(saved | section), encoding="utf-8")
+    for tool, arguments in tools:
+        ((code, said),) = ranks.run(call, 1, str(at), tool, arguments)
+        assert code == 2, (tool, said)
+        assert wanted in said, (tool, said)
+        assert "config.yaml" in said
+    keys = ["+model=from_checkpoint", f"model.checkpoint_path={run_of(name)}", "data=mock"]
+    with contextlib.chdir(at), pytest.raises(InputError, match=re.escape(wanted)):
+        load(keys)
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -211,3 +282,6 @@ def test_its_adapter_goes_out(name: str, at: Path, ranks: RankPool) -> None:
     ((code, said),) = ranks.run(call, 1, str(at), "peft_adapter", ["export", run_of(name), "adapter"])
     assert code == 0, said
     assert (at / "adapter" / "adapter_model.safetensors").is_file()
+    arguments = ["source_format=nemo_llm", "target_format=peft", f"input={run_of(name)}", "output=converted"]
+    ((code, said),) = ranks.run(call, 1, str(at), "convert_checkpoint", arguments)
+    assert code == 0, said

@@ -32,10 +32,10 @@ def save_random_model(folder: str, model: str, *overrides: str) -> str:
     from nemo_llm.tokenizers.tokenizer import load_tokenizer
 
     cfg = compose([f"+model={model}", *SMALL, *overrides])
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     with writing(Path(folder) / "step_00000000") as temporary:
-        save_weights(build_model_chunks(cfg, runtime, tokenizer.vocab_size), temporary)
+        save_weights(build_model_chunks(cfg.model_setting, runtime, tokenizer.vocab_size), temporary)
         (temporary / "config.yaml").write_text(yaml.safe_dump(to_dict(cfg)))
         tokenizer.save(temporary / "tokenizer")
     return folder
@@ -58,7 +58,7 @@ def load(folder: str, *overrides: str) -> tuple[Any, Any]:
 
     cfg = generate_config(folder, *overrides)
     opened = open_checkpoint(cfg, Path(folder), dist.get_world_size())
-    return cfg, load_model(opened, start_runtime(opened.cfg), "full")
+    return cfg, load_model(opened, start_runtime(opened.runtime), "full")
 
 
 def generate_tokens(folder: str, batch_size: int, *overrides: str) -> list[list[int]]:

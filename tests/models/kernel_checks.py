@@ -415,7 +415,7 @@ def kernels_not_warmed(device: str) -> set[str]:
     small += ["model.num_attention_heads=4", "model.num_query_groups=2", "model.kv_channels=16"]
     precision = "precision=fp8_tensorwise" if device == "cuda" else "precision=bf16"
     for options in (["+model=llama3_1b", precision], ["+model=gpt_1b"], ["+model=qwen3_0_6b", "precision=bf16"]):
-        run_kernels(compose([*options, *small]), torch.device(device), 1000)
+        run_kernels(compose([*options, *small]).model_setting, torch.device(device), 1000)
     missing = set(wanted) - launched
     return {name for module, name in missing if device == "cuda" or module is not fp8_quantize}
 

@@ -85,7 +85,7 @@ def effects(cases: list[tuple[str, dict[str, Any]]], steps: int) -> list[Effect]
     runtime, found = None, []
     for model, change in cases:
         cfg = changed(model, change)
-        runtime = runtime or start_runtime(cfg)
+        runtime = runtime or start_runtime(cfg.runtime_setting)
         run = build_training_run(cfg, runtime)
         (chunk,) = run.model
         parameters = [(name, tuple(p.shape), float(p.detach().double().sum())) for name, p in chunk.named_parameters()]

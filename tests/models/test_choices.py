@@ -42,23 +42,25 @@ CASES = [
 @pytest.mark.parametrize(("options", "line"), CASES)
 def test_choices_on_hopper(options: str, line: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert line in describe_choices(compose(options.split()), torch.device("cuda"))
+    assert line in describe_choices(compose(options.split()).model_setting, torch.device("cuda"))
 
 
 def test_an_older_gpu_has_pytorchs_choices(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    lines = describe_choices(compose(["+model=llama3_1b"]), torch.device("cuda"))
+    lines = describe_choices(compose(["+model=llama3_1b"]).model_setting, torch.device("cuda"))
     assert "attention: PyTorch's choice of kernels" in lines
     assert "matrix products: PyTorch's choice of kernel; no other tried (a GPU before Hopper)" in lines
 
 
 def test_a_spec_of_the_user_is_named_and_its_parts_are_not_known(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    lines = describe_choices(compose(["+model=llama3_1b", "model.layer_spec=mine:layers"]), torch.device("cuda"))
+    lines = describe_choices(
+        compose(["+model=llama3_1b", "model.layer_spec=mine:layers"]).model_setting, torch.device("cuda")
+    )
     assert lines[0] == "layers: model.layer_spec=mine:layers"
     assert [line.split(":")[0] for line in lines[1:]] == ["loss", "weight gradients"]
 
 
 def test_a_cpu_needs_one_line() -> None:
-    lines = describe_choices(compose(["+model=gpt_tiny"]), torch.device("cpu"))
+    lines = describe_choices(compose(["+model=gpt_tiny"]).model_setting, torch.device("cpu"))
     assert lines == ["layers: the torch backend's, fp32 (model.transformer_impl=auto, no CUDA device)"]

@@ -141,7 +141,7 @@ def _asked_for(options: list[str]) -> tuple[list[tuple], list[tuple]]:
          "trainer.global_batch_size=2", "trainer.micro_batch_size=2", "performance.fused_kernels=false",
          "performance.fused_rope=false", "performance.fused_linear_cross_entropy=false"]
     )  # fmt: skip
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     saved = flex_attention.attend, CoreAttention._takes_flex
     flex_attention.attend = attend
     CoreAttention._takes_flex = lambda self, q, *others: saved[1](self, SimpleNamespace(is_cuda=True), *others)
@@ -149,7 +149,7 @@ def _asked_for(options: list[str]) -> tuple[list[tuple], list[tuple]]:
         train_step(run)
         asked = sorted(calls, key=str)
         calls.clear()
-        run_flex(cfg, {"dtype": torch.bfloat16, "device": run.runtime.device})
+        run_flex(cfg.model_setting, {"dtype": torch.bfloat16, "device": run.runtime.device})
         return asked, sorted(calls, key=str)
     finally:
         flex_attention.attend, CoreAttention._takes_flex = saved

@@ -155,9 +155,9 @@ def _pair_loss(fused: bool, tied: bool) -> str:
         ["+model=gpt_tiny", "precision=fp32", "model.num_layers=1", f"model.share_embeddings_and_output_weights={tied}",
          f"performance.fused_linear_cross_entropy={fused}", "performance.gradient_accumulation_fusion=false"]
     )  # fmt: skip
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     try:
-        (model,) = build_model_chunks(cfg, runtime, 2048)
+        (model,) = build_model_chunks(cfg.model_setting, runtime, 2048)
         model.train()
         tokens = torch.randint(0, 2000, (2, 17), generator=torch.Generator().manual_seed(0))
         mask = torch.ones(2, 16)

@@ -105,7 +105,7 @@ def _timeouts(minutes: float) -> None:
     from nemo_llm.parallel.runtime import start_runtime
 
     cfg = compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "parallelism.tensor_model_parallel_size=2"])
-    start_runtime(cfg).shorten_timeouts(minutes)
+    start_runtime(cfg.runtime_setting).shorten_timeouts(minutes)
 
 
 def test_timeouts_of_living_groups_can_be_shortened(ranks: RankPool) -> None:
@@ -175,7 +175,7 @@ def test_names_that_checkpoints_use() -> None:
 
     for name in ("_replace_state_dict_keys_with_sharded_keys", "mcore_to_pyt_state_dict", "MCoreSavePlanner"):
         assert hasattr(torch_dist, name), name
-    for name in ("_write_item", "_StoragePrefix", "SerializationFormat"):
+    for name in ("_StorageInfo", "_StoragePrefix"):
         assert hasattr(filesystem, name), name
     assert hasattr(dist.distributed_c10d, "_get_default_store")
     assert hasattr(DistributedOptimizer, "_get_model_param_range_map")

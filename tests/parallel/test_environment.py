@@ -10,7 +10,7 @@ CODE = """
 import os
 from nemo_llm.config.compose.load import compose
 from nemo_llm.parallel.runtime import start_runtime
-start_runtime(compose(["+model=gpt_tiny", "cluster=h100_infiniband", "trainer.accelerator=cpu"]))
+start_runtime(compose(["+model=gpt_tiny", "cluster=h100_infiniband", "trainer.accelerator=cpu"]).runtime_setting)
 print(os.environ["NCCL_IB_HCA"], os.environ["NCCL_IB_TIMEOUT"], os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
 """
 

@@ -111,5 +111,5 @@ def train_losses(
     from nemo_llm.training.step import train_step
 
     cfg = compose([*model_overrides(model), "trainer.accelerator=cpu", *overrides, *extra])
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     return [(result.loss, result.grad_norm) for result in (train_step(run) for _ in range(steps))]

@@ -142,11 +142,11 @@ def compare(kind: str, folder: str) -> tuple[float, float, float]:
 
     peft_keys = ["peft.rank=4", "peft.alpha=8", f"peft.num_virtual_tokens={VIRTUAL}"]
     cfg = compose([*MODEL, f"peft={kind}", *peft_keys])
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     base = _hf_model()
-    chunks = build_model_chunks(cfg, runtime, VOCAB)
+    chunks = build_model_chunks(cfg.model_setting, runtime, VOCAB)
     _copy_base(base, unwrap_model(chunks[0]))
-    attach_peft(cfg, chunks, runtime)
+    attach_peft(cfg.model_setting, chunks, runtime)
     adapted = _with_peft(kind, base)
     if kind == "p_tuning":
         _copy_p_tuning(next(adapted_modules(chunks)).adapter, adapted)

@@ -34,7 +34,7 @@ def write_base(folder: str) -> None:
     from nemo_llm.parallel.runtime import start_runtime
 
     cfg = compose(MODEL)
-    chunks = build_model_chunks(cfg, start_runtime(cfg), VOCAB)
+    chunks = build_model_chunks(cfg.model_setting, start_runtime(cfg.runtime_setting), VOCAB)
     _copy_base(_hf_model(), unwrap_model(chunks[0]))
     with writing(Path(folder) / "base" / "step_00000000") as temporary:
         save_weights(chunks, temporary)
@@ -54,7 +54,7 @@ def train(folder: str, steps: int, overrides: tuple[str, ...] = ()) -> tuple[lis
     from nemo_llm.training.step import train_step
 
     cfg = compose(_keys(folder, overrides))
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     run.run_dir = Path(folder) / "run"
     if dist.get_rank() == 0 and not run.run_dir.exists():
         run.run_dir.mkdir()
@@ -83,7 +83,7 @@ def merged_logits(folder: str) -> list[list[float]]:
     from nemo_llm.parallel.runtime import start_runtime
 
     cfg = compose(MODEL)
-    chunks = build_model_chunks(cfg, start_runtime(cfg), VOCAB)
+    chunks = build_model_chunks(cfg.model_setting, start_runtime(cfg.runtime_setting), VOCAB)
     load_weights(chunks, Path(folder) / "merged")
     with torch.no_grad():
         ids = torch.arange(LENGTH)[None] % VOCAB
@@ -145,7 +145,7 @@ def test_the_merged_checkpoint_does_the_same(trained, ranks: RankPool) -> None:
 
 def merge(folder: str) -> None:
     """The tool's work, in a rank that is up."""
-    from nemo_llm.training.merge import merge_checkpoint
+    from nemo_llm.convert.peft_adapters import merge_checkpoint
 
     merge_checkpoint(Path(folder) / "run", Path(folder) / "merged")
 
@@ -168,7 +168,7 @@ def load_as_weights(folder: str) -> None:
     from nemo_llm.parallel.runtime import start_runtime
 
     cfg = compose(MODEL)
-    chunks = build_model_chunks(cfg, start_runtime(cfg), VOCAB)
+    chunks = build_model_chunks(cfg.model_setting, start_runtime(cfg.runtime_setting), VOCAB)
     load_weights(chunks, Path(folder) / "run" / "checkpoints" / "step_00000004")
 
 

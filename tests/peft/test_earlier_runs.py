@@ -17,7 +17,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "runs" / "lora_96e171a"
 def merge(output: str) -> float:
     """Largest change of a weight."""
     from nemo_llm.checkpoint.inspect import read_tensors, tensors
-    from nemo_llm.training.merge import merge_checkpoint
+    from nemo_llm.convert.peft_adapters import merge_checkpoint
 
     with contextlib.chdir(GOLDEN):  # the run names its base relative to where it was started
         merged = merge_checkpoint(Path("lora"), Path(output))

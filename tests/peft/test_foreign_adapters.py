@@ -122,10 +122,10 @@ def _our_logits(folder: str, ids: Any) -> Any:
     assert cfg.peft is not None
     cfg = replace(cfg, peft=replace(cfg.peft, **section_of_folder(Path(folder))))
     assert cfg.peft is not None
-    with own_runtime(cfg) as runtime, torch.no_grad():
-        chunks = build_model_chunks(cfg, runtime, VOCAB)
+    with own_runtime(cfg.runtime_setting) as runtime, torch.no_grad():
+        chunks = build_model_chunks(cfg.model_setting, runtime, VOCAB)
         _copy_base(_hf_model(), unwrap_model(chunks[0]))
-        attach_peft(cfg, chunks, runtime)
+        attach_peft(cfg.model_setting, chunks, runtime)
         load_hf_adapter(chunks, Path(folder), cfg.peft)
         virtual = -1 - torch.arange(cfg.peft.virtual_tokens).expand(len(ids), -1)
         whole = torch.cat((virtual, ids), 1)
@@ -250,11 +250,11 @@ def other_scale(folder: str) -> str:
     _make(peft.LoraConfig(r=4, lora_alpha=6, target_modules=ATTENTION, task_type="CAUSAL_LM"), folder)
     keys = ["peft=lora", "peft.rank=4", "peft.target_modules=[linear_q, linear_v]", f"peft.init_from={folder}"]
     cfg = compose([*MODEL, *keys])
-    with own_runtime(cfg) as runtime, pytest.raises(InputError) as caught:
-        freeze_and_adapt(cfg, build_model_chunks(cfg, runtime, VOCAB), runtime)
+    with own_runtime(cfg.runtime_setting) as runtime, pytest.raises(InputError) as caught:
+        freeze_and_adapt(cfg, build_model_chunks(cfg.model_setting, runtime, VOCAB), runtime)
     cfg = compose([*MODEL, *keys, "peft.alpha=6"])
-    with own_runtime(cfg) as runtime:
-        freeze_and_adapt(cfg, build_model_chunks(cfg, runtime, VOCAB), runtime)
+    with own_runtime(cfg.runtime_setting) as runtime:
+        freeze_and_adapt(cfg, build_model_chunks(cfg.model_setting, runtime, VOCAB), runtime)
     return str(caught.value)
 
 

@@ -28,7 +28,7 @@ def compare(steps: int) -> dict[str, list]:
     from nemo_llm.training.step import train_step
 
     configs = {"nf4": compose([*RUN, FOUR_BITS]), "said": compose(list(RUN)), "full": compose(list(RUN))}
-    runtime = start_runtime(configs["nf4"])
+    runtime = start_runtime(configs["nf4"].runtime_setting)
     runs = {name: build_training_run(cfg, runtime) for name, cfg in configs.items()}
     places = {}
     for name, run in runs.items():
@@ -56,7 +56,7 @@ def save_and_go_on(folder: str) -> list[list[float]]:
     from nemo_llm.training.step import train_step
 
     cfg = compose([*RUN, FOUR_BITS])
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     whole = build_training_run(cfg, runtime)
     losses = [[train_step(whole).loss for _ in range(4)]]
     first, second = (build_training_run(cfg, runtime) for _ in range(2))

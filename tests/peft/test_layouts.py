@@ -33,7 +33,7 @@ def train(model: str, kinds: tuple[str, ...], overrides: tuple[str, ...]) -> dic
     runtime, rows = None, {}
     for kind in kinds:
         cfg = compose([f"peft={kind}", *common])
-        runtime = runtime or start_runtime(cfg)
+        runtime = runtime or start_runtime(cfg.runtime_setting)
         run = build_training_run(cfg, runtime)
         rows[kind] = [(result.loss, result.grad_norm) for result in (train_step(run) for _ in range(STEPS))]
     return rows

@@ -16,9 +16,9 @@ def count_local_parameters(overrides: tuple[str, ...]) -> int:
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 
     cfg = compose(overrides)
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     try:
-        chunks = build_model_chunks(cfg, runtime, VOCAB_SIZE)
+        chunks = build_model_chunks(cfg.model_setting, runtime, VOCAB_SIZE)
         return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     finally:
         stop_runtime()
@@ -31,10 +31,10 @@ def count_trained_parameters(overrides: tuple[str, ...]) -> int:
     from nemo_llm.peft.attach import attach_peft
 
     cfg = compose(overrides)
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     try:
-        chunks = build_model_chunks(cfg, runtime, VOCAB_SIZE)
-        attach_peft(cfg, chunks, runtime)
+        chunks = build_model_chunks(cfg.model_setting, runtime, VOCAB_SIZE)
+        attach_peft(cfg.model_setting, chunks, runtime)
         parameters = (parameter for chunk in chunks for parameter in chunk.parameters())
         return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     finally:
@@ -50,9 +50,9 @@ def measure_layer_bytes(overrides: tuple[str, ...]) -> int:
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 
     cfg = compose(overrides)
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     try:
-        model = build_model_chunks(cfg, runtime, VOCAB_SIZE)[0]
+        model = build_model_chunks(cfg.model_setting, runtime, VOCAB_SIZE)[0]
         layer = next(module for module in model.modules() if isinstance(module, TransformerLayer))
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         saved: dict[int, torch.Tensor] = {}  # kept alive, or a later tensor could take the address of a freed one

@@ -79,7 +79,7 @@ def test_activations_of_a_dense_layer(shape: str, norms: int, ranks: RankPool) -
     gated = cfg.model.gated_linear_unit
     unfused_on_cpu = tokens * 4 * (norms * cfg.model.hidden_size + (2 * cfg.model.ffn_hidden_size if gated else 0))
     (real,) = ranks.run(measure_layer_bytes, 1, overrides)
-    assert layer_activations(cfg, 0, False).kept + unfused_on_cpu == pytest.approx(real, rel=0.015)
+    assert layer_activations(cfg.model_setting, 0, False).kept + unfused_on_cpu == pytest.approx(real, rel=0.015)
 
 
 ADAPTED = [
@@ -103,4 +103,4 @@ def test_every_rank_trains_what_the_planner_counts(arguments: str, processes: in
     for rank, found in enumerate(ranks.run(count_trained_parameters, processes, overrides)):
         chunks = plan.chunks(layout.coordinates(rank)["pp"])
         numbers = tuple(number for chunk in chunks for number in chunk.layers)
-        assert trained_parameters(cfg, layout, numbers) == found
+        assert trained_parameters(cfg.model_setting, layout, numbers) == found

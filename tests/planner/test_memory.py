@@ -9,10 +9,10 @@ from nemo_llm.config import RunConfig
 from nemo_llm.config.compose.load import compose
 from nemo_llm.errors import ConfigError
 from nemo_llm.planner.activations import boundary_bytes, layer_activations, layer_tensors, tokens_per_rank
-from nemo_llm.planner.check_only import check_card, report
 from nemo_llm.planner.loss import chunk_bytes, logits_bytes, loss_bytes
-from nemo_llm.planner.memory import COMMUNICATOR_BYTES, CONTEXT_BYTES, GIB, RESERVE, estimate_memory
+from nemo_llm.planner.memory import COMMUNICATOR_BYTES, CONTEXT_BYTES, GIB, RESERVE
 from nemo_llm.planner.parameters import count_parameters
+from nemo_llm.training.check_only import check_card, estimate_run, report
 
 
 @cache
@@ -21,7 +21,7 @@ def run(*arguments: str) -> RunConfig:
 
 
 def peak(processes: int, *arguments: str) -> object:
-    return estimate_memory(run(*arguments), processes, 2048).peak
+    return estimate_run(run(*arguments), processes, 2048).peak
 
 
 def test_states_of_one_process() -> None:
@@ -40,7 +40,7 @@ def test_state_that_muon_and_host_memory_spare() -> None:
     bf16 = ("model=gpt_tiny", "precision=bf16")
     # All moments are one window here, of which three are on their way.
     assert peak(1, *bf16, "performance.offload_optimizer_moments=true").optimizer == (4 + 3 * 8) * counted.total
-    large = estimate_memory(run("model=llama3_1b", "performance.offload_optimizer_moments=true"), 1, 128256)
+    large = estimate_run(run("model=llama3_1b", "performance.offload_optimizer_moments=true"), 1, 128256)
     assert large.peak.optimizer == 4 * large.parameters.total + 3 * 2 * 4 * 2**25
     assert peak(1, *bf16, "optim=muon").optimizer == 8 * counted.total + 4 * outside
     kept = [peak(1, *bf16, f"performance.offload_activation_layers={count}").activations for count in (0, 1, 2, 3, 9)]
@@ -63,11 +63,11 @@ def test_tensor_parallel_ranks_hold_a_half_and_the_norms() -> None:
 
 def test_pipeline_stages_add_up_to_the_model_and_one_tied_copy() -> None:
     cfg = run("model=gpt_tiny", "parallelism=pp2")
-    estimate = estimate_memory(cfg, 2, 2048)
+    estimate = estimate_run(cfg, 2, 2048)
     total = estimate.parameters.total
     assert sum(stage.parameters for stage in estimate.stages) == 4 * (total + 2048 * 192)
     untied = run("model=gpt_tiny", "parallelism=pp2", "model.share_embeddings_and_output_weights=false")
-    stages = estimate_memory(untied, 2, 2048).stages
+    stages = estimate_run(untied, 2, 2048).stages
     assert sum(stage.parameters for stage in stages) == 4 * (total + 2048 * 192)
     assert [stage.moments["loss"] > stage.activations for stage in stages] == [False, True]
 
@@ -83,11 +83,11 @@ def test_experts_are_spread_over_expert_ranks() -> None:
 
 def test_first_stage_holds_the_most_micro_batches() -> None:
     arguments = ("model=gpt_tiny", "trainer.micro_batch_size=1", "model.num_layers=8")
-    stages = estimate_memory(run(*arguments, "parallelism=pp2"), 2, 2048).stages
-    per_layer = layer_activations(run(*arguments), 0, False).kept
+    stages = estimate_run(run(*arguments, "parallelism=pp2"), 2, 2048).stages
+    per_layer = layer_activations(run(*arguments).model_setting, 0, False).kept
     assert stages[1].activations == 4 * per_layer
     assert stages[0].activations == 2 * 4 * per_layer
-    interleaved = estimate_memory(run(*arguments, "parallelism=pp2_vp2"), 2, 2048).stages
+    interleaved = estimate_run(run(*arguments, "parallelism=pp2_vp2"), 2, 2048).stages
     # 2 (pp - 1) + (vp - 1) pp + 1 = 5 chunk passes of two layers each ahead on the first stage.
     assert interleaved[0].activations == 5 / 2 * 4 * per_layer
 
@@ -97,10 +97,12 @@ def test_a_layers_activations_closed_form() -> None:
     head; a cosine and a sine of a head's width."""
     cfg = run("model=gpt_tiny", "trainer.micro_batch_size=1")
     elements = (2 + 2) * 192 + (10 + 6) * 32 + 3 * 512 + 6 + 2 * 32
-    assert layer_activations(cfg, 0, False).kept == 128 * 4 * elements
-    assert layer_activations(cfg, 0, True).kept == 128 * 4 * 192
+    assert layer_activations(cfg.model_setting, 0, False).kept == 128 * 4 * elements
+    assert layer_activations(cfg.model_setting, 0, True).kept == 128 * 4 * 192
     apart = run("model=gpt_tiny", "trainer.micro_batch_size=1", "performance.fused_kernels=false")
-    rotated = layer_activations(apart, 0, False).kept - layer_activations(cfg, 0, False).kept
+    rotated = (
+        layer_activations(apart.model_setting, 0, False).kept - layer_activations(cfg.model_setting, 0, False).kept
+    )
     assert rotated == 128 * 4 * (8 + 2) * 32, "rotated queries and keys, and angles for each"
 
 
@@ -132,24 +134,28 @@ def test_sequence_parallelism_splits_what_tensor_parallelism_leaves() -> None:
     arguments = ("model=gpt_tiny", "parallelism=tp2")
     split = run(*arguments)
     whole = run(*arguments, "parallelism.sequence_parallel=false")
-    assert boundary_bytes(whole) == 2 * boundary_bytes(split)
-    saved = layer_activations(whole, 0, False).kept - layer_activations(split, 0, False).kept
-    assert saved == 4 * boundary_bytes(split)
+    assert boundary_bytes(whole.model_setting) == 2 * boundary_bytes(split.model_setting)
+    saved = (
+        layer_activations(whole.model_setting, 0, False).kept - layer_activations(split.model_setting, 0, False).kept
+    )
+    assert saved == 4 * boundary_bytes(split.model_setting)
 
 
 def test_logits_of_one_chunk_or_all_of_them() -> None:
     fused = run("model=gpt_tiny", "performance.cross_entropy_chunk_tokens=512")
-    assert logits_bytes(fused, 4096) == chunk_bytes(fused, 4096) == 512 * 4096 * 4
+    assert logits_bytes(fused.model_setting, 4096) == chunk_bytes(fused.model_setting, 4096) == 512 * 4096 * 4
     short = run("model=gpt_tiny", "trainer.micro_batch_size=1")
-    assert logits_bytes(short, 4096) == 2 * logits_bytes(short, 2048) == 128 * 4096 * 4
+    assert logits_bytes(short.model_setting, 4096) == 2 * logits_bytes(short.model_setting, 2048) == 128 * 4096 * 4
     whole = run("model=gpt_tiny", "trainer.micro_batch_size=1", "performance.fused_linear_cross_entropy=false")
-    assert logits_bytes(whole, 4096) == 128 * 4096 * (4 + 4 + 4 + 4), "padding of the vocabulary takes a copy"
+    assert logits_bytes(whole.model_setting, 4096) == 128 * 4096 * (4 + 4 + 4 + 4), (
+        "padding of the vocabulary takes a copy"
+    )
     half = run("model=gpt_tiny", "trainer.micro_batch_size=1", "precision=fp16", "model.vocab_size=4096")
-    assert logits_bytes(half, 4096) == 128 * 4096 * (2 + 4 + 4), "fp16 is never fused"
+    assert logits_bytes(half.model_setting, 4096) == 128 * 4096 * (2 + 4 + 4), "fp16 is never fused"
     capped = run("model=gpt_tiny", "precision=bf16", "model.final_logit_softcapping=30")
-    assert logits_bytes(capped, 4096) == 7 * chunk_bytes(capped, 4096)
+    assert logits_bytes(capped.model_setting, 4096) == 7 * chunk_bytes(capped.model_setting, 4096)
     head = run("model=gpt_tiny", "trainer.micro_batch_size=1", "model.head=[a,b]")
-    assert loss_bytes(head, 4096) < loss_bytes(short, 4096)
+    assert loss_bytes(head.model_setting, 4096) < loss_bytes(short.model_setting, 4096)
 
 
 def test_the_peak_is_the_largest_moment_and_not_their_sum() -> None:
@@ -161,7 +167,7 @@ def test_the_peak_is_the_largest_moment_and_not_their_sum() -> None:
     assert wide.moment == "loss"
     tiny = peak(1, "model=gpt_tiny", "optim=muon", "precision=bf16", "data.seq_length=8", "trainer.micro_batch_size=1")
     assert tiny.moment == "update"
-    quantised = estimate_memory(
+    quantised = estimate_run(
         run("model=llama3_8b", "peft=lora", "peft.base_weights=nf4", "data.seq_length=64"), 1, 128256
     ).peak
     assert quantised.moment == "start", "the model is built whole before its weights become four bits"
@@ -208,15 +214,15 @@ def test_dropout_and_fp8_cost_and_spare_memory() -> None:
     ],
 )  # fmt: skip
 def test_what_keeps_more_in_a_layer(more: list[str], names: set[str]) -> None:
-    before, after = (layer_tensors(run("model=gpt_tiny", *options), 0) for options in ([], more))
+    before, after = (layer_tensors(run("model=gpt_tiny", *options).model_setting, 0) for options in ([], more))
     assert {name for name in before if after[name] > before[name]} == names
     assert all(after[name] >= size for name, size in before.items())
 
 
 def test_context_parallel_exchanges_cost_a_copy_of_the_output_or_the_keys_of_all() -> None:
     plain, exchanged, gathered = (
-        layer_tensors(run("model=gpt_tiny", *options), 0)["attention"]
-        / tokens_per_rank(run("model=gpt_tiny", *options))
+        layer_tensors(run("model=gpt_tiny", *options).model_setting, 0)["attention"]
+        / tokens_per_rank(run("model=gpt_tiny", *options).model_setting)
         for options in ([], ["parallelism=cp2"], ["parallelism=cp2", "parallelism.cp_comm_type=all_gather"])
     )
     angles = 2 * 32 * 4 / 8  # by position, which eight samples share
@@ -227,22 +233,26 @@ def test_context_parallel_exchanges_cost_a_copy_of_the_output_or_the_keys_of_all
 
 def test_a_frozen_layer_keeps_no_inputs_and_an_adapter_does() -> None:
     options = ("model=gpt_tiny", "peft=lora")
-    trained = layer_tensors(run("model=gpt_tiny"), 0)
-    everywhere = layer_tensors(run(*options), 0)
+    trained = layer_tensors(run("model=gpt_tiny").model_setting, 0)
+    everywhere = layer_tensors(run(*options).model_setting, 0)
     assert everywhere["normed inputs"] == trained["normed inputs"]
-    some = layer_tensors(run(*options, "peft.target_modules=[linear_q]"), 0)
+    some = layer_tensors(run(*options, "peft.target_modules=[linear_q]").model_setting, 0)
     assert some["normed inputs"] == trained["normed inputs"] / 2
     assert some["input of the second matrix"] == 0.0
-    prompts = layer_tensors(run("model=gpt_tiny", "peft=prompt_tuning"), 0)
+    prompts = layer_tensors(run("model=gpt_tiny", "peft=prompt_tuning").model_setting, 0)
     assert prompts["normed inputs"] == prompts["input of the second matrix"] == prompts["adapters"] == 0.0
     upper = run(*options, "peft.target_modules=['decoder.layers.3.*']")
-    assert layer_tensors(upper, 2)["normed inputs"] == 0.0 < layer_tensors(upper, 3)["normed inputs"]
+    assert (
+        layer_tensors(upper.model_setting, 2)["normed inputs"]
+        == 0.0
+        < layer_tensors(upper.model_setting, 3)["normed inputs"]
+    )
 
 
 def test_experts_keep_more_activations_than_a_dense_layer_of_their_width() -> None:
     assert (
-        layer_activations(run("model=moe_tiny", "model.moe.moe_grouped_gemm=false"), 0, False).kept
-        > layer_activations(run("model=gpt_tiny"), 0, False).kept
+        layer_activations(run("model=moe_tiny", "model.moe.moe_grouped_gemm=false").model_setting, 0, False).kept
+        > layer_activations(run("model=gpt_tiny").model_setting, 0, False).kept
     )
 
 
@@ -279,7 +289,7 @@ def test_too_large_a_run_is_refused_with_changes_that_fit() -> None:
     assert "recompute_modules=[mlp]" in problem.fix
     assert "estimated memory per rank" in str(caught.value)
     smaller = dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, micro_batch_size=1))
-    needed = estimate_memory(smaller, 8, 128256).peak.total / GIB
+    needed = estimate_run(smaller, 8, 128256).peak.total / GIB
     assert f"({needed:.1f} GiB)" in problem.fix
     assert needed <= 79.1
 
@@ -287,7 +297,7 @@ def test_too_large_a_run_is_refused_with_changes_that_fit() -> None:
 def test_a_run_at_the_edge_is_let_through_with_a_word() -> None:
     cfg = run("model=gpt_1b", "precision=bf16", "model.transformer_impl=torch", "trainer.micro_batch_size=18",
               "trainer.global_batch_size=18")  # fmt: skip
-    memory = estimate_memory(cfg, 1, 50304).peak
+    memory = estimate_run(cfg, 1, 50304).peak
     between = (memory.least + memory.total) / 2 / GIB
     warning = check_card(cfg, 1, 50257, ("NVIDIA H100 80GB HBM3", between))
     assert warning is not None
@@ -315,14 +325,14 @@ def test_unknown_gpu_refuses_nothing() -> None:
 
 
 def test_frozen_weights_need_neither_gradients_nor_optimizer_state() -> None:
-    whole = estimate_memory(run("model=llama3_8b", "precision=bf16"), 1, 128256).peak
-    adapted = estimate_memory(run("model=llama3_8b", "precision=bf16", "peft=lora"), 1, 128256).peak
+    whole = estimate_run(run("model=llama3_8b", "precision=bf16"), 1, 128256).peak
+    adapted = estimate_run(run("model=llama3_8b", "precision=bf16", "peft=lora"), 1, 128256).peak
     trained = adapted.gradients / 4
     # Rank 16 on all seven linear layers of 32 layers.
     assert trained == 32 * 16 * (3 * 4096 + 6144 + 2 * 4096 + 2 * (4096 + 14336) + 14336 + 4096)
     assert adapted.parameters == whole.parameters + 2 * trained
     assert adapted.optimizer == 12 * trained
-    quantised = estimate_memory(
+    quantised = estimate_run(
         run("model=llama3_8b", "precision=bf16", "peft=lora", "peft.base_weights=nf4"), 1, 128256
     ).peak
     assert quantised.parameters == pytest.approx(5.39 * GIB, rel=0.01)

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.memory_rows import GPT2_TOKENS, ROWS, configuration, plan, table
 from nemo_llm.config import RunConfig
 from nemo_llm.config.checks import find_problems
-from nemo_llm.planner.check_only import report
+from nemo_llm.training.check_only import report
 
 MEASURED = [name for name, row in ROWS.items() if row.gib is not None]
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "planner.md"

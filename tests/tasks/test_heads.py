@@ -79,14 +79,14 @@ def against_transformers(folder: str, task: tuple[str, ...]) -> tuple[float, flo
     from nemo_llm.training.batches import build_loaders
 
     cfg = compose(_keys(folder, *task, "model.num_layers=2"))
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     base = _hf_model(VOCAB)
     base.config.num_labels, base.config.pad_token_id = len(cfg.model.head or ()), 0
     theirs = LlamaForSequenceClassification(base.config).float().eval()
     theirs.model.load_state_dict(base.model.state_dict())
     torch.nn.init.normal_(theirs.score.weight)
 
-    chunks = build_model_chunks(cfg, runtime, VOCAB)
+    chunks = build_model_chunks(cfg.model_setting, runtime, VOCAB)
     chunk: Any = unwrap_model(chunks[0])
     with torch.no_grad():
         chunk.output_layer = torch.nn.Linear(1, 1)  # what the shared copying of weights fills
@@ -133,7 +133,7 @@ def _with_lora(theirs: Any, chunks: list, built: tuple, folder: str) -> Any:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     adapted.save_pretrained(f"{folder}/peft")
     cfg, runtime = built
-    attach_peft(cfg, chunks, runtime)
+    attach_peft(cfg.model_setting, chunks, runtime)
     load_hf_adapter(chunks, Path(folder) / "peft", cfg.peft)
     state = {key.removeprefix(KEY_PREFIX): shard.data for key, shard in adapter_state(chunks).items()}
     again = to_hf_weights(state, {"kind": "lora"})
@@ -162,7 +162,7 @@ def train(folder: str, overrides: tuple[str, ...]) -> dict[str, list[tuple[float
     runtime, rows = None, {}
     for name, task in (("classes", CLASSIFY), ("lora", (*CLASSIFY, "peft=lora", "peft.rank=4")), ("score", SCORE)):
         cfg = compose(_keys(folder, *task, *overrides))
-        runtime = runtime or start_runtime(cfg)
+        runtime = runtime or start_runtime(cfg.runtime_setting)
         run = build_training_run(cfg, runtime)
         rows[name] = [(result.loss, result.grad_norm) for result in (train_step(run) for _ in range(STEPS))]
     return rows
@@ -213,7 +213,7 @@ def train_head(folder: str, base: str) -> tuple[list[float], float]:
             *CLASSIFY,
         ]
     )
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     run = build_training_run(cfg, runtime)
     run.run_dir = Path(folder) / "run"
     run.run_dir.mkdir()
@@ -228,7 +228,7 @@ def train_head(folder: str, base: str) -> tuple[list[float], float]:
 
 def merge(folder: str) -> None:
     """The tool's work, in a rank that is up."""
-    from nemo_llm.training.merge import merge_checkpoint
+    from nemo_llm.convert.peft_adapters import merge_checkpoint
 
     merge_checkpoint(Path(folder) / "run", Path(folder) / "merged")
 

@@ -72,7 +72,7 @@ def write_base(folder: str) -> None:
     from nemo_llm.parallel.runtime import start_runtime
 
     cfg = _config(folder)
-    chunks = build_model_chunks(cfg, start_runtime(cfg), VOCAB)
+    chunks = build_model_chunks(cfg.model_setting, start_runtime(cfg.runtime_setting), VOCAB)
     _copy_base(_hf_model(VOCAB), unwrap_model(chunks[0]))
     with writing(Path(folder) / "base" / "step_00000000") as temporary:
         save_weights(chunks, temporary)
@@ -86,7 +86,7 @@ def our_losses(folder: str, overrides: tuple[str, ...]) -> tuple[list[float], li
     from nemo_llm.training.step import train_step
 
     cfg = _config(folder, overrides)
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     resume(run)
     losses = [train_step(run).loss for _ in range(STEPS)]
     source = run.data.train.sources[0]
@@ -183,7 +183,7 @@ def logged_rows(folder: str) -> list[dict[str, Any]]:
             "checkpoint.save_interval=null", "checkpoint.save_final=false", "exp_manager.enabled=false",
         ),
     )  # fmt: skip
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     resume(run)
     run.run_dir = Path(folder) / "logged"
     run.run_dir.mkdir()

@@ -29,7 +29,7 @@ def _train(overrides: tuple[str, ...], folder: str, bad_step: int | None, times:
     from nemo_llm.training.step import train_step
 
     cfg = compose([*model_overrides("gpt_tiny"), "trainer.accelerator=cpu", *overrides])
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     run.run_dir = Path(folder)
     if dist.get_rank() == 0:
         write_config(run.run_dir, to_plain(cfg))

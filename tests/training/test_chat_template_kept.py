@@ -40,7 +40,7 @@ def one_step(folder: str, template: str, overrides: tuple[str, ...]) -> None:
             *overrides,
         ]
     )
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     run.run_dir = Path(folder) / "run"
     if not run.run_dir.exists():
         run.run_dir.mkdir()
@@ -54,7 +54,7 @@ def one_step(folder: str, template: str, overrides: tuple[str, ...]) -> None:
 
 
 def merge(folder: str) -> None:
-    from nemo_llm.training.merge import merge_checkpoint
+    from nemo_llm.convert.peft_adapters import merge_checkpoint
 
     merge_checkpoint(Path(folder) / "run", Path(folder) / "merged")
 

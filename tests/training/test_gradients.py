@@ -45,7 +45,7 @@ def _gradients(options: list[str]) -> tuple[int, int, list[str]]:
             "exp_manager.enabled=false",
         ]
     )
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     batches = run.loader.micro_batches(0, 4)
     parameters = {name: p for name, p in run.model[0].named_parameters() if hasattr(p, "main_grad")}
     marked = {name: p for name, p in parameters.items() if hasattr(p, "overwrites_gradient")}
@@ -94,7 +94,7 @@ def _untouched() -> list[float]:
     from nemo_llm.training.setup import build_training_run
 
     cfg = compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "exp_manager.enabled=false"])
-    (chunk,) = build_training_run(cfg, start_runtime(cfg)).model
+    (chunk,) = build_training_run(cfg, start_runtime(cfg.runtime_setting)).model
     for buffer in chunk.buffers:
         buffer.grad_data.fill_(7.0)
     forget_gradients(chunk)

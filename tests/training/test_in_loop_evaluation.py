@@ -39,7 +39,7 @@ def steps_with_and_without(folder: str) -> list[list[float]]:
     from nemo_llm.training.step import train_step
 
     cfg = compose(keys(folder, "model.hidden_dropout=0.1"))
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     found = []
     for measured in (True, False):
         torch.manual_seed(5)
@@ -60,7 +60,7 @@ def figures_on(folder: str, overrides: list[str]) -> dict[str, float]:
     from nemo_llm.training.setup import build_training_run
 
     cfg = compose(keys(folder, *overrides))
-    return read_evaluation(cfg.evaluation).measure(build_training_run(cfg, start_runtime(cfg)))
+    return read_evaluation(cfg.evaluation).measure(build_training_run(cfg, start_runtime(cfg.runtime_setting)))
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def test_step_agrees_with_pytorchs_muon() -> None:
         settings = {"lr": 0.02, "weight_decay": 0.1}
         peer = torch.optim.Muon([theirs], momentum=0.95, adjust_lr_fn="match_rms_adamw", **settings)
         optimizer = Muon([ours], **settings)
-        with own_runtime(cfg) as runtime:
+        with own_runtime(cfg.runtime_setting) as runtime:
             place = GroupPlace(runtime.groups.tp, 0, 1, torch.float32)
             matrix = Matrix(*shape, split=None, inner=(1, 1, shape[0]))
             optimizer.connect(RULE, [matrix], {ours: Piece(0, 0, 0, ours.numel())}, place)

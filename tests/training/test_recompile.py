@@ -28,7 +28,7 @@ def _frames() -> list[int]:
             "exp_manager.enabled=false",
         ]
     )
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     counter = CompileCounterWithBackend("eager")
     for layer in unwrap_model(run.model[0]).decoder.layers:
         layer.forward = torch.compile(layer.forward, dynamic=False, backend=counter)

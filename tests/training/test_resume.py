@@ -24,7 +24,7 @@ def _train(model: str, overrides: tuple[str, ...], folder: str, save_at: int | N
     from nemo_llm.training.step import train_step
 
     cfg = compose([*model_overrides(model), "trainer.accelerator=cpu", *overrides])
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     run.run_dir = Path(folder)
     if dist.get_rank() == 0 and not load:
         run.run_dir.mkdir(exist_ok=True)
@@ -145,7 +145,7 @@ def _start_from(overrides: tuple[str, ...], folder: str) -> tuple[int, float, in
     from nemo_llm.training.step import train_step
 
     cfg = compose([*model_overrides("gpt_tiny"), "trainer.accelerator=cpu", f"run.dir={folder}", *overrides])
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     run.run_dir = Path(folder)
     resume(run)
     step = run.state.step

@@ -84,7 +84,7 @@ def train(folder: str, layout: tuple[str, ...]) -> dict[str, list[tuple[float, f
     runtime, rows = None, {}
     for form in FORMS:
         cfg = _config(folder, form, *(f"parallelism.{override}" for override in layout))
-        runtime = runtime or start_runtime(cfg)
+        runtime = runtime or start_runtime(cfg.runtime_setting)
         run = build_training_run(cfg, runtime)
         rows[form] = [(result.loss, result.grad_norm) for result in (train_step(run) for _ in range(2))]
     return rows
@@ -109,9 +109,9 @@ def reference(folder: str) -> dict[str, dict[str, float]]:
             "performance.gradient_accumulation_fusion=false",
             "performance.fused_linear_cross_entropy=false",
         )
-        runtime = runtime or start_runtime(cfg)
+        runtime = runtime or start_runtime(cfg.runtime_setting)
         tokenizer, _, loader, _ = build_loaders(cfg, runtime)
-        model = build_model_chunks(cfg, runtime, tokenizer.vocab_size)[0].train()
+        model = build_model_chunks(cfg.model_setting, runtime, tokenizer.vocab_size)[0].train()
         routed = _logits_of_routers(model)
         objective, loss, learned, filled = torch.zeros(()), 0.0, 0.0, 0
         for batch in loader.micro_batches(0, 4):
@@ -199,9 +199,9 @@ def loads(folder: str) -> list[tuple[float, int]]:
 
     bias = ("model.mcore_overrides={moe_router_enable_expert_bias:true}", "model.moe.moe_router_score_function=sigmoid")
     cfg = _config(folder, "one conversation a sample", *bias)
-    runtime = start_runtime(cfg)
+    runtime = start_runtime(cfg.runtime_setting)
     tokenizer, _, loader, _ = build_loaders(cfg, runtime)
-    model = build_model_chunks(cfg, runtime, tokenizer.vocab_size)[0].train()
+    model = build_model_chunks(cfg.model_setting, runtime, tokenizer.vocab_size)[0].train()
     batch = loader.micro_batches(0, 2)[0]
     masks = {"loss_mask": batch["loss_mask"], "padding_mask": batch["padding"]}
     model(batch["tokens"], batch["position_ids"], batch.get("document_ids"), labels=batch["labels"], **masks)

@@ -21,7 +21,7 @@ def run_until_stopped(folder: str) -> tuple[ExitCode, int]:
         "trainer.micro_batch_size=1", "trainer.accelerator=cpu", "trainer.max_steps=50",
         "trainer.val_interval=null", "exp_manager.enabled=false", "sample.enabled=false",
     ])  # fmt: skip
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     run.run_dir = Path(folder)
     if dist.get_rank() == 0:
         write_config(run.run_dir, to_plain(cfg))

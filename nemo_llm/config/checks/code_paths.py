@@ -2,15 +2,15 @@
 
 from nemo_llm.config.mcore_fields import UNFUSED_ACTIVATION
 from nemo_llm.config.sections.model import ModelConfig
+from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.config.sections.parallelism import ParallelismConfig
-from nemo_llm.config.sections.run import RunConfig
 
 _LEAST_HEAD_SIZE = 16  # of FlexAttention: PyTorch 2.13 refuses less
 
 
-def why_no_flex(cfg: RunConfig) -> str | None:
+def why_no_flex(setting: ModelSetting) -> str | None:
     """Why this run makes matrices of scores for its masks on CUDA too; None where FlexAttention does without."""
-    model, performance = cfg.model, cfg.performance
+    model, performance = setting.model, setting.performance
     reasons = {
         "performance.flex_attention=false": not performance.flex_attention,
         "performance.compile_layers=true": performance.compile_layers,
@@ -31,20 +31,21 @@ def layer_has_window(skipped: int | None, layer_number: int) -> bool:
     return skipped is None or layer_number % skipped != 0
 
 
-def fused_chunk_tokens(cfg: RunConfig) -> int | None:
+def fused_chunk_tokens(setting: ModelSetting) -> int | None:
     """Chunk of the fused projection and loss, or None: fp16's loss scale is not known when it takes gradients."""
-    fused = cfg.performance.fused_linear_cross_entropy and cfg.precision.params_dtype != "fp16"
-    return cfg.performance.cross_entropy_chunk_tokens if fused else None
+    fused = setting.performance.fused_linear_cross_entropy and setting.precision.params_dtype != "fp16"
+    return setting.performance.cross_entropy_chunk_tokens if fused else None
 
 
-def fuses_rope(cfg: RunConfig) -> bool:
+def fuses_rope(setting: ModelSetting) -> bool:
     """Whether on CUDA the rotation is a kernel of its own, or of the split."""
-    return cfg.performance.fused_rope and cfg.model.position_embedding_type == "rope" and cfg.model.mla is None
+    model = setting.model
+    return setting.performance.fused_rope and model.position_embedding_type == "rope" and model.mla is None
 
 
-def splits_qkv(cfg: RunConfig) -> bool:
+def splits_qkv(setting: ModelSetting) -> bool:
     """Whether on CUDA one kernel splits the joint projection and rotates."""
-    return fuses_rope(cfg) and cfg.performance.fused_kernels and qkv_in_one(cfg.model, cfg.parallelism)
+    return fuses_rope(setting) and setting.performance.fused_kernels and qkv_in_one(setting.model, setting.parallelism)
 
 
 def qkv_in_one(model: ModelConfig, layout: ParallelismConfig) -> bool:
@@ -67,10 +68,10 @@ def keys_of_own_layers(model: ModelConfig) -> list[str]:
     return [f"model.{key}" for key, wanted in asked.items() if wanted]
 
 
-def keeps_tokens_here(cfg: RunConfig) -> bool:
+def keeps_tokens_here(setting: ModelSetting) -> bool:
     """Whether one rank holds all experts, each whole, so that the torch layers send no token and copy none."""
-    parallel = cfg.parallelism
-    overrides = {"moe_expert_capacity_factor", "moe_shared_expert_overlap"} & set(cfg.model.mcore_overrides)
+    parallel = setting.parallelism
+    overrides = {"moe_expert_capacity_factor", "moe_shared_expert_overlap"} & set(setting.model.mcore_overrides)
     return parallel.expert_model_parallel_size == parallel.expert_tp_size == 1 and not overrides
 
 
@@ -78,16 +79,16 @@ def keeps_tokens_here(cfg: RunConfig) -> bool:
 _OTHER_EXPERTS = {"moe_apply_probs_on_input", *UNFUSED_ACTIVATION}
 
 
-def why_not_grouped(cfg: RunConfig) -> str | None:
+def why_not_grouped(setting: ModelSetting) -> str | None:
     """Why the torch layers compute experts one after another; None where all experts of a rank are one product."""
-    model = cfg.model
+    model = setting.model
     assert model.moe is not None
     overridden = sorted(_OTHER_EXPERTS & set(model.mcore_overrides))
     reasons = {
         "model.moe.moe_grouped_gemm=false": not model.moe.moe_grouped_gemm,
         "experts without SwiGLU": model.activation_func != "silu" or not model.gated_linear_unit,
-        "precision.fp8": cfg.precision.fp8 is not None,
-        "performance.gradient_accumulation_fusion=false": not cfg.performance.gradient_accumulation_fusion,
+        "precision.fp8": setting.precision.fp8 is not None,
+        "performance.gradient_accumulation_fusion=false": not setting.performance.gradient_accumulation_fusion,
         "a width that 8 does not divide": bool(model.hidden_size % 8 or model.moe.moe_ffn_hidden_size % 8),
         f"model.mcore_overrides.{overridden and overridden[0]}": bool(overridden),
     }

@@ -6,7 +6,7 @@ from nemo_llm.config.compose.catalog import nearest
 from nemo_llm.config.mcore_fields import FIELDS, NOT_BUILT, OWN_KEYS, UNREAD
 from nemo_llm.config.sections.fields import Scalar
 from nemo_llm.config.sections.model import SCALING_FIELDS, ModelConfig, MoeConfig
-from nemo_llm.config.sections.run import RunConfig
+from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.errors import Problem
 
 _OVERRIDES = "model.mcore_overrides"
@@ -14,40 +14,40 @@ DEFAULTS: dict[str, Scalar] = {"rotary_base": 10000.0, "rotary_percent": 1.0, "m
 """Values that stand in conf/ and say nothing by themselves; any other was given on purpose."""
 
 
-def check_overrides(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+def check_overrides(setting: ModelSetting, _world_size: int) -> Iterator[Problem]:
     """Fields of Megatron that have no key of ours, and an effect in this run."""
-    for name, value in cfg.model.mcore_overrides.items():
+    for name, value in setting.model.mcore_overrides.items():
         key = f"{_OVERRIDES}.{name}"
         if name in OWN_KEYS:
             yield Problem(key, value, f"is set by {OWN_KEYS[name]}", f"remove it, and set {OWN_KEYS[name]}")
         elif name in UNREAD:
             # A layer of the user's own may be what reads the field.
-            if UNREAD[name] != NOT_BUILT or cfg.model.layer_spec is None:
+            if UNREAD[name] != NOT_BUILT or setting.model.layer_spec is None:
                 yield Problem(key, value, f"would have no effect: it {UNREAD[name]}", f"remove it, or {_choices()}")
         elif name not in FIELDS:
             meant = nearest(name, [*FIELDS, *OWN_KEYS, *UNREAD])
             fix = f"did you mean {meant}?" if meant else _choices()
             yield Problem(key, value, "is no field of Megatron-Core 0.16.1's TransformerConfig", fix)
         else:
-            yield from _field_problems(cfg, name, value)
+            yield from _field_problems(setting, name, value)
 
 
 def _choices() -> str:
     return f"set one of {', '.join(FIELDS)}"
 
 
-def _field_problems(cfg: RunConfig, name: str, value: Scalar) -> Iterator[Problem]:
+def _field_problems(setting: ModelSetting, name: str, value: Scalar) -> Iterator[Problem]:
     (allowed, values), (has_effect, needed) = FIELDS[name].allowed, FIELDS[name].needs
     key = f"{_OVERRIDES}.{name}"
     if not allowed(value):
         yield Problem(key, value, f"must be {values}", f"write {key}=<{values}>, or remove it")
-    elif value is not False and not has_effect(cfg):
+    elif value is not False and not has_effect(setting):
         yield Problem(key, value, f"has an effect with {needed} alone", f"choose that, or remove {key}")
 
 
-def check_unread_keys(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+def check_unread_keys(setting: ModelSetting, _world_size: int) -> Iterator[Problem]:
     """Keys of the model that are read only beside others, and were given though those are absent."""
-    model = cfg.model
+    model = setting.model
     if model.position_embedding_type != "rope":
         for name in ("rotary_base", "rotary_percent"):
             default, value = DEFAULTS[name], getattr(model, name)
@@ -70,7 +70,7 @@ def check_unread_keys(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
         yield Problem("model.kv_channels", model.kv_channels, rule, "set model.kv_channels=null")
     yield from _unread_scaling(model)
     if model.moe is not None:
-        yield from _unread_by_experts(cfg, model.moe)
+        yield from _unread_by_experts(setting, model.moe)
 
 
 def _skipped_windows(window: int | None, frequency: int) -> Iterator[Problem]:
@@ -97,7 +97,7 @@ def _unread_scaling(model: ModelConfig) -> Iterator[Problem]:
             yield Problem(key, value, "latent attention computes it from mscale and mscale_all_dim", f"set {key}=null")
 
 
-def _unread_by_experts(cfg: RunConfig, moe: MoeConfig) -> Iterator[Problem]:
+def _unread_by_experts(setting: ModelSetting, moe: MoeConfig) -> Iterator[Problem]:
     key, balancing = "model.moe", moe.moe_router_load_balancing_type
     coeff = moe.moe_aux_loss_coeff
     if balancing in ("none", "sinkhorn") and coeff not in (0.0, DEFAULTS["moe_aux_loss_coeff"]):
@@ -109,9 +109,9 @@ def _unread_by_experts(cfg: RunConfig, moe: MoeConfig) -> Iterator[Problem]:
     if moe.moe_router_pre_softmax and (moe.moe_router_score_function == "sigmoid" or balancing == "sinkhorn"):
         rule = "orders softmax and top-k, and the scores are of another kind (sigmoid, or sinkhorn's)"
         yield Problem(f"{key}.moe_router_pre_softmax", True, rule, f"set {key}.moe_router_pre_softmax=false")
-    if not any(map(moe.has_layer, range(cfg.model.num_layers))):
+    if not any(map(moe.has_layer, range(setting.model.num_layers))):
         first = moe.moe_first_k_dense_replace
-        rule = f"leaves none of the {cfg.model.num_layers} layers to the experts"
+        rule = f"leaves none of the {setting.model.num_layers} layers to the experts"
         yield Problem(f"{key}.moe_first_k_dense_replace", first, rule, "set it lower, or model.moe=null")
 
 

@@ -10,6 +10,7 @@ from nemo_llm.config.sections.arithmetic import (
     neighbouring_multiples,
     padded_vocab_size,
 )
+from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.config.sections.pipeline_layout import parse_pipeline_layout
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import Problem
@@ -23,9 +24,9 @@ _ETP = "parallelism.expert_tensor_parallel_size"
 _LAYOUT = "parallelism.pipeline_model_parallel_layout"
 
 
-def check_tensor_parallel(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+def check_tensor_parallel(setting: ModelSetting, _world_size: int) -> Iterator[Problem]:
     """Heads, query groups and the dense MLP are split by TP."""
-    tp, model = cfg.parallelism.tensor_model_parallel_size, cfg.model
+    tp, model = setting.parallelism.tensor_model_parallel_size, setting.model
     split = {
         "num_attention_heads": model.num_attention_heads,
         "num_query_groups": model.num_query_groups,
@@ -42,12 +43,12 @@ def check_tensor_parallel(cfg: RunConfig, _world_size: int) -> Iterator[Problem]
             )
 
 
-def check_vocabulary(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+def check_vocabulary(setting: ModelSetting, _world_size: int) -> Iterator[Problem]:
     """TP splits the padded vocabulary; where the tokenizer alone knows its size, the padding has to divide."""
-    tp, unit = cfg.parallelism.tensor_model_parallel_size, cfg.model.make_vocab_size_divisible_by
-    rows = unit if cfg.model.vocab_size is None else padded_vocab_size(cfg.model.vocab_size, unit)
+    tp, unit = setting.parallelism.tensor_model_parallel_size, setting.model.make_vocab_size_divisible_by
+    rows = unit if setting.model.vocab_size is None else padded_vocab_size(setting.model.vocab_size, unit)
     if rows % tp:
-        padded = "" if cfg.model.vocab_size is None else f" (or its padded vocabulary of {rows} rows)"
+        padded = "" if setting.model.vocab_size is None else f" (or its padded vocabulary of {rows} rows)"
         yield Problem(
             "model.make_vocab_size_divisible_by",
             unit,
@@ -56,9 +57,9 @@ def check_vocabulary(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
         )
 
 
-def check_heads(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+def check_heads(setting: ModelSetting, _world_size: int) -> Iterator[Problem]:
     """Query groups share the heads evenly, and heads share the hidden size unless `kv_channels` is given."""
-    model = cfg.model
+    model = setting.model
     if model.num_attention_heads % model.num_query_groups:
         yield Problem(
             "model.num_query_groups",
@@ -84,20 +85,20 @@ def check_heads(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
         )
 
 
-def check_sequence_parallel(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+def check_sequence_parallel(setting: ModelSetting, _world_size: int) -> Iterator[Problem]:
     """Sequence parallelism rides on TP, and a mixture of experts under TP needs it."""
-    parallel = cfg.parallelism
+    parallel = setting.parallelism
     key = "parallelism.sequence_parallel"
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield Problem(key, True, f"needs {_TP} above 1, which is 1", f"set {key}=false, or {_TP}=2")
-    if cfg.model.moe and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+    if setting.model.moe and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         rule = f"a mixture of experts with {_TP} = {parallel.tensor_model_parallel_size} needs sequence parallelism"
         yield Problem(key, False, rule, f"set {key}=true")
 
 
-def check_sequence_length(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+def check_sequence_length(setting: ModelSetting, _world_size: int) -> Iterator[Problem]:
     """Context ranks hold two chunks each; sequence-parallel ranks split what is left."""
-    parallel, length = cfg.parallelism, cfg.data.seq_length
+    parallel, length = setting.parallelism, setting.seq_length
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     unit = 2 * cp if cp > 1 else 1
     if length % unit:
@@ -115,18 +116,18 @@ def check_sequence_length(cfg: RunConfig, _world_size: int) -> Iterator[Problem]
             f"must be divisible by {unit}, for {_CP} = {cp} and sequence parallelism over {_TP} = {tp}",
             f"set data.seq_length to {either(neighbouring_multiples(length, unit))}",
         )
-    if cfg.model.position_embedding_type == "learned_absolute" and length > cfg.model.max_position_embeddings:
+    if setting.model.position_embedding_type == "learned_absolute" and length > setting.model.max_position_embeddings:
         yield Problem(
             "data.seq_length",
             length,
-            f"is beyond model.max_position_embeddings = {cfg.model.max_position_embeddings} learned positions",
+            f"is beyond model.max_position_embeddings = {setting.model.max_position_embeddings} learned positions",
             f"set model.max_position_embeddings={length}, or shorten data.seq_length",
         )
 
 
-def check_context_parallel(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+def check_context_parallel(setting: ModelSetting, _world_size: int) -> Iterator[Problem]:
     """All-to-all context parallelism spreads the heads that TP has left."""
-    parallel, model = cfg.parallelism, cfg.model
+    parallel, model = setting.parallelism, setting.model
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     has_ring = model.transformer_impl != "torch" and find_spec("transformer_engine") is not None
     if cp > 1 and parallel.cp_comm_type == "p2p" and not has_ring:
@@ -151,9 +152,9 @@ def check_context_parallel(cfg: RunConfig, _world_size: int) -> Iterator[Problem
             )
 
 
-def check_pipeline(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+def check_pipeline(setting: ModelSetting, _world_size: int) -> Iterator[Problem]:
     """Layers share out evenly over stages and chunks, or as the layout string says."""
-    parallel, layers = cfg.parallelism, cfg.model.num_layers
+    parallel, layers = setting.parallelism, setting.model.num_layers
     pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     chunks = pp * (vpp or 1)
     if vpp is not None and vpp > 1 and pp == 1:
@@ -161,7 +162,7 @@ def check_pipeline(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
     if vpp == 1:
         yield Problem(_VPP, vpp, "one chunk per stage is the plain schedule", f"set {_VPP}=null")
     if parallel.pipeline_model_parallel_layout is not None:
-        yield from _layout_string_problems(cfg, chunks)
+        yield from _layout_string_problems(setting, chunks)
     elif layers % chunks:
         over_pp = [
             size for size in divisors(layers) if size <= layers // (vpp or 1) and layers % (size * (vpp or 1)) == 0
@@ -175,8 +176,8 @@ def check_pipeline(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
         )
 
 
-def _layout_string_problems(cfg: RunConfig, chunks: int) -> Iterator[Problem]:
-    layout, layers = cfg.parallelism.pipeline_model_parallel_layout or "", cfg.model.num_layers
+def _layout_string_problems(setting: ModelSetting, chunks: int) -> Iterator[Problem]:
+    layout, layers = setting.parallelism.pipeline_model_parallel_layout or "", setting.model.num_layers
     try:
         stages = parse_pipeline_layout(layout)
     except ValueError as error:
@@ -206,9 +207,9 @@ def _even_layout(layers: int, chunks: int) -> str:
     return "E" + "|".join(parts) + "L"
 
 
-def check_experts(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+def check_experts(setting: ModelSetting, _world_size: int) -> Iterator[Problem]:
     """Experts are spread by EP and split by ETP; both need a mixture of experts."""
-    parallel, moe = cfg.parallelism, cfg.model.moe
+    parallel, moe = setting.parallelism, setting.model.moe
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tp_size
     if moe is None:
         if ep > 1:
@@ -248,9 +249,9 @@ def check_experts(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
         )
 
 
-def check_world_size(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
+def check_world_size(setting: ModelSetting, world_size: int) -> Iterator[Problem]:
     """The processes that the launcher started are a multiple of what one copy of the model takes."""
-    parallel = cfg.parallelism
+    parallel = setting.parallelism
     dense = parallel.model_parallel_size
     expert = parallel.expert_tp_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
     for unit, key, axes in (
@@ -295,9 +296,9 @@ def check_devices(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
         )
 
 
-def check_overlap(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+def check_overlap(setting: ModelSetting, _world_size: int) -> Iterator[Problem]:
     """Communication can be overlapped only where there is some of the kind."""
-    parallel = cfg.parallelism
+    parallel = setting.parallelism
     if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
         yield Problem(
             "parallelism.overlap_param_gather",
@@ -316,7 +317,6 @@ def check_overlap(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
 
 LAYOUT_CHECKS = (
     check_world_size,
-    check_devices,
     check_heads,
     check_tensor_parallel,
     check_vocabulary,

@@ -4,13 +4,13 @@ import re
 from collections.abc import Iterator
 
 from nemo_llm.config.sections.model import MoeConfig
-from nemo_llm.config.sections.run import RunConfig
+from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.errors import Problem
 
 
-def check_latent_attention(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+def check_latent_attention(setting: ModelSetting, _world_size: int) -> Iterator[Problem]:
     """What latent attention cannot be joined with."""
-    model, tp = cfg.model, cfg.parallelism.tensor_model_parallel_size
+    model, tp = setting.model, setting.parallelism.tensor_model_parallel_size
     if model.mla is None:
         return
     mla = {"q_lora_rank": model.mla.q_lora_rank or tp, "kv_lora_rank": model.mla.kv_lora_rank}
@@ -30,11 +30,11 @@ def check_latent_attention(cfg: RunConfig, _world_size: int) -> Iterator[Problem
     if model.num_query_groups != model.num_attention_heads:
         rule = "latent attention makes keys for every head"
         yield Problem("model.num_query_groups", model.num_query_groups, rule, f"set it to {model.num_attention_heads}")
-    if cfg.peft is not None:
-        yield Problem("peft.kind", cfg.peft.kind, "adapters do not know latent attention yet", "train all weights")
-    if cfg.precision.fp8 is not None:
+    if setting.peft is not None:
+        yield Problem("peft.kind", setting.peft.kind, "adapters do not know latent attention yet", "train all weights")
+    if setting.precision.fp8 is not None:
         rule = "latent attention has no FP8 products"
-        yield Problem("precision.fp8", cfg.precision.fp8.fp8_recipe, rule, "choose precision=bf16")
+        yield Problem("precision.fp8", setting.precision.fp8.fp8_recipe, rule, "choose precision=bf16")
     for key in ("qk_layernorm", "add_qkv_bias", "softmax_scale", "attn_logit_softcapping", "rotary_local_base"):
         value = getattr(model, key)
         if value:
@@ -42,15 +42,15 @@ def check_latent_attention(cfg: RunConfig, _world_size: int) -> Iterator[Problem
             yield Problem(f"model.{key}", value, "latent attention does not have it", f"set model.{key}={unset}")
 
 
-def check_mixture(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+def check_mixture(setting: ModelSetting, _world_size: int) -> Iterator[Problem]:
     """What Megatron refuses about mixtures of experts, said before it does."""
-    model, moe = cfg.model, cfg.model.moe
+    model, moe = setting.model, setting.model.moe
     if moe is None:
         return
     if model.add_bias_linear:
         rule = "a mixture of experts has no biases in its linear layers"
         yield Problem("model.add_bias_linear", True, rule, "set model.add_bias_linear=false")
-    yield from _check_balancing(cfg, moe)
+    yield from _check_balancing(setting, moe)
     needs_pre = moe.moe_router_topk == 1 and moe.moe_router_score_function == "softmax"
     if needs_pre and not moe.moe_router_pre_softmax and moe.moe_router_load_balancing_type != "sinkhorn":
         yield Problem(
@@ -61,7 +61,7 @@ def check_mixture(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
         )
 
 
-def _check_balancing(cfg: RunConfig, moe: MoeConfig) -> Iterator[Problem]:
+def _check_balancing(setting: ModelSetting, moe: MoeConfig) -> Iterator[Problem]:
     """Ways of balancing experts whose result would depend on how ranks share the tokens."""
     key, kind = "model.moe.moe_router_load_balancing_type", moe.moe_router_load_balancing_type
     if kind == "global_aux_loss":
@@ -73,14 +73,14 @@ def _check_balancing(cfg: RunConfig, moe: MoeConfig) -> Iterator[Problem]:
             "model.moe.moe_aux_loss_coeff", moe.moe_aux_loss_coeff, rule, "set model.moe.moe_aux_loss_coeff=0.0"
         )
     for name in ("tensor_model_parallel_size", "context_parallel_size"):
-        if kind == "sinkhorn" and (size := getattr(cfg.parallelism, name)) > 1:
+        if kind == "sinkhorn" and (size := getattr(setting.parallelism, name)) > 1:
             rule = f"sinkhorn balances the tokens of one rank, and parallelism.{name} = {size} splits a sequence"
             yield Problem(key, kind, rule, f"set parallelism.{name}=1, or {key}=aux_loss")
 
 
-def check_layer_spec(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+def check_layer_spec(setting: ModelSetting, _world_size: int) -> Iterator[Problem]:
     """A user's own layer is named as package.module:function; settings without a layer would be read by nobody."""
-    spec, settings = cfg.model.layer_spec, cfg.model.layer_spec_settings
+    spec, settings = setting.model.layer_spec, setting.model.layer_spec_settings
     if spec is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+", spec):
         rule = "must have the form package.module:function"
         yield Problem("model.layer_spec", spec, rule, "write for example my_package.layers:build_spec")
@@ -89,18 +89,18 @@ def check_layer_spec(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
         yield Problem("model.layer_spec_settings", settings, rule, "set model.layer_spec, or leave the settings empty")
 
 
-def check_rope_scaling(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+def check_rope_scaling(setting: ModelSetting, _world_size: int) -> Iterator[Problem]:
     """Each way of stretching the rotary wavelengths has the numbers that it reads."""
-    scaling = cfg.model.rope_scaling
+    scaling = setting.model.rope_scaling
     if scaling is None:
         return
-    if cfg.model.position_embedding_type != "rope":
-        value = cfg.model.position_embedding_type
+    if setting.model.position_embedding_type != "rope":
+        value = setting.model.position_embedding_type
         rule = "model.rope_scaling stretches rotary positions, and the model has others"
         yield Problem("model.position_embedding_type", value, rule, "set model.rope_scaling=null")
-    if scaling.type == "yarn" and cfg.model.rotary_percent != 1.0:
+    if scaling.type == "yarn" and setting.model.rotary_percent != 1.0:
         rule = "YaRN is built for heads that are rotated as a whole"
-        yield Problem("model.rotary_percent", cfg.model.rotary_percent, rule, "set model.rotary_percent=1.0")
+        yield Problem("model.rotary_percent", setting.model.rotary_percent, rule, "set model.rotary_percent=1.0")
     needed = {
         "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
         "yarn": ("original_max_position_embeddings",),
@@ -120,9 +120,9 @@ def check_rope_scaling(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
             )
 
 
-def check_rotary_local_base(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+def check_rotary_local_base(setting: ModelSetting, _world_size: int) -> Iterator[Problem]:
     """Rotary angles of layers with a window need both."""
-    model = cfg.model
+    model = setting.model
     if model.rotary_local_base is None:
         return
     for key, value, missing in (

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 
 from nemo_llm.config.sections.arithmetic import divisors, either
 from nemo_llm.config.sections.model import ModelConfig
+from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.config.sections.pipeline_layout import parse_pipeline_layout
-from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import Problem
 
 _KEY = "parallelism.recompute"
@@ -46,31 +46,31 @@ _INSIDE = {"moe_act": "moe", "shared_experts": "moe"}
 """A part that another one holds: recomputing that one recomputes it."""
 
 
-def check_recompute(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+def check_recompute(setting: ModelSetting, _world_size: int) -> Iterator[Problem]:
     """Full recomputation says how and how much; selective recomputation says what."""
-    parallel = cfg.parallelism
+    parallel = setting.parallelism
     full = parallel.recompute_granularity == "full"
     if full:
-        yield from _full(cfg)
+        yield from _full(setting)
     for name in ("method", "num_layers"):
         value = parallel.recompute_method if name == "method" else parallel.recompute_num_layers
         if value is not None and not full:
             rule = f"is read with {_KEY}_granularity=full alone, which is {parallel.recompute_granularity}"
             yield Problem(f"{_KEY}_{name}", value, rule, f"set {_KEY}_{name}=null, or {_KEY}_granularity=full")
     if parallel.recompute_granularity == "selective":
-        yield from _selective(cfg)
+        yield from _selective(setting)
     elif parallel.recompute_modules != UNUSED_MODULES:
         rule = f"is read with {_KEY}_granularity=selective alone, which is {parallel.recompute_granularity}"
         fix = f"set {_KEY}_granularity=selective, or {_KEY}_modules=[{','.join(UNUSED_MODULES)}]"
         yield Problem(f"{_KEY}_modules", parallel.recompute_modules, rule, fix)
 
 
-def _full(cfg: RunConfig) -> Iterator[Problem]:
-    parallel = cfg.parallelism
+def _full(setting: ModelSetting) -> Iterator[Problem]:
+    parallel = setting.parallelism
     if parallel.recompute_method is None:
         rule = "full recomputation needs uniform or block"
         yield Problem(f"{_KEY}_method", None, rule, f"set {_KEY}_method=uniform")
-    count, layers = parallel.recompute_num_layers, _layers_of_chunks(cfg)
+    count, layers = parallel.recompute_num_layers, _layers_of_chunks(setting)
     if count is None:
         rule = "full recomputation needs the number of layers"
         yield Problem(f"{_KEY}_num_layers", None, rule, f"set {_KEY}_num_layers=1")
@@ -84,12 +84,12 @@ def _full(cfg: RunConfig) -> Iterator[Problem]:
         yield Problem(f"{_KEY}_num_layers", count, rule, f"set it to {either(fitting)}")
 
 
-def _layers_of_chunks(cfg: RunConfig) -> list[int]:
+def _layers_of_chunks(setting: ModelSetting) -> list[int]:
     """Layers of each pipeline stage or chunk that has some; none where the layout is wrong, which is said elsewhere."""
-    parallel = cfg.parallelism
+    parallel = setting.parallelism
     chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     if parallel.pipeline_model_parallel_layout is None:
-        return [] if cfg.model.num_layers % chunks else [cfg.model.num_layers // chunks]
+        return [] if setting.model.num_layers % chunks else [setting.model.num_layers // chunks]
     try:
         stages = parse_pipeline_layout(parallel.pipeline_model_parallel_layout)
     except ValueError:
@@ -97,19 +97,19 @@ def _layers_of_chunks(cfg: RunConfig) -> list[int]:
     return [stage.num_layers for stage in stages if stage.num_layers]
 
 
-def _selective(cfg: RunConfig) -> Iterator[Problem]:
-    modules = cfg.parallelism.recompute_modules
+def _selective(setting: ModelSetting) -> Iterator[Problem]:
+    modules = setting.parallelism.recompute_modules
     key = f"{_KEY}_modules"
     if not modules:
         rule = f"{_KEY}_granularity=selective recomputes the parts that are named here"
         yield Problem(key, [], rule, f"name one of {', '.join(_PARTS)}, or set {_KEY}_granularity=null")
-    fp8 = cfg.precision.fp8
+    fp8 = setting.precision.fp8
     for module in modules:
         if module not in _PARTS:
             yield Problem(key, module, f"must be of {', '.join(_PARTS)}", f"set {key}=[core_attn]")
             continue
         has, why_not = _PARTS[module]
-        if not has(cfg.model):
+        if not has(setting.model):
             yield Problem(key, module, why_not, f"leave {module} out")
         elif _INSIDE.get(module) in modules:
             rule = f"is a part of {_INSIDE[module]}, which is recomputed as a whole"

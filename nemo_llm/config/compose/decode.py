@@ -19,6 +19,12 @@ def _decoder() -> TypeAdapter[RunConfig]:
     return TypeAdapter(RunConfig)
 
 
+def _validated(mapping: Mapping[str, Any]) -> RunConfig:
+    # JSON mode is the strict mode that takes mappings for dataclasses, and whole numbers for floats alone. A date,
+    # which YAML knows and JSON does not, is a text.
+    return _decoder().validate_json(json.dumps(mapping, default=str), strict=True)
+
+
 def decode(mapping: Mapping[str, Any]) -> RunConfig:
     """`mapping` as a `RunConfig`; unknown keys, missing keys and wrong types are refused, all at once.
 
@@ -28,8 +34,7 @@ def decode(mapping: Mapping[str, Any]) -> RunConfig:
     if isinstance(data := mapping.get("data"), Mapping):
         mapping = {**mapping, "data": with_long_forms(data)}
     try:
-        # JSON mode is the strict mode that takes mappings for dataclasses, and whole numbers for floats alone.
-        return _decoder().validate_json(json.dumps(mapping), strict=True)
+        return _validated(mapping)
     except ValidationError as error:
         raise ConfigError(problems_of_validation(error.errors(), mapping)) from None
 
@@ -37,7 +42,7 @@ def decode(mapping: Mapping[str, Any]) -> RunConfig:
 def key_problems(mapping: Mapping[str, Any]) -> list[Problem]:
     """Problems of keys that are missing or unknown, whatever their values are."""
     try:
-        _decoder().validate_json(json.dumps(mapping), strict=True)
+        _validated(mapping)
     except ValidationError as error:
         errors = [one for one in error.errors() if one["type"] in ("missing", "unexpected_keyword_argument")]
         return problems_of_validation(errors, mapping)

@@ -11,6 +11,8 @@ from typing import Any
 from nemo_llm.checkpoint.saved_run import SavedRun, read_tokenizer
 from nemo_llm.config.compose.arguments import Texts, parse
 from nemo_llm.config.compose.hf_tokenizer import bos_token, read_json, token_text
+from nemo_llm.config.sections.data import TokenizerConfig
+from nemo_llm.config.shipped import read_shipped
 from nemo_llm.errors import NO_VALUE, InputError, Problem
 from nemo_llm.families.registry import model_section, read_hf_config
 
@@ -65,6 +67,16 @@ def _hf_tokenizer(folder: Path) -> dict[str, Any]:
     if "eos_token" in config:
         found["data.tokenizer.eod_token"] = token_text(config["eos_token"])
     return {key: value for key, value in found.items() if value is not None}
+
+
+def hf_tokenizer(folder: Path) -> TokenizerConfig:
+    """The tokenizer section of a Hugging Face folder, as ``tokenizer=from_hf`` has it.
+
+    Raises:
+        InputError: files that cannot be read.
+    """
+    found = {key.rpartition(".")[2]: value for key, value in _hf_tokenizer(folder).items()}
+    return TokenizerConfig(**{**read_shipped("tokenizer/from_hf"), "path": str(folder.resolve()), **found})
 
 
 def _checkpoint_model(folder: Path) -> dict[str, Any]:

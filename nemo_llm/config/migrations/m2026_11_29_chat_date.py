@@ -1,3 +1,3 @@
-"""The day that chat templates see: it was today's."""
+"""The day that chat templates write: it was that of each start, which no value says; null refuses such a template."""
 
 ADDED = {"data.chat.date": None}

@@ -26,8 +26,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from nemo_llm.config import RunConfig
 from nemo_llm.config.checks.code_paths import keeps_tokens_here, why_not_grouped
+from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.kernels.matmul import add_weight_gradient, take_stale
 from nemo_llm.models.layers.main_grad import gradient_buffer, returned_gradient
 
@@ -305,22 +305,22 @@ class LocalDispatcher(MoETokenDispatcher):
         return hidden.view(self._shape)
 
 
-def use_local_dispatcher(chunk: torch.nn.Module, cfg: RunConfig, groups: Any) -> None:
+def use_local_dispatcher(chunk: torch.nn.Module, setting: ModelSetting, groups: Any) -> None:
     """Give layers with grouped experts the `LocalDispatcher` where this rank holds every expert, whole.
 
     Args:
         groups: Megatron's process groups.
     """
-    if not keeps_tokens_here(cfg):
+    if not keeps_tokens_here(setting):
         return
     for layer in chunk.modules():
         if isinstance(layer, MoELayer) and isinstance(layer.experts, GroupedExperts):
             layer.token_dispatcher = LocalDispatcher(layer.config, groups)
 
 
-def experts_spec(plain: ModuleSpec, cfg: RunConfig) -> ModuleSpec:
+def experts_spec(plain: ModuleSpec, setting: ModelSetting) -> ModuleSpec:
     """Megatron's spec of a layer of experts with grouped products, where they can be had."""
-    if why_not_grouped(cfg) is not None:
+    if why_not_grouped(setting) is not None:
         return plain
     experts = dataclasses.replace(plain.submodules.experts, module=GroupedExperts)
     return dataclasses.replace(plain, submodules=dataclasses.replace(plain.submodules, experts=experts))

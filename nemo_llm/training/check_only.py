@@ -1,26 +1,46 @@
 """What ``trainer.check_only=true`` prints: layout, stages, parameters and memory; refuses what cannot fit the GPU."""
 
+import json
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
+from nemo_llm.config.checks import find_problems
+from nemo_llm.config.checks.recompute import UNUSED_MODULES
+from nemo_llm.config.sections.arithmetic import padded_vocab_size
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.planner.flops import flops_per_token
-from nemo_llm.planner.loss import vocabulary
 from nemo_llm.planner.memory import GIB, MemoryEstimate, estimate_memory
-from nemo_llm.planner.suggest import suggest
+
+_MOST_SUGGESTIONS = 3
+
+
+def estimate_run(cfg: RunConfig, world_size: int, tokenizer_vocab_size: int) -> MemoryEstimate:
+    """Memory of every pipeline stage.
+
+    Args:
+        tokenizer_vocab_size: taken where `model.vocab_size` is null.
+    """
+    vocab_size, muon = _vocab_size(cfg, tokenizer_vocab_size), cfg.optim.muon is not None
+    return estimate_memory(cfg.model_setting, world_size, vocab_size, cfg.trainer.global_batch_size, muon)
+
+
+def _vocab_size(cfg: RunConfig, tokenizer_vocab_size: int) -> int:
+    return padded_vocab_size(cfg.model.vocab_size or tokenizer_vocab_size, cfg.model.make_vocab_size_divisible_by)
 
 
 def report(cfg: RunConfig, world_size: int, tokenizer_vocab_size: int) -> str:
     """The plan of a run as text.
 
     Args:
-        tokenizer_vocab_size: taken where `model.vocab_size` is null.
+        tokenizer_vocab_size: as for `estimate_run`.
 
     Raises:
         ConfigError: the run needs more memory than `cluster.gpu_memory_gib`.
     """
-    vocab_size = vocabulary(cfg, tokenizer_vocab_size)
-    estimate = estimate_memory(cfg, world_size, vocab_size)
+    estimate = estimate_run(cfg, world_size, tokenizer_vocab_size)
+    vocab_size = _vocab_size(cfg, tokenizer_vocab_size)
     flops = flops_per_token(cfg.model, cfg.data.seq_length, vocab_size)
     counted, layout = estimate.parameters, estimate.layout
     active = "" if counted.active == counted.total else f", {_millions(counted.active)} active per token"
@@ -59,7 +79,7 @@ def check_card(cfg: RunConfig, world_size: int, tokenizer_vocab_size: int, card:
         return None
     name, gib = card
     found = replace(cfg, cluster=replace(cfg.cluster, gpu_name=name, gpu_memory_gib=round(gib, 1)))
-    estimate = estimate_memory(found, world_size, vocabulary(found, tokenizer_vocab_size))
+    estimate = estimate_run(found, world_size, tokenizer_vocab_size)
     check_fits(found, estimate, f"estimated memory per rank, GiB\n{estimate.table()}")
     return _verdict(found, estimate) if _is_close(found, estimate) else None
 
@@ -78,12 +98,11 @@ def check_fits(cfg: RunConfig, estimate: MemoryEstimate, shown: str = "") -> Non
         return
     peak = estimate.peak
     largest = peak.parts()[peak.largest] / GIB
-    vocab_size = estimate.parameters.word_embeddings // cfg.model.hidden_size
     problem = Problem(
         "cluster.gpu_memory_gib",
         available,
         f"the run needs about {peak.total / GIB:.1f} GiB per GPU, most of it for {peak.largest} ({largest:.1f} GiB)",
-        f"{suggest(cfg, estimate.layout.world_size, vocab_size)}; or go on anyway with trainer.check_memory=false",
+        f"{_suggest(cfg, estimate)}; or go on anyway with trainer.check_memory=false",
     )
     error = ConfigError([problem])
     if shown:
@@ -105,9 +124,57 @@ def _verdict(cfg: RunConfig, estimate: MemoryEstimate) -> str:
     text = f"peak {needed:.1f} GiB, {share:.0%} of the {cfg.cluster.gpu_memory_gib:g} GiB of {cfg.cluster.gpu_name}"
     if not _is_close(cfg, estimate):
         return text
-    vocab_size = estimate.parameters.word_embeddings // cfg.model.hidden_size
-    return f"{text}: may not fit; {suggest(cfg, estimate.layout.world_size, vocab_size)}"
+    return f"{text}: may not fit; {_suggest(cfg, estimate)}"
 
 
 def _millions(count: int) -> str:
     return f"{count / 1e9:.3f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
+
+
+def _suggest(cfg: RunConfig, estimate: MemoryEstimate) -> str:
+    """The cheapest changes that make `cfg` fit `cluster.gpu_memory_gib`, or those that save most where none does.
+
+    A change is offered only if the changed configuration passes every check on the same processes.
+    """
+    limit, world_size = (cfg.cluster.gpu_memory_gib or 0) * GIB, estimate.layout.world_size
+    vocab_size = estimate.parameters.word_embeddings // cfg.model.hidden_size
+    tried: list[tuple[str, float]] = []
+    for section, keys in _single_changes(cfg):
+        changed = replace(cfg, **{section: replace(getattr(cfg, section), **keys)})
+        if not find_problems(changed, world_size):
+            first, *rest = (f"{key}={_as_argument(value)}" for key, value in keys.items())
+            text = f"set {section}.{first}" + (f" with {' '.join(rest)}" if rest else "")
+            tried.append((text, estimate_run(changed, world_size, vocab_size).peak.total))
+    fitting = [f"{text} ({needed / GIB:.1f} GiB)" for text, needed in tried if needed <= limit]
+    if fitting:
+        return " or ".join(fitting[:_MOST_SUGGESTIONS])
+    best = sorted(tried, key=lambda item: item[1])[:_MOST_SUGGESTIONS]
+    listed = ", ".join(f"{text} ({needed / GIB:.1f} GiB)" for text, needed in best)
+    more = "use more processes or a smaller model"
+    return f"no single change is enough: combine {listed}, or {more}" if listed else more
+
+
+def _single_changes(cfg: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A section and keys of it with other values, in the order of what they cost in speed, the cheapest first."""
+    layout, experts = cfg.parallelism, cfg.model.moe is not None
+    if not layout.use_distributed_optimizer:
+        yield "parallelism", {"use_distributed_optimizer": True}
+    if layout.tensor_model_parallel_size > 1 and not layout.sequence_parallel:
+        yield "parallelism", {"sequence_parallel": True}
+    if cfg.trainer.micro_batch_size > 1:
+        yield "trainer", {"micro_batch_size": cfg.trainer.micro_batch_size // 2}
+    if layout.recompute_granularity is None:
+        module = "moe" if experts else "layernorm" if cfg.model.parallel_residual else "mlp"
+        yield "parallelism", {"recompute_granularity": "selective", "recompute_modules": [module]}
+    if layout.recompute_granularity != "full":
+        full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        unused = layout.recompute_modules == UNUSED_MODULES
+        yield "parallelism", full if unused else {**full, "recompute_modules": UNUSED_MODULES}
+    for name in ("tensor_model", "context", "pipeline_model", *(["expert_model"] if experts else [])):
+        key = f"{name}_parallel_size"
+        also = {"sequence_parallel": True} if name == "tensor_model" else {}
+        yield "parallelism", {key: 2 * getattr(layout, key), **also}
+
+
+def _as_argument(value: object) -> str:
+    return json.dumps(value, separators=(",", ":")).replace('"', "")

@@ -7,12 +7,13 @@ Of PyTorch 2.13 `_StorageInfo` is used, the class of these places: there is no p
 tests/models/test_megatron_contract.py fails when it is gone.
 """
 
+import io
 import json
 import os
 import pickle
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -29,7 +30,6 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from nemo_llm.checkpoint.manifest import BlockHasher
 from nemo_llm.checkpoint.safe_load import read_metadata, stored_tensor
-from nemo_llm.convert.hf_files import TensorInfo
 from nemo_llm.errors import CheckpointDamagedError
 
 _METADATA_JSON = {
@@ -42,46 +42,67 @@ _FILE_NAME = "__0_0.distcp"
 _JOURNAL_NAME = "written.log"
 """Ends of the slices in the file, while it is written: a conversion that was killed goes on from there."""
 _READ_BYTES = 16 << 20
-_SYNC_BYTES = 64 << 20
+_ANNOUNCE_BYTES = 64 << 20
 # Megatron's linear layers keep an entry of their own beside the weights (Transformer Engine's scales; here none).
 _LATENT = tuple(f"linear_{part}_proj.weight" for part in ("q", "q_down", "q_up", "kv_down", "kv_up"))
 _WITH_EXTRA_STATE = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight", *_LATENT)
 
 
-class HashedFile:
-    """A file that is only appended to, hashed on the way; what ``torch.save`` asks of a file.
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Shape and type of a tensor that has not been read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on the disk."""
+        return self.meta().numel() * self.dtype.itemsize
+
+    def meta(self) -> torch.Tensor:
+        """A tensor of this shape without memory."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+class StateFile:
+    """A file that is only appended to, hashed on the way; a context manager, whose end brings it to the disk.
 
     Args:
         keep: bytes at its start that are there already and stay.
     """
 
     def __init__(self, path: Path, keep: int = 0) -> None:
+        self._name = path.name
         self._hasher = BlockHasher()
         self._raw = path.open("r+b" if keep else "wb", buffering=0)
         while self._hasher.num_bytes < keep:
             self._hasher.update(self._raw.read(min(keep - self._hasher.num_bytes, _READ_BYTES)))
         self._raw.truncate(keep)
-        # The disk works while the next slices are read: what is left to wait for at the end is little.
-        self._background = ThreadPoolExecutor(1)
-        self._syncing: Future[None] | None = None
-        self._synced = keep
+        self._announced = keep
+
+    def append(self, content: Any) -> _StorageInfo:
+        """Append a tensor, wherever it is, an object as ``torch.save`` has it, or bytes; returns where it stands."""
+        start = self.tell()
+        if isinstance(content, io.BytesIO):
+            self.write(content.getbuffer())
+        else:
+            torch.save(_alone(content.detach().cpu()) if isinstance(content, torch.Tensor) else content, self)
+        return _StorageInfo(self._name, start, self.tell() - start)
 
     def write(self, data: Any) -> int:
         """Append bytes; all of them are written on return."""
         view = memoryview(data).cast("B")
         self._hasher.update(view)
         written = 0
-        while written < len(view):
+        while written < len(view):  # an unbuffered file may take less than it is given
             written += self._raw.write(view[written:])
-        if self.tell() - self._synced > _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
-            self._wait()
-            self._synced = self.tell()
-            self._syncing = self._background.submit(os.fdatasync, self._raw.fileno())
+        ready = self.tell() - self._announced
+        if ready >= _ANNOUNCE_BYTES:
+            # Linux then begins to bring these pages to the disk, while the next are made, and not only at the fsync.
+            os.posix_fadvise(self._raw.fileno(), self._announced, ready, os.POSIX_FADV_DONTNEED)
+            self._announced = self.tell()
         return written
-
-    def _wait(self) -> None:
-        if self._syncing is not None:
-            self._syncing.result()
 
     def tell(self) -> int:
         """Bytes written."""
@@ -90,33 +111,51 @@ class HashedFile:
     def flush(self) -> None:
         """Nothing is kept back."""
 
-    def close(self, sync: bool) -> dict[str, Any]:
-        """Close the file, brought to the disk if asked; returns its manifest entry."""
-        try:
-            if sync:
-                self._wait()
-                os.fsync(self._raw.fileno())
-        finally:
-            self._background.shutdown()
-            self._raw.close()
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of this file, when it is whole."""
         return self._hasher.entry()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        with self._raw:
+            if kind is None:
+                os.fsync(self._raw.fileno())
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor of its own: of a view, torch.save would write all that it is a view of."""
+    if tensor.numel() == 0 or tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor.clone() if tensor.numel() == 0 else tensor
+    content = tensor.contiguous().view(-1)
+    return torch.frombuffer(content.view(torch.uint8).numpy(), dtype=tensor.dtype).view(tensor.shape)
+
+
+def write_metadata(state: Path, metadata: Metadata, places: dict[MetadataIndex, _StorageInfo]) -> None:
+    """Write ``.metadata``: what there is, and where each part of it stands."""
+    whole = replace(metadata, storage_data=places, storage_meta=StorageMeta(), version="1.0.0")
+    (state / ".metadata").write_bytes(pickle.dumps(whole))
 
 
 class NativeReader:
     """Slices of the tensors of one ``state`` folder, whatever layout wrote it.
 
+    Args:
+        optimizer: whether those of the optimizer count, too.
+
     Raises:
         CheckpointError, CheckpointDamagedError: ``.metadata`` is missing, damaged or holds what could run code.
     """
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, optimizer: bool = False) -> None:
         self.state = state
         metadata = read_metadata(state)
         self.infos: dict[str, TensorInfo] = {}
         self._parts: dict[str, list[tuple[ChunkStorageMetadata, Any]]] = {}
         places = {(index.fqn, tuple(index.offset or ())): place for index, place in metadata.storage_data.items()}
         for key, entry in metadata.state_dict_metadata.items():
-            if isinstance(entry, BytesStorageMetadata) or key.startswith("optimizer."):
+            if isinstance(entry, BytesStorageMetadata) or (key.startswith("optimizer.") and not optimizer):
                 continue
             self.infos[key] = TensorInfo(tuple(entry.size), entry.properties.dtype)
             self._parts[key] = [(chunk, places[key, tuple(chunk.offsets)]) for chunk in entry.chunks]
@@ -155,7 +194,7 @@ class NativeWriter:
         self.state = state
         self.entries: dict[str, dict[str, Any]] = {}
         """Manifest entries of the files, hashed as they were written."""
-        self._places: dict[MetadataIndex, Any] = {}
+        self._places: dict[MetadataIndex, _StorageInfo] = {}
         self._described: dict[str, Any] = {}
         self._done = _read_journal(state)
         keep = self._done[-1][-1] if self._done else 0
@@ -163,7 +202,7 @@ class NativeWriter:
         """Slices that are in the file already."""
         self._done.reverse()  # the first is taken from the end
         self._replayed = 0
-        self._file = HashedFile(state / _FILE_NAME, keep)
+        self._file = StateFile(state / _FILE_NAME, keep)
         self._journal = (state / _JOURNAL_NAME).open("a" if keep else "w", encoding="utf-8", buffering=1)
 
     def write(self, key: str, index: tuple[int, ...], axes: tuple[int, ...], tensor: torch.Tensor) -> None:
@@ -189,12 +228,8 @@ class NativeWriter:
 
     def _append(self, content: torch.Tensor, count: int) -> list[int]:
         """Write a tensor and, where ``count`` is 2, an empty extra state; returns where each ends."""
-        if content.untyped_storage().nbytes() != content.numel() * content.element_size():
-            content = content.clone()  # of a view, torch.save would write all that it is a view of
-        ends = []
-        for thing in (content, [None])[:count]:
-            torch.save(thing, self._file)
-            ends.append(self._file.tell())
+        places = [self._file.append(thing) for thing in (content, [None])[:count]]
+        ends = [place.offset + place.length for place in places]
         self._journal.write(" ".join(map(str, ends)) + "\n")
         return ends
 
@@ -207,13 +242,12 @@ class NativeWriter:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         set_crc32_options(self._crc_before)
         self._journal.close()
-        entry = self._file.close(sync=kind is None)
+        self._file.__exit__(kind, *error)
         if kind is not None:
             return
         (self.state / _JOURNAL_NAME).unlink()
-        self.entries[f"state/{_FILE_NAME}"] = entry
-        metadata = Metadata(self._described, None, self._places, StorageMeta(), "1.0.0")
-        (self.state / ".metadata").write_bytes(pickle.dumps(metadata))
+        self.entries[f"state/{_FILE_NAME}"] = self._file.entry()
+        write_metadata(self.state, Metadata(self._described), self._places)
         torch.save({}, self.state / "common.pt")
         (self.state / "metadata.json").write_text(json.dumps(_METADATA_JSON), encoding="utf-8")
 

@@ -51,7 +51,6 @@ SECTIONS: dict[str, type] = {
     "optim/sched": SchedConfig,
     "data": DataConfig,
     "tokenizer": TokenizerConfig,
-    "task": TaskConfig,
     "checkpoint": CheckpointConfig,
     "exp_manager": ExpManagerConfig,
     "cluster": ClusterConfig,
@@ -61,6 +60,11 @@ SECTIONS: dict[str, type] = {
 }
 METHODS = get_args(get_args(PeftMethod)[0])
 SECTIONS |= {f"peft/{kind}": one for one in METHODS for kind in get_args(get_type_hints(one)["kind"])}
+SECTIONS |= {
+    f"task/{name}": section
+    for section in get_args(get_args(TaskConfig)[0])
+    for name in get_args(get_type_hints(section)["name"])
+}
 # What a file of a group leaves to another group.
 ELSEWHERE = {"optim": {"sched"}, "data": {"tokenizer"}}
 # data=blend is for the user's own files, so a source has to be named.

@@ -94,7 +94,11 @@ def test_recorded_runs_hold_every_section() -> None:
     assert not [key for key in known_keys() if key not in held and not key.startswith(in_lists)]
 
 
-@pytest.mark.parametrize("key", [key for migration in migrations.migrations() for key in migration.added])
+YOUNGER = [key for one in migrations.migrations() if one.name > "2026_11_26" for key in one.added]
+"""Keys that came after the oldest recorded run."""
+
+
+@pytest.mark.parametrize("key", YOUNGER)
 def test_a_key_without_a_migration_is_noticed(key: str) -> None:
     known = [replace(m, added={k: v for k, v in m.added.items() if k != key}) for m in migrations.migrations()]
     said = [complaint(yaml.safe_load(path.read_text(encoding="utf-8")), known) for path in FILES]
@@ -112,8 +116,9 @@ def test_migrations_are_pure_and_leave_the_new_form_alone(path: Path) -> None:
 
 def test_a_migration_takes_parts_of_a_configuration() -> None:
     for migration in migrations.migrations():
-        assert migration({}) == {}
-        assert migration({"peft": None}) == {"peft": None}
+        sections = {key for key in migration.added if "." not in key}
+        assert set(migration({})) == sections
+        assert migration({"peft": None})["peft"] is None
 
 
 def test_younger_keys_have_the_value_that_leaves_the_run_as_it_was() -> None:
@@ -138,7 +143,7 @@ def test_younger_keys_have_the_value_that_leaves_the_run_as_it_was() -> None:
     ids=lambda arguments: arguments[0],
 )
 def test_any_of_the_added_keys_may_be_missing_and_no_other_changes(arguments: list[str]) -> None:
-    saved = to_dict(compose(arguments))
+    saved = json.loads(json.dumps(to_dict(compose(arguments))))
     added = {key: value for migration in migrations.migrations() for key, value in migration.added.items()}
     draw = random.Random(7)
     for _ in range(12):
@@ -146,18 +151,18 @@ def test_any_of_the_added_keys_may_be_missing_and_no_other_changes(arguments: li
         lacking = copy.deepcopy(saved)
         for key in removed:
             migrations.move_key(lacking, key, None)
-        read = to_dict(decode(migrate(lacking, "a saved run")))
+        read = json.loads(json.dumps(to_dict(decode(migrate(lacking, "a saved run")))))
         for key in leaves(saved):
             value = at(saved, key)
             if not isinstance(value, dict) and not any(f"{key}.".startswith(f"{gone}.") for gone in removed):
                 assert at(read, key) == value, key
         for key in removed:
-            if at(saved, key.rpartition(".")[0]) is not None:
+            if not isinstance(added[key], dict) and at(saved, key.rpartition(".")[0]) is not None:
                 assert at(read, key) == added[key], key
 
 
 def at(tree: Any, path: str) -> Any:
-    for key in path.split("."):
+    for key in path.split(".") if path else ():
         tree = None if tree is None else tree[key]
     return tree
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_llm.config.chat import ChatConfig
+from nemo_llm.config.sections.chat import ChatConfig
 from nemo_llm.config.sections.data import DataConfig, TokenizerConfig
 from nemo_llm.config.sections.sources import TextSource
 from nemo_llm.tokenizers.tiktoken_encoder import build_fast_bpe

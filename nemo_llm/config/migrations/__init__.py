@@ -1,4 +1,4 @@
-"""Changes of the configuration since the oldest run that is read (2026-11-26), one module a change.
+"""Changes of the configuration since the first runs (2026-11-23), one module a change.
 
 A branch that adds, renames, drops or reshapes a key adds a module ``mYYYY_MM_DD_slug.py``, with any of:
 

@@ -6,7 +6,7 @@ Defaults live in ``conf/data/*.yaml``; here are the types and the checks that on
 from dataclasses import dataclass
 from typing import Literal
 
-from nemo_llm.config.chat import ChatConfig
+from nemo_llm.config.sections.chat import ChatConfig
 from nemo_llm.config.sections.fields import (
     Fraction,
     NonEmptyStr,

@@ -14,7 +14,8 @@ import numpy as np
 import yaml
 
 from nemo_llm.config.compose.catalog import conf_dir
-from nemo_llm.config.sections.data import BlendSource, DataConfig, TokenizerConfig
+from nemo_llm.config.sections.data import DataConfig, TokenizerConfig
+from nemo_llm.config.sections.sources import IndexedSource
 from nemo_llm.data.build import build_train_and_validation
 from nemo_llm.data.index.format import IndexedDataset
 from nemo_llm.data.loader import MicroBatchLoader
@@ -29,7 +30,7 @@ def config(prefix: str, sources: int, cache: str, **changes: object) -> DataConf
     """A data section over copies of one dataset."""
     keys = yaml.safe_load((conf_dir() / "data" / "demo.yaml").read_text(encoding="utf-8"))
     tokenizer = yaml.safe_load((conf_dir() / "tokenizer" / "gpt2.yaml").read_text(encoding="utf-8"))
-    blend = tuple(BlendSource(name=f"s{n}", weight=_WEIGHTS[n], prefix=prefix) for n in range(sources))
+    blend = tuple(IndexedSource(name=f"s{n}", weight=_WEIGHTS[n], path=prefix) for n in range(sources))
     keys |= {"tokenizer": TokenizerConfig(**tokenizer), "blend": blend, "blend_changes": (), "split": None}
     return DataConfig(**(keys | {"seq_length": 4096, "cache_dir": cache} | changes))
 

@@ -9,7 +9,7 @@ from nemo_llm.config.compose.catalog import conf_dir
 from nemo_llm.config.sections.model import ModelConfig
 from nemo_llm.config.sections.model_setting import ModelSetting, RuntimeSetting
 from nemo_llm.config.sections.parallelism import ParallelismConfig
-from nemo_llm.config.sections.peft import PeftConfig
+from nemo_llm.config.sections.peft import PeftMethod
 from nemo_llm.config.sections.performance import PerformanceConfig
 from nemo_llm.config.sections.precision import PrecisionConfig
 
@@ -34,7 +34,7 @@ def completed_model(section: Mapping[str, Any]) -> dict[str, Any]:
     return complete if moe is None else {**complete, "moe": {**read_shipped("model/family/moe"), **moe}}
 
 
-def reference_fp32(model: ModelConfig, peft: PeftConfig | None = None) -> ModelSetting:
+def reference_fp32(model: ModelConfig, peft: PeftMethod | None = None) -> ModelSetting:
     """The model in float32 on one process: what others are compared with, and what weights are changed in."""
     return ModelSetting(
         model=model,

@@ -5,10 +5,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from nemo_llm.config.sections.data import DataConfig, blend_entries
+from nemo_llm.config.sections.data import DataConfig
 from nemo_llm.config.sections.model_setting import ModelSetting
-from nemo_llm.corpus.documents import as_path, expand_inputs
 from nemo_llm.data.build import open_data
+from nemo_llm.data.sources.registry import source_kind
 from nemo_llm.storage.build_cache import cache_folder
 from nemo_llm.tokenizers.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ def describe_data(config: DataConfig, setting: ModelSetting, tokenizer: Tokenize
     Raises:
         ConfigError, InputError: what the run itself would refuse: too little text, another tokenizer, bad records.
     """
-    unread = _bytes_to_read(config)
+    unread = sum(source_kind(entry).unread_bytes() for blend in config.blends().values() for entry in blend)
     if unread > _MOST_BYTES:
         return (
             f"data: not opened by this check, which would have to read {unread / 2**20:,.0f} MiB of text, or of "
@@ -33,19 +33,6 @@ def describe_data(config: DataConfig, setting: ModelSetting, tokenizer: Tokenize
         if not _writable(cache_folder(config.cache_dir)):
             config = dataclasses.replace(config, cache_dir=folder)
         return open_data(config, setting, tokenizer).describe(num_train_samples)
-
-
-def _bytes_to_read(config: DataConfig) -> int:
-    """Bytes that opening the sources reads in full when none of them is in the cache."""
-    found = 0
-    for key, blend in {"data.blend": config.blend, **config.validation}.items():
-        for entry in blend_entries(blend, key):
-            text = entry.text or entry.chat or entry.labelled
-            if text is not None:
-                found += sum(file.stat().st_size for file in expand_inputs(text))
-            elif entry.prefix is not None and not as_path(f"{entry.prefix}.manifest.json").is_file():
-                found += as_path(f"{entry.prefix}.bin").stat().st_size
-    return found
 
 
 def _writable(folder: Path) -> bool:

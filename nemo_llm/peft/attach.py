@@ -11,14 +11,14 @@ from megatron.core.utils import get_model_config, unwrap_model
 from nemo_llm.checkpoint.collective_errors import raise_together
 from nemo_llm.config.compose.catalog import nearest
 from nemo_llm.config.sections.model_setting import ModelSetting
-from nemo_llm.config.sections.peft import LINEAR_KINDS, PeftConfig
+from nemo_llm.config.sections.peft import LinearMethod, LoraConfig, PromptMethod
 from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.initialize import fill_normal
 from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.peft.adapter import Adapter, adapted_modules, adapter_state, heads, put_on_embedding, put_on_linear
 from nemo_llm.peft.linear import LinearPlace, Part, find_linears
 from nemo_llm.peft.linear_adapter import BottleneckAdapter, Ia3Adapter, LinearAdapter
-from nemo_llm.peft.lora import LoraAdapter, LoraSettings
+from nemo_llm.peft.lora import LoraAdapter
 from nemo_llm.peft.prompt import PromptAdapter
 
 
@@ -36,10 +36,10 @@ def attach_peft(setting: ModelSetting, chunks: list[torch.nn.Module], runtime: P
         chunk.requires_grad_(False)
     for head in heads(chunks):  # new, as the adapters are
         head.requires_grad_(True)
-    if setting.peft.kind in LINEAR_KINDS:
+    if isinstance(setting.peft, LinearMethod):
         _attach_to_linears(setting.peft, chunks, runtime)
     else:
-        _attach_to_embedding(setting, setting.peft, chunks, runtime)
+        _attach_to_embedding(setting.peft, setting.model.hidden_size, chunks, runtime)
     for module in adapted_modules(chunks):
         _initialize(module.adapter, setting.seed)
     for chunk in chunks:
@@ -55,7 +55,7 @@ def count_parameters(chunks: list[torch.nn.Module], runtime: ParallelRuntime) ->
     return int(counts.item())
 
 
-def _attach_to_linears(peft: PeftConfig, chunks: list[torch.nn.Module], runtime: ParallelRuntime) -> None:
+def _attach_to_linears(peft: LinearMethod, chunks: list[torch.nn.Module], runtime: ParallelRuntime) -> None:
     places = []
     for chunk in chunks:
         whole = unwrap_model(chunk)
@@ -70,7 +70,7 @@ def _attach_to_linears(peft: PeftConfig, chunks: list[torch.nn.Module], runtime:
                 put_on_linear(place.linear, _make_adapter(peft, place, parts))
 
 
-def _make_adapter(peft: PeftConfig, place: LinearPlace, parts: tuple[Part, ...]) -> LinearAdapter:
+def _make_adapter(peft: LinearMethod, place: LinearPlace, parts: tuple[Part, ...]) -> LinearAdapter:
     if peft.kind == "ia3":
         return Ia3Adapter(place, parts)
     if peft.kind == "adapter":
@@ -83,9 +83,7 @@ def _make_adapter(peft: PeftConfig, place: LinearPlace, parts: tuple[Part, ...])
             )
             raise ConfigError([problem])
         return BottleneckAdapter(place, peft.bottleneck_size)
-    ranks = {part: _rank_of(peft, place, part) for part in parts}
-    settings = LoraSettings(ranks, peft.alpha, peft.dropout, peft.use_rslora, dora=peft.kind == "dora")
-    return LoraAdapter(place, settings)
+    return LoraAdapter(place, peft, {part: _rank_of(peft, place, part) for part in parts})
 
 
 def _chosen_parts(place: LinearPlace, patterns: Iterable[str]) -> tuple[Part, ...]:
@@ -97,7 +95,7 @@ def _chosen_parts(place: LinearPlace, patterns: Iterable[str]) -> tuple[Part, ..
     )
 
 
-def _rank_of(peft: PeftConfig, place: LinearPlace, part: Part) -> int:
+def _rank_of(peft: LoraConfig, place: LinearPlace, part: Part) -> int:
     matching = [
         rank
         for pattern, rank in peft.ranks.items()
@@ -115,10 +113,11 @@ def _names(place: LinearPlace) -> tuple[str, ...]:
     return (place.name, *(place.part_name(part) for part in place.parts))
 
 
-def _check_patterns(peft: PeftConfig, names: list[str]) -> None:
+def _check_patterns(peft: LinearMethod, names: list[str]) -> None:
     leaves = sorted({name.rpartition(".")[2] for name in names})
     problems = []
-    for key, patterns in (("peft.target_modules", peft.target_modules), ("peft.ranks", tuple(peft.ranks))):
+    ranks = tuple(peft.ranks) if isinstance(peft, LoraConfig) else ()
+    for key, patterns in (("peft.target_modules", peft.target_modules), ("peft.ranks", ranks)):
         for pattern in patterns:
             if any(_matches(pattern, name) for name in names):
                 continue
@@ -134,9 +133,9 @@ def _check_patterns(peft: PeftConfig, names: list[str]) -> None:
 
 
 def _attach_to_embedding(
-    setting: ModelSetting, peft: PeftConfig, chunks: list[torch.nn.Module], runtime: ParallelRuntime
+    peft: PromptMethod, hidden_size: int, chunks: list[torch.nn.Module], runtime: ParallelRuntime
 ) -> None:
-    size = (peft.encoder_hidden_size or setting.model.hidden_size) if peft.kind == "p_tuning" else None
+    size = (peft.encoder_hidden_size or hidden_size) if peft.kind == "p_tuning" else None
     for chunk in chunks:
         whole = unwrap_model(chunk)
         if whole.pre_process:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from nemo_llm.checkpoint.collective_errors import raise_together
 from nemo_llm.checkpoint.inspect import read_tensors, tensors
 from nemo_llm.checkpoint.saved_run import TEMPLATE_FILE_NAME, SavedRun
-from nemo_llm.config.sections.peft import PeftConfig
+from nemo_llm.config.sections.peft import LoraConfig, PeftConfig
 from nemo_llm.errors import CheckpointError, InputError
 from nemo_llm.models.layers.classification_head import HEAD_PREFIX
 from nemo_llm.peft.adapter import KEY_PREFIX, adapted_modules, heads
@@ -287,7 +287,7 @@ def _check_method(path: Path, settings: Mapping[str, Any], peft: PeftConfig) -> 
             f"{path.parent} holds {settings['peft_type']} (use_dora: {settings.get('use_dora', False)}), and peft.kind "
             f"is {peft.kind}: choose the kind that fits"
         )
-    if expected != "LORA":
+    if not isinstance(peft, LoraConfig):
         return
     alpha, use_rslora = settings["lora_alpha"], bool(settings.get("use_rslora"))
     if (alpha, use_rslora) != (peft.alpha, peft.use_rslora):

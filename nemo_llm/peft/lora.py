@@ -13,20 +13,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
+from nemo_llm.config.sections.peft import LoraConfig
 from nemo_llm.peft.adapter import Placement
 from nemo_llm.peft.linear import LinearPlace, Part
 from nemo_llm.peft.linear_adapter import LinearAdapter
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """``ranks``: rank of each part that is adapted."""
-
-    ranks: dict[Part, int]
-    alpha: float
-    dropout: float
-    use_rslora: bool
-    dora: bool
 
 
 class LoraAdapter(LinearAdapter):
@@ -34,14 +24,15 @@ class LoraAdapter(LinearAdapter):
 
     Args:
         place: the layer.
-        settings: ranks and scale.
+        config: the method's settings.
+        ranks: rank of each part that is adapted.
     """
 
-    def __init__(self, place: LinearPlace, settings: LoraSettings) -> None:
+    def __init__(self, place: LinearPlace, config: LoraConfig, ranks: dict[Part, int]) -> None:
         super().__init__(place)
-        self.settings = settings
+        self.config, self.ranks, self.dora = config, ranks, config.kind == "dora"
         weight = place.linear.weight
-        for part, rank in settings.ranks.items():
+        for part, rank in ranks.items():
             name = place.part_name(part)
             self.add_split(
                 f"{part.leaf}_a",
@@ -57,10 +48,10 @@ class LoraAdapter(LinearAdapter):
                 split_dim=0 if place.column else None,
                 sums_tokens=not place.column,
             )
-        if settings.dora:
+        if self.dora:
             lengths = place.take_apart(self._row_lengths(weight.float()))
             for part, length in zip(place.parts, lengths, strict=True):
-                if part in settings.ranks:
+                if part in ranks:
                     self.add_split(
                         f"{part.leaf}_magnitude",
                         length.to(weight.dtype),
@@ -79,8 +70,8 @@ class LoraAdapter(LinearAdapter):
     def before(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The inputs as they are, and the narrow product ``A x`` ``[..., sum of ranks]``."""
         place = self.place
-        if place.tokens_exchanged or (self.settings.dropout > 0.0 and self.training):
-            return x, F.linear(F.dropout(place.enter(x), self.settings.dropout, self.training), self._a())
+        if place.tokens_exchanged or (self.config.dropout > 0.0 and self.training):
+            return x, F.linear(F.dropout(place.enter(x), self.config.dropout, self.training), self._a())
         return _Narrow.apply(x, self._a())
 
     def after(
@@ -88,13 +79,13 @@ class LoraAdapter(LinearAdapter):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Add the product to the layer's output."""
         place, low = self.place, self.place.narrow_in(kept)
-        if not self.settings.dora and not place.tokens_exchanged:
+        if not self.dora and not place.tokens_exchanged:
             # Under tensor parallelism the output can be what a collective handed on, which others may hold.
             if place.group.size() == 1:
                 return _AddWide.apply(out, low, self._b()), bias
             return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self._b().t()).view_as(out), bias
         delta = place.leave(F.linear(low, self._b()))
-        if not self.settings.dora:
+        if not self.dora:
             return out + delta, bias
         inside = None if place.linear.skip_bias_add else place.linear.bias
         out = out if inside is None else out - inside
@@ -105,28 +96,28 @@ class LoraAdapter(LinearAdapter):
         """Weight and bias, fp32 and of this rank, of the plain layer that does the same."""
         linear = self.place.linear
         weight = linear.weight.float() + self._b().float() @ self._a().float()
-        if self.settings.dora:
+        if self.dora:
             weight = self._factors().float()[:, None] * weight
         return weight, None if linear.bias is None else linear.bias.float()
 
     def _a(self) -> torch.Tensor:
         """``[sum of ranks, in]``"""
-        parts = [getattr(self, f"{part.leaf}_a") for part in self.settings.ranks]
+        parts = [getattr(self, f"{part.leaf}_a") for part in self.ranks]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _b(self) -> torch.Tensor:
         """``[out, sum of ranks]``, scaled: each part's matrix in its rows and its columns."""
         row, column, blocks = 0, 0, []
         for part in self.place.parts:
-            if (rank := self.settings.ranks.get(part)) is not None:
+            if (rank := self.ranks.get(part)) is not None:
                 blocks.append(_Block(part.rows, row, column, rank, self._scale(rank)))
                 column += rank
             row += part.rows
         layout = _Layout(self.place.groups if len(self.place.parts) > 1 else 1, row, column, tuple(blocks))
-        return _Blocks.apply(layout, *(getattr(self, f"{part.leaf}_b") for part in self.settings.ranks))
+        return _Blocks.apply(layout, *(getattr(self, f"{part.leaf}_b") for part in self.ranks))
 
     def _scale(self, rank: int) -> float:
-        return self.settings.alpha / (math.sqrt(rank) if self.settings.use_rslora else rank)
+        return self.config.alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
 
     def _row_lengths(self, weight: torch.Tensor) -> torch.Tensor:
         """Length of each output row of the whole weight: ``[out]``."""
@@ -142,7 +133,7 @@ class LoraAdapter(LinearAdapter):
             present = self._row_lengths(place.linear.weight.float() + self._b().float() @ self._a().float())
         factors = []
         for part, length in zip(place.parts, place.take_apart(present), strict=True):
-            if part in self.settings.ranks:
+            if part in self.ranks:
                 learned = getattr(self, f"{part.leaf}_magnitude")
                 if place.tokens_exchanged and not place.column and place.group.size() > 1:
                     learned = copy_to_tensor_model_parallel_region(learned, group=place.group)

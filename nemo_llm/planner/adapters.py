@@ -6,11 +6,9 @@ from fnmatch import fnmatchcase
 
 from nemo_llm.config.sections.model import ModelConfig
 from nemo_llm.config.sections.model_setting import ModelSetting
-from nemo_llm.config.sections.peft import LINEAR_KINDS, PeftConfig
+from nemo_llm.config.sections.peft import LinearMethod, LoraConfig, PeftMethod
 from nemo_llm.parallel.layout import ParallelLayout
 from nemo_llm.planner.parameters import is_moe_layer
-
-_LOW_RANK = ("lora", "dora")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +67,20 @@ def _mlp_linears(model: ModelConfig, prefix: str, width: int, experts: int) -> I
     yield Linear(f"{prefix}linear_fc2", width, (("linear_fc2", model.hidden_size),), False, experts)
 
 
-def adapted_parts(peft: PeftConfig, linear: Linear) -> dict[str, int]:
-    """Rank by name of the parts that a pattern names, as peft/attach.py chooses them; one expert stands for all."""
-    if peft.kind not in LINEAR_KINDS:
+def adapted_parts(peft: PeftMethod, linear: Linear) -> dict[str, int]:
+    """Rank by name of the parts that a pattern names, as peft/attach.py chooses them; one expert stands for all.
+
+    The rank is 1 for methods that have none.
+    """
+    if not isinstance(peft, LinearMethod):
         return {}
+    usual, others = (peft.rank, peft.ranks) if isinstance(peft, LoraConfig) else (1, {})
     found = {}
     for part, _ in linear.parts:
         names = (linear.name, f"{linear.name.rpartition('.')[0]}.{part}")
         if any(_matches(pattern, name) for pattern in peft.target_modules for name in names):
-            ranks = [rank for pattern, rank in peft.ranks.items() if any(_matches(pattern, name) for name in names)]
-            found[part] = ranks[-1] if ranks else peft.rank
+            ranks = [rank for pattern, rank in others.items() if any(_matches(pattern, name) for name in names)]
+            found[part] = ranks[-1] if ranks else usual
     return found
 
 
@@ -92,7 +94,7 @@ def trained_parameters(setting: ModelSetting, layout: ParallelLayout, layers: tu
     if peft is None:
         return 0.0
     total = float(len(model.head) * model.hidden_size) if model.head is not None else 0.0
-    if peft.kind not in LINEAR_KINDS:
+    if peft.kind == "prompt_tuning" or peft.kind == "p_tuning":
         vectors = peft.num_virtual_tokens * model.hidden_size
         if peft.kind == "prompt_tuning":
             return total + vectors
@@ -105,7 +107,7 @@ def trained_parameters(setting: ModelSetting, layout: ParallelLayout, layers: tu
     return total
 
 
-def _parameters(peft: PeftConfig, linear: Linear, split: int) -> float:
+def _parameters(peft: PeftMethod, linear: Linear, split: int) -> float:
     """Of the adapter on one linear layer, on a rank that holds ``1 / split`` of the layer."""
     ranks, rows = adapted_parts(peft, linear), dict(linear.parts)
     if not ranks:
@@ -124,7 +126,8 @@ def keeps_inputs(setting: ModelSetting, linear: Linear) -> bool:
     """Whether the adapter on this layer needs the layer's inputs in the backward pass."""
     if setting.peft is None or not adapted_parts(setting.peft, linear):
         return False
-    return setting.peft.kind in _LOW_RANK or (setting.peft.kind == "ia3" and linear.leaf == "linear_fc2")
+    peft = setting.peft
+    return isinstance(peft, LoraConfig) or (peft.kind == "ia3" and linear.leaf == "linear_fc2")
 
 
 def kept_bytes(setting: ModelSetting, linear: Linear, tokens: float, element: int, split: int) -> float:
@@ -139,6 +142,7 @@ def kept_bytes(setting: ModelSetting, linear: Linear, tokens: float, element: in
         return tokens * element * (inputs if linear.leaf == "linear_fc2" else outputs)
     if peft.kind == "adapter":
         return tokens * element * (outputs + 2 * peft.bottleneck_size)
+    assert isinstance(peft, LoraConfig)
     rank = sum(ranks.values())
     # The parts' matrices put together: B always, scaled; A where there are several parts.
     kept = element * rank * (outputs + (inputs if len(ranks) > 1 else 0.0)) + tokens * element * rank

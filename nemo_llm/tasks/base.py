@@ -30,7 +30,7 @@ class Task(ABC):
     """
 
     source_kinds: frozenset[str]
-    """Kinds of sources (`BlendSource.kind`) that it learns from; others are refused."""
+    """Kinds of sources (`SourceSection.kind`) that it learns from; others are refused."""
 
     def __init__(self, section: Section) -> None:
         self.section = section

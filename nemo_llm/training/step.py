@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 
 from nemo_llm.config.sections.optim import learning_rate
+from nemo_llm.config.sections.peft import LoraConfig
 from nemo_llm.megatron.optimizer import forget_gradients, update_weights
 from nemo_llm.resilience.phase import StepPhase
 from nemo_llm.tasks import Task
@@ -137,7 +138,7 @@ def set_hyperparameters(run: TrainingRun, lr: float) -> None:
 def seed_dropout(run: TrainingRun) -> None:
     """Seed the generators from (seed, step, place), so that a resumed step drops the same activations."""
     model, runtime = run.cfg.model, run.runtime
-    adapters_drop = run.cfg.peft is not None and run.cfg.peft.dropout > 0.0
+    adapters_drop = isinstance(run.cfg.peft, LoraConfig) and run.cfg.peft.dropout > 0.0
     if model.hidden_dropout == 0.0 and model.attention_dropout == 0.0 and not adapters_drop:
         return
     key = (run.cfg.trainer.seed, run.state.step, runtime.dp_rank, runtime.cp_rank, runtime.pp_rank)

@@ -178,7 +178,7 @@ def test_other_keys_read_as_before(tmp_path: Path) -> None:
     run = compose(
         ["+model=gpt_tiny", f"data.blend={blend}", "exp_manager.wandb_logger_kwargs={project: p}", "+run.name=7"]
     )
-    assert (run.data.blend[0].text, run.data.blend[0].weight) == (os.path.expanduser("~/step=1 (a).txt"), 1e-3)
+    assert (run.data.blend[0].path, run.data.blend[0].weight) == (os.path.expanduser("~/step=1 (a).txt"), 1e-3)
     assert run.run.name == "7"
     notes = compose(
         ["+model=gpt_tiny", "exp_manager.wandb_logger_kwargs.notes=a (b), c", "exp_manager.wandb_logger_kwargs.n=3"]

@@ -22,7 +22,6 @@ from nemo_llm.config import (
     MoeConfig,
     OptimConfig,
     ParallelismConfig,
-    PeftConfig,
     PrecisionConfig,
     RunConfig,
     SampleConfig,
@@ -35,6 +34,7 @@ from nemo_llm.config.commands.prepare import DataPrepConfig, PrepareConfig
 from nemo_llm.config.compose.catalog import TOOL_GROUPS, conf_dir, group_choices, known_keys
 from nemo_llm.config.compose.load import compose, decode, to_dict
 from nemo_llm.config.sections.data import TokenizerConfig
+from nemo_llm.config.sections.peft import PeftMethod
 from nemo_llm.config.sections.performance import PerformanceConfig
 from nemo_llm.config.sections.run_services import EvaluationConfig
 
@@ -45,7 +45,6 @@ GROUPS = group_choices([conf_dir()])
 SECTIONS: dict[str, type] = {
     "trainer": TrainerConfig,
     "parallelism": ParallelismConfig,
-    "peft": PeftConfig,
     "precision": PrecisionConfig,
     "performance": PerformanceConfig,
     "optim": OptimConfig,
@@ -59,6 +58,8 @@ SECTIONS: dict[str, type] = {
     "evaluation": EvaluationConfig,
     "model/family": ModelConfig,
 }
+METHODS = get_args(get_args(PeftMethod)[0])
+SECTIONS |= {f"peft/{kind}": one for one in METHODS for kind in get_args(get_type_hints(one)["kind"])}
 SECTIONS |= {
     f"task/{name}": section
     for section in get_args(get_args(TaskConfig)[0])
@@ -91,6 +92,7 @@ def arguments_for(path: Path) -> list[str]:
 
 
 def test_all_files_are_found() -> None:
+    assert {f"peft/{name}" for name in GROUPS["peft"]} == {name for name in SECTIONS if name.startswith("peft/")}
     assert len(FILES) >= 45
     named = "gpt_tiny moe_tiny gpt_126m gpt_1b gpt_5b gpt_7b gpt_20b gpt_175b llama3_1b llama3_8b"
     assert set(GROUPS["model"]) >= set(named.split())

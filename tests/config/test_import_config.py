@@ -9,6 +9,7 @@ import pytest
 from nemo_llm.config.compose.catalog import known_keys
 from nemo_llm.config.compose.load import compose
 from nemo_llm.config.sections.run import RunConfig
+from nemo_llm.config.sections.sources import IndexedSource
 from nemo_llm.errors import InputError
 from nemo_llm.migrate.arguments import mentions
 from nemo_llm.migrate.configs import CODECS, import_file, model_file
@@ -117,7 +118,7 @@ def test_a_megatron_script(tmp_path: Path) -> None:
     assert (cfg.trainer.max_steps, cfg.optim.sched.decay_steps, cfg.optim.sched.warmup_steps) == (10, 10, 2)
     assert cfg.precision.fp8 is not None
     assert cfg.precision.fp8.fp8 == "hybrid"
-    assert cfg.data.blend == (0.5, "/data/a", 0.5, "/data/b")
+    assert cfg.data.blend == tuple(IndexedSource(name=name, weight=0.5, path=f"/data/{name}") for name in "ab")
     assert cfg.optim.lr == 1.5e-4
     became = {row.key: row.became for row in result.rows}
     assert (became["decoupled-lr"], became["use-mcore-models"]) == ("unmapped", "left")

@@ -37,6 +37,11 @@ def problems_of(*arguments: str) -> dict[str, str]:
         ("trainer.accelerator=gpu", "trainer.accelerator", ["did you mean trainer.accelerator=cuda"]),
         ("data.tokenizer=gpt2", "data.tokenizer", ["its group: tokenizer=gpt2"]),
         ("optim.sched=wsd", "optim.sched", ["its group: optim/sched=wsd"]),
+        ("peft=ia3 peft.rank=4", "peft.rank", ["4", "kind ia3 has no such key", "target_modules"]),
+        ("peft=lora peft.num_virtual_tokens=8", "peft.num_virtual_tokens", ["8", "kind lora has no such key"]),
+        ("peft=lora peft.rang=4", "peft.rang", ["4", "did you mean peft.rank?"]),
+        ("peft=lora peft.kind=loar", "peft.kind", ["'loar'", "lora, dora, ia3, adapter", "did you mean lora?"]),
+        ("peft=lora peft.target_modules=[]", "peft", ["target_modules is empty"]),
         ("data.split=5", "data", ["split '5'", "two or three shares"]),
         ("data.split=abc", "data", ["'abc'", "numbers and commas"]),
         ("data.blend=[{name: a, weigth: 1.0}]", "data.blend[0].weigth", ["1.0", "did you mean weight"]),
@@ -68,7 +73,8 @@ def problems_of(*arguments: str) -> dict[str, str]:
 )
 def test_mistake_names_key_value_and_fix(argument: str, key: str, shown: list[str]) -> None:
     before = ["precision=bf16"] if argument.startswith("precision=fp32") else []
-    found = problems_of("+model=gpt_tiny", *before, argument)
+    peft = argument.split(" ") if argument.startswith("peft=") else [argument]
+    found = problems_of("+model=gpt_tiny", *before, *peft)
     assert list(found) == [key]
     for text in shown:
         assert text in found[key]

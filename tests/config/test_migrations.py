@@ -19,7 +19,7 @@ from nemo_llm import __version__
 from nemo_llm.checkpoint.folder import read_config
 from nemo_llm.checkpoint.saved_run import SavedRun
 from nemo_llm.config import migrations
-from nemo_llm.config.compose.catalog import known_keys
+from nemo_llm.config.compose.catalog import conf_dir, group_choices, known_keys
 from nemo_llm.config.compose.decode import decode, key_problems, to_dict
 from nemo_llm.config.compose.load import compose
 from nemo_llm.config.migrations import Migration, migrate, saved_by
@@ -31,7 +31,14 @@ WHOLE = RUNS.parent / "every_section_0d8d993.yaml"
 """Every section that could be null is there; composed, and not trained, by that commit."""
 FILES = [*SAVED, WHOLE]
 NAMES = [path.relative_to(RUNS.parent).parts[:2][-1] for path in FILES]
+METHODS = group_choices([conf_dir()])["peft"]
 HEADS = RUNS / "classes_2a128c1" / "run" / "checkpoints" / "step_00000002"
+
+
+def with_method(kind: str) -> dict[str, Any]:
+    """`WHOLE` with another method of ``peft``; at that time each held the keys of all."""
+    saved = yaml.safe_load(WHOLE.read_text(encoding="utf-8"))
+    return {**saved, "peft": {**saved["peft"], "kind": kind}}
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
@@ -66,8 +73,23 @@ def test_every_key_since_then_came_with_a_migration(path: Path) -> None:
     assert not complaint(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
+@pytest.mark.parametrize("kind", METHODS)
+def test_every_key_of_a_method_came_with_a_migration(kind: str) -> None:
+    assert not complaint(with_method(kind))
+    assert not key_problems(to_dict(compose(["+model=gpt_tiny", f"peft={kind}"])))
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_sources_come_out_as_they_are_saved_today(path: Path) -> None:
+    migrated = migrate(yaml.safe_load(path.read_text(encoding="utf-8")), path)
+    today = json.loads(json.dumps(to_dict(decode(migrated))))
+    assert migrated["data"]["blend"] == today["data"]["blend"]
+    assert all("kind" in entry for entry in migrated["data"]["blend"])
+
+
 def test_recorded_runs_hold_every_section() -> None:
-    held = {key for path in FILES for key in leaves(migrate(yaml.safe_load(path.read_text(encoding="utf-8")), path))}
+    saved = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in FILES] + list(map(with_method, METHODS))
+    held = {key for one in saved for key in leaves(migrate(one, "a saved run"))}
     in_lists = ("data.blend.", "data.blend_changes.")
     assert not [key for key in known_keys() if key not in held and not key.startswith(in_lists)]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from nemo_llm.config.sections.chat import ChatConfig
-from nemo_llm.config.sections.data import BlendSource, DataConfig, TokenizerConfig
+from nemo_llm.config.sections.data import DataConfig, TokenizerConfig
+from nemo_llm.config.sections.sources import TextSource
 from nemo_llm.tokenizers.tiktoken_encoder import build_fast_bpe
 from nemo_llm.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
@@ -55,8 +56,8 @@ def data_config(tmp_path: Path) -> Callable[..., DataConfig]:
             "name": "test",
             "tokenizer": tokenizer_config(),
             "blend": (
-                BlendSource(name="shakespeare", weight=0.75, text="asset:shakespeare"),
-                BlendSource(name="moby_dick", weight=0.25, text="asset:moby_dick"),
+                TextSource(name="shakespeare", weight=0.75, path="asset:shakespeare"),
+                TextSource(name="moby_dick", weight=0.25, path="asset:moby_dick"),
             ),
             "validation": {},
             "split": "95,5",

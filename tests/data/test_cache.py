@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from benchmarks.data_cache_trials import trial
-from nemo_llm.config.sections.data import BlendSource
+from nemo_llm.config.compose.load import compose
+from nemo_llm.config.sections.sources import IndexedSource, TextSource
 from nemo_llm.data.build import build_train_and_validation
 from nemo_llm.data.index.format import IndexedDataset, IndexedDatasetWriter
 from nemo_llm.errors import InputError
@@ -119,7 +120,7 @@ def write_dataset(prefix: Path, documents: list[list[int]]) -> None:
 
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path, data_config, demo_tokenizer) -> None:
     write_dataset(tmp_path / "d", [[1, 2, 2048]] * 100)
-    config = data_config(blend=(BlendSource(name="web", prefix=str(tmp_path / "d")),), split=None)
+    config = data_config(blend=(IndexedSource(name="web", path=str(tmp_path / "d")),), split=None)
     for _ in range(2):  # the second time from the note of the first scan
         with pytest.raises(InputError, match=r"source web: .* holds token id 2048, but the tokenizer has 2048"):
             build_train_and_validation(config, demo_tokenizer, 1)
@@ -132,7 +133,7 @@ def test_dataset_of_another_tokenizer_is_refused(tmp_path: Path, data_config, de
     from tests.data.test_index import SHAKESPEARE_FILE, job
 
     build_index(job([SHAKESPEARE_FILE], tmp_path / "d"))
-    blend = (BlendSource(name="plays", prefix=str(tmp_path / "d")),)
+    blend = (IndexedSource(name="plays", path=str(tmp_path / "d")),)
     build_train_and_validation(data_config(blend=blend), demo_tokenizer, 1)
     byte = load_tokenizer(tokenizer_config(type="byte", path=None))
     with pytest.raises(InputError, match=r"source plays: .* made with tokenizer demo .* set data\.tokenizer"):
@@ -142,11 +143,15 @@ def test_dataset_of_another_tokenizer_is_refused(tmp_path: Path, data_config, de
 def test_flat_blend_and_missing_files(tmp_path: Path, data_config, demo_tokenizer) -> None:
     for name in ("a", "b"):
         write_dataset(tmp_path / name, [[1, 2, 3]] * 200)
-    config = data_config(blend=(0.3, str(tmp_path / "a"), 0.7, str(tmp_path / "b")), split=None)
+    weighed, missing = (
+        compose(["+model=gpt_tiny", "data=blend", f"data.blend={blend}"]).data.blend
+        for blend in (f"[0.3,{tmp_path}/a,0.7,{tmp_path}/b]", f"[{tmp_path}/a,{tmp_path}/none]")
+    )
+    config = data_config(blend=weighed, split=None)
     train = build_train_and_validation(config, demo_tokenizer, 1).train
     assert train.counts(64_000) == pytest.approx([19_200, 44_800], abs=1)
     assert [source.name for source in train.sources] == ["a", "b"]
-    config = data_config(blend=(str(tmp_path / "a"), str(tmp_path / "none")), split=None)
+    config = data_config(blend=missing, split=None)
     with pytest.raises(InputError, match=r"none\.idx: no such file"):
         build_train_and_validation(config, demo_tokenizer, 1)
 
@@ -154,7 +159,7 @@ def test_flat_blend_and_missing_files(tmp_path: Path, data_config, demo_tokenize
 def test_cached_text_is_the_text(data_config, demo_tokenizer, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("Hello world. " * 50)
     (tmp_path / "two.txt").write_text("Bye. " * 50)
-    blend = (BlendSource(name="mine", text=str(tmp_path / "*.txt")),)
+    blend = (TextSource(name="mine", path=str(tmp_path / "*.txt")),)
     build_train_and_validation(data_config(blend=blend, split=None), demo_tokenizer, 1)
     (entry,) = (tmp_path / "cache").glob("text-*")
     data = IndexedDataset(entry / "data")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from nemo_llm.config.sections.data import BlendSource, DataConfig
+from nemo_llm.config.sections.data import DataConfig
+from nemo_llm.config.sections.sources import ChatSource, TextSource
 from nemo_llm.conversation.masks import ChatEncoder
 from nemo_llm.conversation.messages import BadChatError, ChatRecord, to_conversation
 from nemo_llm.conversation.template import NAMED_TEMPLATES
@@ -35,7 +36,7 @@ def write_lines(path: Path, records: list[dict]) -> str:
 
 
 def chat_config(data_config: Callable[..., DataConfig], path: str, **changes: object) -> DataConfig:
-    keys: dict = {"blend": (BlendSource(name="c", chat=path),), "split": None, "packing": "none", "seq_length": 256}
+    keys: dict = {"blend": (ChatSource(name="c", path=path),), "split": None, "packing": "none", "seq_length": 256}
     return data_config(**(keys | changes))
 
 
@@ -187,8 +188,8 @@ def test_packing_without_a_document_mask_is_refused(data_config, tmp_path: Path)
 def test_replay_of_running_text_beside_conversations(data_config, demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "c.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
     blend = (
-        BlendSource(name="c", chat=path, weight=0.5),
-        BlendSource(name="text", text="asset:shakespeare", weight=0.5),
+        ChatSource(name="c", path=path, weight=0.5),
+        TextSource(name="text", path="asset:shakespeare", weight=0.5),
     )
     config = chat_config(data_config, path, blend=blend, packing="concatenate", reset_attention_mask=True)
     train = build_train_and_validation(config, demo_tokenizer, 1).train
@@ -198,7 +199,7 @@ def test_replay_of_running_text_beside_conversations(data_config, demo_tokenizer
 
 def test_virtual_tokens_stand_before_conversations_and_text(data_config, demo_tokenizer, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "c.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
-    for blend in ((BlendSource(name="c", chat=path),), (BlendSource(name="t", text="asset:shakespeare"),)):
+    for blend in ((ChatSource(name="c", path=path),), (TextSource(name="t", path="asset:shakespeare"),)):
         config = chat_config(data_config, path, blend=blend)
         sample = build_train_and_validation(config, demo_tokenizer, 1, virtual_tokens=4).train[0]
         assert sample.tokens[:4].tolist() == [-1, -2, -3, -4]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_llm.config.sections.data import BlendSource, MockConfig
+from nemo_llm.config.sections.sources import MockSource, TextSource
 from nemo_llm.data.build import build_train_and_validation
 from nemo_llm.data.loader import MicroBatchLoader
 from nemo_llm.data.sampling.blend_order import Blend
@@ -16,7 +16,7 @@ from nemo_llm.data.sampling.blended_source import BlendedSource
 from nemo_llm.data.sampling.keyed_permutation import KeyedPermutation, derive_key
 from nemo_llm.data.sampling.token_windows import TokenWindowDataset
 from nemo_llm.data.sampling.window_to_sample import SampleRules
-from nemo_llm.data.sources.token_store import MockStore
+from nemo_llm.data.sources.mock import MockStore
 from nemo_llm.errors import ConfigError, InputError
 
 
@@ -171,7 +171,7 @@ def test_loader_jumps_and_passes_errors_on(data_config, demo_tokenizer) -> None:
 
 
 def test_split_and_validation_sets_are_disjoint_and_fixed(data_config, demo_tokenizer) -> None:
-    config = data_config(validation={"bard": (BlendSource(name="bard", text="asset:shakespeare"),)})
+    config = data_config(validation={"bard": (TextSource(name="bard", path="asset:shakespeare"),)})
     one, other = (build_train_and_validation(config, demo_tokenizer, seed=seed) for seed in (1, 2))
     assert [len(source) for source in one.validation.values()] == [len(s) for s in other.validation.values()]
     for name, source in one.validation.items():
@@ -194,10 +194,7 @@ def shares_of(source: BlendedSource) -> list[float]:
 
 
 def test_temperature_flattens_sizes(data_config, demo_tokenizer) -> None:
-    blend = tuple(
-        BlendSource(name=f"m{count}", mock=MockConfig(num_documents=count, mean_document_length=50))
-        for count in (100, 10_000)
-    )
+    blend = tuple(MockSource(name=f"m{count}", num_documents=count, mean_document_length=50) for count in (100, 10_000))
     shares = {}
     for temperature in (1.0, 4.0):
         config = data_config(blend=blend, split=None, blend_by="temperature", blend_temperature=temperature)

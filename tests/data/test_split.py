@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_llm.config.sections.data import BlendSource, DataConfig, MockConfig, parse_split
+from nemo_llm.config.sections.data import DataConfig, parse_split
 from nemo_llm.config.sections.labelled import LabelledConfig
+from nemo_llm.config.sections.sources import ChatSource, IndexedSource, LabelledSource, MockSource, TextSource
 from nemo_llm.data.build import DataSets, build_train_and_validation
 from nemo_llm.data.index.build import build_index
 from nemo_llm.data.sampling.packed_documents import PackedDataset
 from nemo_llm.data.sampling.token_windows import TokenWindowDataset
 from nemo_llm.data.sources import split as split_module
-from nemo_llm.data.sources.token_store import MockStore
+from nemo_llm.data.sources.mock import MockStore
 from nemo_llm.errors import InputError
 from nemo_llm.tokenizers.tokenizer import Tokenizer
 from tests.data.test_index import job, write_jsonl
@@ -58,7 +59,7 @@ def opened(config: DataConfig, tokenizer: Tokenizer) -> DataSets:
 def test_a_text_of_few_files_gives_both_sets_and_shares_no_token(
     files: int, packing: str, data_config: Config, demo_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    blend = (BlendSource(name="mine", text=write_files(tmp_path / "texts", files, 6000 // files)),)
+    blend = (TextSource(name="mine", path=write_files(tmp_path / "texts", files, 6000 // files)),)
     config = data_config(blend=blend, split="97,3", packing=packing)
     sets = opened(config, demo_tokenizer)
     (training,), (held_out,) = sets.train.sources, sets.validation["split"].sources
@@ -83,7 +84,7 @@ def test_an_indexed_dataset_of_few_documents_is_cut_and_the_log_says_so(
     monkeypatch.setattr(split_module._log, "info", lambda text, *values: said.append(text % values))
     source = write_jsonl(tmp_path / "big.jsonl", ["the whale and the sea " * 400] * 3)
     build_index(job([source], tmp_path / "d"))
-    blend = (BlendSource(name="books", prefix=str(tmp_path / "d")),)
+    blend = (IndexedSource(name="books", path=str(tmp_path / "d")),)
     sets = opened(data_config(blend=blend, split="95,5"), demo_tokenizer)
     (line,) = said
     (training,), (held_out,) = sets.train.sources, sets.validation["split"].sources
@@ -100,10 +101,11 @@ def test_sources_that_can_be_cut_between_documents_are_cut_there(
     draw = random.Random(20261129)
     ways: Counter[str] = Counter()
     for _ in range(120):
-        mock = MockConfig(num_documents=draw.choice((1, 2, 5, 20, 60)), mean_document_length=draw.choice((8, 40, 300)))
+        count, mean = draw.choice((1, 2, 5, 20, 60)), draw.choice((8, 40, 300))
+        mock = MockSource(name="m", num_documents=count, mean_document_length=mean)
         split, seq_length = draw.choice(("99,1", "97,3", "90,5,5", "50,50", "1,0")), draw.choice((16, 64))
-        config = data_config(blend=(BlendSource(name="m", mock=mock),), split=split, seq_length=seq_length)
-        store = MockStore(mock.num_documents, mock.mean_document_length, demo_tokenizer.vocab_size, 0)
+        config = data_config(blend=(mock,), split=split, seq_length=seq_length)
+        store = MockStore(count, mean, demo_tokenizer.vocab_size, 0)
         train, held = parse_split(split)
         shares = [0.0, train, train + held] if held > 0 else [0.0, train]
         by_documents = [store.document_start(round(share * store.num_documents)) for share in shares]
@@ -131,7 +133,7 @@ def test_sources_that_can_be_cut_between_documents_are_cut_there(
 def test_too_little_text_names_source_set_and_key(
     data_config: Config, demo_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    blend = (BlendSource(name="mine", text=write_files(tmp_path / "texts", 1, 600)),)
+    blend = (TextSource(name="mine", path=write_files(tmp_path / "texts", 1, 600)),)
     config = data_config(blend=blend, split="97,3")
     with pytest.raises(
         InputError, match=r"source mine: data.split=97,3 leaves \d+ of its [\d,]+ tokens for validation"
@@ -143,7 +145,7 @@ def test_too_little_text_names_source_set_and_key(
     assert opened(data_config(blend=blend, split=proposed), demo_tokenizer).validation
     assert not opened(data_config(blend=blend, split=None), demo_tokenizer).validation
 
-    tiny = (BlendSource(name="tiny", text=write_files(tmp_path / "tiny", 2, 4)),)
+    tiny = (TextSource(name="tiny", path=write_files(tmp_path / "tiny", 2, 4)),)
     with pytest.raises(InputError, match=r"leaves .* for validation") as e:
         opened(data_config(blend=tiny, split="97,3"), demo_tokenizer)
     assert "set data.split=9" not in str(e.value), "no split helps here"
@@ -161,7 +163,7 @@ def test_few_conversations_or_labelled_texts_name_the_way_out(
     record = {"chat": lambda n: {"messages": messages}, "labelled": lambda n: {"text": f"text {n}", "label": "a"}}
     path = tmp_path / "few.jsonl"
     path.write_text("".join(json.dumps(record[kind](number)) + "\n" for number in range(7)))
-    blend = (BlendSource(**{"name": "few", kind: str(path)}),)
+    blend = ({"chat": ChatSource, "labelled": LabelledSource}[kind](name="few", path=str(path)),)
     changes = {"reset_attention_mask": True, "reset_position_ids": True, "packing": "best_fit"}
     labelled = LabelledConfig(label_key="label", too_long="error")
 

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_llm.config.compose.load import compose, to_dict
-from nemo_llm.config.sections.data import BlendChange, BlendSource, FimConfig, MockConfig, SeqLengthRamp
+from nemo_llm.config.sections.data import BlendChange, FimConfig, SeqLengthRamp
+from nemo_llm.config.sections.sources import MockSource, TextSource
 from nemo_llm.data.build import build_train_and_validation
 from nemo_llm.data.sampling.blend_history import check_blend_history
 from nemo_llm.data.sampling.fim import FimRules
@@ -26,7 +27,7 @@ from tests.data.conftest import tokenizer_config
 
 ROOT = Path(__file__).resolve().parents[2]
 MOCKS = tuple(
-    BlendSource(name=name, weight=weight, mock=MockConfig(num_documents=count, mean_document_length=40))
+    MockSource(name=name, weight=weight, num_documents=count, mean_document_length=40)
     for name, weight, count in (("a", 0.5, 300), ("b", 0.3, 200), ("c", 0.2, 100))
 )
 
@@ -78,8 +79,8 @@ def test_packed_samples_hold_whole_documents(data_config, demo_tokenizer) -> Non
 def test_share_of_tokens_counts_what_is_not_padding(data_config, demo_tokenizer) -> None:
     """Documents just above half a sample leave nearly half of it free; their source needs more samples."""
     blend = (
-        BlendSource(name="a", weight=0.5, text="asset:shakespeare"),
-        BlendSource(name="b", weight=0.5, mock=MockConfig(num_documents=1000, mean_document_length=400)),
+        TextSource(name="a", weight=0.5, path="asset:shakespeare"),
+        MockSource(name="b", weight=0.5, num_documents=1000, mean_document_length=400),
     )
     config = data_config(blend=blend, split=None, packing="best_fit", seq_length=2000, blend_by="tokens")
     train = build_train_and_validation(config, demo_tokenizer, seed=3).train
@@ -94,7 +95,7 @@ def test_blend_change_keeps_the_past_and_each_sources_position(data_config, demo
         BlendChange(from_sample=101, weights={"a": 0.1, "b": 0.9}),
         BlendChange(from_sample=150, weights={"b": 0.5, "d": 0.5}),
     )
-    new = BlendSource(name="d", weight=0.0, mock=MockConfig(num_documents=70, mean_document_length=40))
+    new = MockSource(name="d", weight=0.0, num_documents=70, mean_document_length=40)
     plain = build_train_and_validation(data_config(blend=MOCKS, split=None), demo_tokenizer, seed=3).train
     config = data_config(blend=(new, *MOCKS), split=None, blend_changes=changes)
     changed = build_train_and_validation(config, demo_tokenizer, seed=3).train
@@ -226,7 +227,7 @@ def test_ledger_command(tmp_path: Path) -> None:
 def test_blend_history_tells_what_would_change_the_past(data_config) -> None:
     change = BlendChange(from_sample=100, weights={"a": 1.0})
     saved = data_config(blend=MOCKS, split=None, blend_changes=(change,))
-    new = BlendSource(name="d", weight=0.0, mock=MockConfig(num_documents=70, mean_document_length=40))
+    new = MockSource(name="d", weight=0.0, num_documents=70, mean_document_length=40)
     later = BlendChange(from_sample=200, weights={"d": 1.0, "b": 1.0})
 
     def problems(consumed: int, **changes: object) -> list[str]:
@@ -240,21 +241,8 @@ def test_blend_history_tells_what_would_change_the_past(data_config) -> None:
     assert problems(100, blend_changes=()) == []  # not begun yet
     assert len(problems(101, blend_changes=())) == 1
     assert len(problems(1, blend=MOCKS[::-1])) == 1
-    doubled = tuple(BlendSource(name=s.name, weight=2 * (s.weight or 0), mock=s.mock) for s in MOCKS)
+    doubled = tuple(replace(source, weight=2 * (source.weight or 0)) for source in MOCKS)
     assert problems(150, blend=doubled) == []  # the same shares
-    moved = (BlendSource(name="a", weight=0.5, mock=MockConfig(num_documents=5, mean_document_length=9)), *MOCKS[1:])
+    moved = (MockSource(name="a", weight=0.5, num_documents=5, mean_document_length=9), *MOCKS[1:])
     (message,) = problems(1, blend=moved)
     assert "data.blend (a)" in message
-
-
-@pytest.mark.parametrize("kind", [f.name for f in fields(BlendSource) if f.name not in ("name", "weight")])
-def test_a_source_that_was_read_keeps_its_place(data_config, kind: str) -> None:
-    """Of every kind of source, and also when the place stays and the kind changes."""
-    here, there = ("a", "b") if kind != "mock" else (MOCKS[0].mock, MOCKS[1].mock)
-    saved = data_config(blend=(BlendSource(name="one", **{kind: here}),), packing="none")
-    assert list(check_blend_history(saved, saved, 10)) == []
-    others = [BlendSource(name="one", **{kind: there})]
-    others += [BlendSource(name="one", **{other: "a"}) for other in ("prefix", "text", "chat") if other != kind]
-    for other in others:
-        (problem,) = check_blend_history(saved, data_config(blend=(other,), packing="none"), 10)
-        assert problem.key == "data.blend (one)"

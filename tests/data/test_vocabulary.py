@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_llm.config.sections.data import BlendSource, MockConfig
+from nemo_llm.config.sections.sources import MockSource
 from nemo_llm.data.build import build_train_and_validation
 from nemo_llm.errors import InputError
 from nemo_llm.tokenizers.tokenizer import Tokenizer
@@ -23,8 +23,8 @@ def test_text_is_refused_at_start(data_config, demo_tokenizer: Tokenizer) -> Non
 
 
 def test_random_text_stays_within_the_model(data_config, demo_tokenizer: Tokenizer) -> None:
-    mock = MockConfig(num_documents=50, mean_document_length=30)
-    config = data_config(blend=(BlendSource(name="m", mock=mock),), split=None)
+    mock = MockSource(name="m", num_documents=50, mean_document_length=30)
+    config = data_config(blend=(mock,), split=None)
     sets = build_train_and_validation(config, demo_tokenizer, 1, vocab_size=300)
     assert max(sets.train[index].tokens.max() for index in range(10)) == 299
 

@@ -139,8 +139,11 @@ def compare(kind: str, folder: str) -> tuple[float, float, float]:
     from nemo_llm.peft.attach import attach_peft
     from nemo_llm.peft.hf_format import load_hf_adapter, to_hf_weights
 
-    peft_keys = ["peft.rank=4", "peft.alpha=8", f"peft.num_virtual_tokens={VIRTUAL}"]
-    cfg = compose([*MODEL, f"peft={kind}", *peft_keys])
+    peft_keys = {
+        **dict.fromkeys(("lora", "dora"), ("peft.rank=4", "peft.alpha=8")),
+        **dict.fromkeys(("prompt_tuning", "p_tuning"), (f"peft.num_virtual_tokens={VIRTUAL}",)),
+    }
+    cfg = compose([*MODEL, f"peft={kind}", *peft_keys.get(kind, ())])
     runtime = start_runtime(cfg.runtime_setting)
     base = _hf_model()
     chunks = build_model_chunks(cfg.model_setting, runtime, VOCAB)

@@ -118,9 +118,10 @@ def _our_logits(folder: str, ids: Any) -> Any:
     from nemo_llm.peft.attach import attach_peft
     from nemo_llm.peft.hf_format import load_hf_adapter, section_of_folder
 
-    cfg = compose([*MODEL, "peft=lora"])
+    section = section_of_folder(Path(folder))
+    cfg = compose([*MODEL, f"peft={section['kind']}"])
     assert cfg.peft is not None
-    cfg = replace(cfg, peft=replace(cfg.peft, **section_of_folder(Path(folder))))
+    cfg = replace(cfg, peft=replace(cfg.peft, **section))
     assert cfg.peft is not None
     with own_runtime(cfg.runtime_setting) as runtime, torch.no_grad():
         chunks = build_model_chunks(cfg.model_setting, runtime, VOCAB)

@@ -12,13 +12,12 @@ TOLERANCE = 2e-5
 KINDS = ("lora", "dora", "ia3", "adapter", "prompt_tuning", "p_tuning")
 EXPERT_KINDS = ("lora", "dora", "ia3")
 # Large steps, so that B leaves zero at once and what is behind it counts.
-COMMON = (
-    "peft.rank=4",
-    "optim.lr=1e-2",
-    "optim.sched.warmup_steps=1",
-    "peft.num_virtual_tokens=8",
-    "peft.bottleneck_size=8",
-)
+COMMON = ("optim.lr=1e-2", "optim.sched.warmup_steps=1")
+OWN = {
+    **dict.fromkeys(("lora", "dora"), ("peft.rank=4",)),
+    "adapter": ("peft.bottleneck_size=8",),
+    **dict.fromkeys(("prompt_tuning", "p_tuning"), ("peft.num_virtual_tokens=8",)),
+}
 EXPERT_PARTS = "peft.target_modules=[linear_qkv,linear_proj,linear_fc1,linear_fc2]"
 
 
@@ -32,7 +31,7 @@ def train(model: str, kinds: tuple[str, ...], overrides: tuple[str, ...]) -> dic
     common = [*model_overrides(model), "trainer.accelerator=cpu", *COMMON, *overrides]
     runtime, rows = None, {}
     for kind in kinds:
-        cfg = compose([f"peft={kind}", *common])
+        cfg = compose([f"peft={kind}", *common, *OWN.get(kind, ())])
         runtime = runtime or start_runtime(cfg.runtime_setting)
         run = build_training_run(cfg, runtime)
         rows[kind] = [(result.loss, result.grad_norm) for result in (train_step(run) for _ in range(STEPS))]

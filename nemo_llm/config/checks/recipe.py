@@ -1,18 +1,15 @@
 """Checks of the recipe: batch, schedule, precision, data files, loggers."""
 
 from collections.abc import Iterator
-from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
-from nemo_llm.assets import ASSET_PREFIX, asset_names, resolve_path
-from nemo_llm.config.compose.catalog import nearest
 from nemo_llm.config.sections.arithmetic import divisors, either, neighbouring_multiples
-from nemo_llm.config.sections.data import Blend, blend_entries
 from nemo_llm.config.sections.precision import Fp8Config
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.config.sections.run_services import ExpManagerConfig
-from nemo_llm.errors import InputError, Problem
+from nemo_llm.config.sections.sources import missing_path
+from nemo_llm.errors import Problem
 from nemo_llm.tasks import TASKS, build_task
 
 
@@ -253,33 +250,20 @@ def check_resume(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
         yield Problem("checkpoint.resume", resume, "must be auto, never or an existing path", "correct the path")
 
 
-def _blends(cfg: RunConfig) -> Iterator[tuple[str, Blend]]:
-    """Every blend with its key."""
-    yield "data.blend", cfg.data.blend
-    yield from ((f"data.validation.{name}", blend) for name, blend in cfg.data.validation.items())
-
-
 def check_data_files(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
-    """Indexed files, texts and tokenizer files that the data section names exist."""
-    for key, blend in _blends(cfg):
-        for place, source in enumerate(blend_entries(blend, key)):
-            if source.prefix is not None:
-                yield from _missing_indexed(f"{key}[{place}].prefix", source.prefix)
-            if source.text is not None:
-                yield from _missing_path(f"{key}[{place}].text", source.text, "text")
-            if source.chat is not None:
-                yield from _missing_path(f"{key}[{place}].chat", source.chat, "text")
-            if source.labelled is not None:
-                yield from _missing_path(f"{key}[{place}].labelled", source.labelled, "text")
+    """What the sources name can be opened, and the tokenizer's files exist."""
+    for key, blend in cfg.data.blends().items():
+        for number, entry in enumerate(blend):
+            yield from entry.check(f"{key}[{number}]")
     if cfg.data.tokenizer.path is not None:
-        yield from _missing_path("data.tokenizer.path", cfg.data.tokenizer.path, "tokenizers")
+        yield from missing_path("data.tokenizer.path", cfg.data.tokenizer.path, "tokenizers")
 
 
 def check_task(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
     """The task learns from these sources, and agrees with the other sections."""
     task = build_task(cfg.task)
-    for key, blend in _blends(cfg):
-        for entry in blend_entries(blend, key):
+    for key, blend in cfg.data.blends().items():
+        for entry in blend:
             if entry.kind not in task.source_kinds:
                 kinds = " or ".join(sorted(task.source_kinds))
                 others = " or ".join(name for name, other in TASKS.items() if entry.kind in other.source_kinds)
@@ -316,35 +300,6 @@ def _check_four_bits(cfg: RunConfig) -> Iterator[Problem]:
     if cfg.precision.fp8 is not None:
         rule = "peft.base_weights=nf4 multiplies in the precision of the activations"
         yield Problem("precision.fp8", cfg.precision.fp8.fp8, rule, "use precision=bf16, or peft.base_weights=null")
-
-
-def _missing_indexed(key: str, prefix: str) -> Iterator[Problem]:
-    missing = [suffix for suffix in (".bin", ".idx") if not Path(prefix + suffix).expanduser().is_file()]
-    if missing and prefix.endswith((".bin", ".idx")):
-        yield Problem(key, prefix, "must be the path without .bin or .idx", f"write {prefix[:-4]}")
-    elif missing:
-        files = " and ".join(prefix + suffix for suffix in missing)
-        yield Problem(
-            key,
-            prefix,
-            f"there is no {files}",
-            f"name raw text as {{name: mine, text: {prefix}}}"
-            if Path(prefix).expanduser().exists() or glob(str(Path(prefix).expanduser()))
-            else "correct the path, or write the files with tools/index_dataset.py",
-        )
-
-
-def _missing_path(key: str, path: str, kind: str) -> Iterator[Problem]:
-    try:
-        found = resolve_path(path, kind)
-    except InputError:
-        names = [f"{ASSET_PREFIX}{name}" for name in asset_names(kind)]
-        meant = nearest(path, names)
-        fix = f"did you mean {meant}?" if meant else f"write one of {', '.join(names)}, or a path"
-        yield Problem(key, path, "is not shipped with the package", fix)
-        return
-    if not found.exists() and not (kind == "text" and glob(str(found))):
-        yield Problem(key, path, "there is no such file or folder", "correct the path")
 
 
 RECIPE_CHECKS = (

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nemo_llm.config.compose.messages import problems_of_validation
 from nemo_llm.config.sections.run import RunConfig
+from nemo_llm.config.sections.sources import with_long_forms
 from nemo_llm.errors import ConfigError, Problem
 
 
@@ -30,6 +31,8 @@ def decode(mapping: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: with every problem found.
     """
+    if isinstance(data := mapping.get("data"), Mapping):
+        mapping = {**mapping, "data": with_long_forms(data)}
     try:
         return _validated(mapping)
     except ValidationError as error:

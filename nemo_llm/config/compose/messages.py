@@ -56,21 +56,21 @@ def problems_of_validation(
     for item in located:
         if item.union_at is not None and not _speaks_for_union(item, located):
             continue
-        own = _problems_of_section(item.error)
+        own = _problems_of_section(item)
         if item.error["type"] in _WITHOUT_MEMBER and isinstance(_value_at(mapping, item.path), Mapping):
             own = _problems_of_tag(item.path, mapping, section)
         problems.setdefault(item.path, own or [_problem(item.path, item.error, mapping, section)])
     return [problem for found in problems.values() for problem in found]
 
 
-def _problems_of_section(error: Mapping[str, Any]) -> list[Problem]:
+def _problems_of_section(item: _Located) -> list[Problem]:
     """Problems that a section's ``__post_init__`` raised by itself, already in our words."""
-    if error["type"] != "value_error":
+    if item.error["type"] != "value_error":
         return []
-    raised = error["ctx"]["error"]
+    raised = item.error["ctx"]["error"]
     if isinstance(raised, ConfigError):
         return list(raised.problems)
-    return [Problem(_dotted(error["loc"]), NO_VALUE, str(raised), "")]
+    return [Problem(_dotted(item.path), NO_VALUE, str(raised), "")]
 
 
 def _problem(path: Path, error: Mapping[str, Any], mapping: Mapping[str, Any], section: type) -> Problem:

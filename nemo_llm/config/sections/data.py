@@ -19,6 +19,7 @@ from nemo_llm.config.sections.fields import (
     Section,
 )
 from nemo_llm.config.sections.labelled import LabelledConfig
+from nemo_llm.config.sections.sources import Blend
 
 TokenizerType = Literal["huggingface", "gpt2_bpe", "sentencepiece", "tiktoken", "byte", "nemo"]
 
@@ -85,60 +86,6 @@ class TokenizerConfig(Section):
                 "tiktoken_pattern is null, but a file of tiktoken ranks does not say how text is split; "
                 "give r50k_base, cl100k_base, o200k_base or a regular expression"
             )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MockConfig(Section):
-    """A source of random documents, for benchmarks and layout tests; the same for every machine."""
-
-    num_documents: PositiveInt
-    """Number of documents in one epoch."""
-    mean_document_length: int
-    """Mean length in tokens; lengths follow an exponential law."""
-
-    def __post_init__(self) -> None:
-        if self.mean_document_length < 2:  # one token and the end of the document
-            raise ValueError(f"mean_document_length must be at least 2, received {self.mean_document_length}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlendSource(Section):
-    """One source of a blend: exactly one of ``prefix``, ``text``, ``chat``, ``labelled`` and ``mock``."""
-
-    name: NonEmptyStr
-    """The source's name in logs; it seeds the order, so that moved files keep theirs."""
-    weight: NonNegativeFloat | None = None
-    """Share of this source, relative to the other weights (``data.blend_by`` says of what); null for all: by size."""
-    prefix: PathStr | None = None
-    """Path of an indexed dataset without ``.bin``/``.idx``."""
-    text: PathStr | None = None
-    """Raw text instead: a file, a glob, or ``asset:NAME``; tokenised once into the cache."""
-    chat: PathStr | None = None
-    """Conversations instead: JSON lines or Parquet, a file or a glob; ``data.chat`` says how they are read."""
-    labelled: PathStr | None = None
-    """Texts with labels instead, for ``task=classification`` and ``score``: JSON lines or Parquet, a file or a glob."""
-    mock: MockConfig | None = None
-    """Random documents instead of a file."""
-
-    def __post_init__(self) -> None:
-        given = [key for key in ("prefix", "text", "chat", "labelled", "mock") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"blend source {self.name!r}: give exactly one of prefix, text, chat, labelled and mock, "
-                f"received {given or 'none'}"
-            )
-        if self.weight == float("inf"):
-            raise ValueError(f"blend source {self.name!r}: weight must be finite")
-
-    @property
-    def kind(self) -> str:
-        """What the source holds: ``indexed``, ``text``, ``chat``, ``labelled`` or ``mock``."""
-        given = (key for key in ("text", "chat", "labelled", "mock") if getattr(self, key) is not None)
-        return next(given, "indexed")
-
-
-Blend = tuple[BlendSource, ...] | tuple[float | PathStr, ...]
-"""A list of entries, or Megatron's flat list ``[weight, prefix, weight, prefix]`` or ``[prefix, prefix]``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,18 +193,22 @@ class DataConfig(Section):
             raise ValueError(
                 f"seq_length_ramp.start_seq_length {ramp.start_seq_length} must divide seq_length {self.seq_length}"
             )
-        for key, blend in {"data.blend": self.blend, **self.validation}.items():
-            entries = blend_entries(blend, key)
-            chats = [entry.name for entry in entries if entry.chat is not None or entry.labelled is not None]
-            if chats and self.packing != "none" and not self.reset_attention_mask:
+        for key, blend in self.blends().items():
+            _check_blend(blend, key)
+            packed = [entry.name for entry in blend if entry.packs]
+            if packed and self.packing != "none" and not self.reset_attention_mask:
                 raise ValueError(
-                    f"{key}: conversations or labelled texts of {chats[0]!r} would see each other inside a sample; set "
-                    "data.reset_attention_mask=true and data.reset_position_ids=true, or data.packing=none"
+                    f"{key}: conversations or labelled texts of {packed[0]!r} would see each other inside a sample; "
+                    "set data.reset_attention_mask=true and data.reset_position_ids=true, or data.packing=none"
                 )
-            if chats and self.fim is not None:
+            if packed and self.fim is not None:
                 raise ValueError(
-                    f"{key}: fill-in-the-middle would tear the documents of {chats[0]!r}; set data.fim=null"
+                    f"{key}: fill-in-the-middle would tear the documents of {packed[0]!r}; set data.fim=null"
                 )
+
+    def blends(self) -> dict[str, Blend]:
+        """Every blend of the section by its key."""
+        return {"data.blend": self.blend} | {f"data.validation.{name}": one for name, one in self.validation.items()}
 
 
 def parse_split(split: str) -> tuple[float, float]:
@@ -274,54 +225,18 @@ def parse_split(split: str) -> tuple[float, float]:
     return parts[0] / sum(parts), parts[1] / sum(parts)
 
 
-def blend_entries(blend: Blend, key: str) -> tuple[BlendSource, ...]:
-    """Return a blend as entries, reading Megatron's flat list too; ``key`` names it in errors (ValueError)."""
+def _check_blend(blend: Blend, key: str) -> None:
+    """Names differ, and weights are given to all or to none; ``key`` names the blend in errors (ValueError)."""
     if not blend:
         raise ValueError(f"{key}: empty; name at least one source")
-    if all(isinstance(item, BlendSource) for item in blend):
-        entries = tuple(item for item in blend if isinstance(item, BlendSource))
-    else:
-        entries = _flat_entries(list(blend), key)
-    names = [entry.name for entry in entries]
+    names = [entry.name for entry in blend]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{key}: source names must differ, received {', '.join(twice)} more than once")
-    weights = [entry.weight for entry in entries]
+    weights = [entry.weight for entry in blend]
     if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
         raise ValueError(
             f"{key}: give every source a weight or none, received {dict(zip(names, weights, strict=True))}"
         )
     if all(weight == 0 for weight in weights):
         raise ValueError(f"{key}: every weight is 0; at least one source needs a positive weight")
-    return entries
-
-
-def _flat_entries(items: list[object], key: str) -> tuple[BlendSource, ...]:
-    """Read ``[weight, prefix, ...]`` or ``[prefix, ...]``.
-
-    The name seeds a source's order, so it is the prefix's last part where those differ: data may move elsewhere.
-    """
-
-    def is_number(item: object) -> bool:
-        try:
-            float(item)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            return False
-        return True
-
-    if not any(is_number(item) for item in items):
-        names = _short_names([str(item) for item in items])
-        return tuple(BlendSource(name=name, prefix=str(p)) for name, p in zip(names, items, strict=True))
-    pairs = list(zip(items[::2], items[1::2], strict=False))
-    if len(items) % 2 or any(not is_number(weight) or is_number(prefix) for weight, prefix in pairs):
-        raise ValueError(f"{key}: a flat blend alternates weight and prefix, received {items}")
-    names = _short_names([str(prefix) for _, prefix in pairs])
-    return tuple(
-        BlendSource(name=name, weight=float(weight), prefix=str(prefix))  # type: ignore[arg-type]
-        for name, (weight, prefix) in zip(names, pairs, strict=True)
-    )
-
-
-def _short_names(prefixes: list[str]) -> list[str]:
-    last_parts = [prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in prefixes]
-    return last_parts if len(set(last_parts)) == len(prefixes) else prefixes

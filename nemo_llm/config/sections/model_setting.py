@@ -10,7 +10,7 @@ from typing import Literal
 
 from nemo_llm.config.sections.model import ModelConfig
 from nemo_llm.config.sections.parallelism import ParallelismConfig
-from nemo_llm.config.sections.peft import PeftConfig
+from nemo_llm.config.sections.peft import PeftMethod
 from nemo_llm.config.sections.performance import PerformanceConfig
 from nemo_llm.config.sections.precision import PrecisionConfig
 
@@ -34,7 +34,7 @@ class ModelSetting:
     seq_length: int
     micro_batch_size: int = 1
     reset_attention_mask: bool = False
-    peft: PeftConfig | None = None
+    peft: PeftMethod | None = None
     z_loss_coeff: float = 0.0
     seed: int = 0
     deterministic: bool = False

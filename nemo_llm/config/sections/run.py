@@ -8,7 +8,7 @@ from nemo_llm.config.sections.model import ModelConfig
 from nemo_llm.config.sections.model_setting import ModelSetting, RuntimeSetting
 from nemo_llm.config.sections.optim import OptimConfig
 from nemo_llm.config.sections.parallelism import ParallelismConfig
-from nemo_llm.config.sections.peft import PeftConfig
+from nemo_llm.config.sections.peft import PeftMethod
 from nemo_llm.config.sections.performance import PerformanceConfig
 from nemo_llm.config.sections.precision import PrecisionConfig
 from nemo_llm.config.sections.run_services import (
@@ -40,7 +40,7 @@ class RunConfig(Section):
     cluster: ClusterConfig
     sample: SampleConfig
     evaluation: EvaluationConfig
-    peft: PeftConfig | None
+    peft: PeftMethod | None
 
     @property
     def model_setting(self) -> ModelSetting:

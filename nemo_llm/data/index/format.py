@@ -17,6 +17,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_llm.data.sources.token_store import TokenStore
 from nemo_llm.errors import InputError
 from nemo_llm.storage.atomic_files import sync_stream
 
@@ -37,7 +38,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<i4")
 
 
-class IndexedDataset:
+class IndexedDataset(TokenStore):
     """A memory-mapped indexed dataset. Opening reads the header and checks sizes; no array is copied.
 
     Raises InputError when a file is missing, truncated or not an indexed dataset, naming the file.
@@ -53,6 +54,12 @@ class IndexedDataset:
         self.num_documents = index_entries - 1
         self._map_index(index_entries)
         self._map_tokens()
+
+    @property
+    def identity(self) -> object:
+        """Its place, and sizes and times of change of its files."""
+        stats = [path.stat() for path in (self.idx_path, self.bin_path)]
+        return [str(Path(self.prefix).resolve()), [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
 
     def __len__(self) -> int:
         return self.num_sequences

@@ -1,10 +1,9 @@
 """Whether a changed blend leaves what a run has already read as it was."""
 
 from collections.abc import Iterator
-from dataclasses import fields
 from fractions import Fraction
 
-from nemo_llm.config.sections.data import BlendSource, DataConfig, blend_entries
+from nemo_llm.config.sections.data import DataConfig
 from nemo_llm.errors import Problem
 
 
@@ -28,13 +27,13 @@ def check_blend_history(saved: DataConfig, new: DataConfig, consumed_samples: in
             f"leave data.blend and earlier changes as they were, and add a change with from_sample: {consumed_samples} "
             "or later; a new source stands in data.blend with weight 0",
         )
-    places, new_places = ({s.name: _place(s) for s in blend_entries(c.blend, "data.blend")} for c in (saved, new))
+    read, known = ({entry.name: entry.identity for entry in config.blend} for config in (saved, new))
     for name in sorted({name for _, shares in before for name, _ in shares}):
-        if new_places.get(name) != places[name]:
+        if known.get(name) != read[name]:
             yield Problem(
                 f"data.blend ({name})",
-                new_places.get(name),
-                f"the run has read this source from {places[name]}",
+                known.get(name),
+                f"the run has read this source from {read[name]}",
                 "keep it under this name (give it no weight from here on), and add the other one under a new name",
             )
 
@@ -44,7 +43,7 @@ def _phases(config: DataConfig, stop: int) -> Iterator[tuple[int, tuple[tuple[st
 
     The share is None where weights come from sizes. The order of the sources counts: it shapes the blend.
     """
-    entries = blend_entries(config.blend, "data.blend")
+    entries = config.blend
     names = [entry.name for entry in entries]
     if entries[0].weight is None:
         yield 0, tuple((name, None) for name in names)
@@ -64,11 +63,3 @@ def _shares(weights: dict[str, float], names: list[str]) -> tuple[tuple[str, Fra
 def _side_by_side(before: list, after: list) -> Iterator[tuple]:
     for number in range(max(len(before), len(after))):
         yield tuple(side[number] if number < len(side) else None for side in (before, after))
-
-
-def _place(source: BlendSource) -> str:
-    """What of a source must not change: all that is set but its name and weight."""
-    given = {
-        field.name: getattr(source, field.name) for field in fields(source) if field.name not in ("name", "weight")
-    }
-    return ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)

@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from nemo_llm.data.sampling.keyed_permutation import KeyedPermutation, mix64
 from nemo_llm.data.sampling.sample import Sample
 from nemo_llm.data.sampling.window_to_sample import SampleRules, Window
-from nemo_llm.data.sources.chats import ChatStore
-from nemo_llm.data.sources.labelled_texts import LabelledStore
 from nemo_llm.data.sources.token_store import TokenStore
 from nemo_llm.errors import InputError
 from nemo_llm.storage.build_cache import build_once, content_key
@@ -53,16 +51,16 @@ class PackedDataset:
         """Return sample ``index`` of the source, which is number ``run_index`` of the run."""
         size = self.seq_length + 1
         tokens = np.full(size, self.rules.eod_id, dtype=np.int64)
-        learned = np.ones(size, dtype=np.float32) if isinstance(self._store, ChatStore) else None
-        targets = np.zeros(size, dtype=np.float32) if isinstance(self._store, LabelledStore) else None
+        learned = np.ones(size, dtype=np.float32) if self._store.has_learned else None
+        targets = np.zeros(size, dtype=np.float32) if self._store.has_targets else None
         starts, position = [], 0
         for piece in self._pieces_of(index):
             length = int(piece["length"])
             start = self._store.document_start(int(piece["document"])) + int(piece["offset"])
             tokens[position : position + length] = self._store.read(start, length)
-            if learned is not None and isinstance(self._store, ChatStore):
+            if learned is not None:
                 learned[position : position + length] = self._store.read_learned(start, length)
-            if targets is not None and isinstance(self._store, LabelledStore):
+            if targets is not None:
                 targets[position + length - 1] = self._store.target(int(piece["document"]))
             starts.append(position)
             position += length
@@ -89,19 +87,17 @@ class PackedDataset:
         return KeyedPermutation(self.samples_per_epoch, mix64(self._order_key ^ mix64(epoch)))
 
 
-def build_packs(
-    store: TokenStore, documents: tuple[int, int], shape: tuple[int, bool], identity: object, cache: Path
-) -> Path:
+def build_packs(store: TokenStore, documents: tuple[int, int], shape: tuple[int, bool], cache: Path) -> Path:
     """Return the folder of packs for some documents of a store, building it in the cache the first time.
 
-    ``shape`` is the sequence length, and whether each document (or piece of one) has a sample to itself. ``identity``
-    names the store's content. Raises InputError when there is nothing to pack.
+    ``shape`` is the sequence length, and whether each document (or piece of one) has a sample to itself. Raises
+    InputError when there is nothing to pack.
     """
     if store.document_start(documents[1]) == store.document_start(documents[0]):
         raise InputError(f"{store.prefix}: documents {documents[0]} to {documents[1]} hold no token to pack")
     seq_length, alone = shape
     named = {"kind": "alone"} if alone else {"kind": "packs", "format": 1}
-    key = content_key(**named, store=identity, documents=list(documents), seq_length=seq_length)
+    key = content_key(**named, store=store.identity, documents=list(documents), seq_length=seq_length)
     folder = cache / f"packs-{key}"
 
     def build(temporary: Path) -> dict:

@@ -15,11 +15,15 @@ from numpy.typing import NDArray
 
 from nemo_llm.config.sections.chat import ChatConfig
 from nemo_llm.config.sections.data import DataConfig
+from nemo_llm.config.sections.sources import ChatSource
 from nemo_llm.conversation.masks import ChatEncoder, EncodedChat
 from nemo_llm.conversation.template import saved_source
 from nemo_llm.conversation.template_checks import control_text_problems
 from nemo_llm.corpus.documents import expand_inputs
 from nemo_llm.corpus.records import read_all_records
+from nemo_llm.data.sources.kind import FileKind, OpenContext
+from nemo_llm.data.sources.split import SourcePart, cut_documents
+from nemo_llm.data.sources.token_store import TokenStore
 from nemo_llm.errors import InputError
 from nemo_llm.log import get_logger, is_first_rank
 from nemo_llm.storage.build_cache import build_once, content_key, file_sha256
@@ -30,11 +34,10 @@ _VERSION = 3
 _log = get_logger(__name__)
 
 
-class ChatStore:
+class ChatStore(TokenStore):
     """Conversations of a cache entry, as documents of tokens."""
 
-    chat_template: str | None = None
-    """The template that conversations were written with, as a checkpoint keeps it."""
+    has_learned = True
 
     def __init__(self, folder: Path) -> None:
         self.prefix = str(folder)
@@ -52,13 +55,17 @@ class ChatStore:
         """Return 1 for each of ``count`` tokens that is learned, as float32 [count]."""
         return self._learned[start : start + count].astype(np.float32)
 
-    def document_start(self, document: int) -> int:
-        """Return the position of a conversation's first token; for ``num_documents``, the number of tokens."""
-        return int(self._starts[document])
 
-    def document_at(self, token: int) -> int:
-        """Return the conversation that holds the token at a position."""
-        return int(np.searchsorted(self._starts, token, side="right")) - 1
+class ChatKind(FileKind[ChatSource]):
+    """Conversations, each a document with a mask of what is learned."""
+
+    def open(self, context: OpenContext) -> ChatStore:
+        """See `open_chats`."""
+        return open_chats(self.entry.path, context.config, context.tokenizer, context.cache, context.virtual_tokens)
+
+    def split(self, store: TokenStore, part: SourcePart, _tokens_per_sample: int) -> tuple[TokenStore, tuple[int, int]]:
+        """Between conversations, in file order."""
+        return cut_documents(self.entry.name, store, part, "conversations")
 
 
 def open_chats(pattern: str, config: DataConfig, tokenizer: Tokenizer, cache: Path, virtual_tokens: int) -> ChatStore:

@@ -15,9 +15,13 @@ import numpy as np
 
 from nemo_llm.config.sections.data import parse_split
 from nemo_llm.config.sections.labelled import LabelledConfig
+from nemo_llm.config.sections.sources import LabelledSource
 from nemo_llm.corpus.documents import expand_inputs
 from nemo_llm.corpus.records import read_records, text_of
 from nemo_llm.data.sources.chats import ChatStore, build_counted, in_words, write_documents
+from nemo_llm.data.sources.kind import FileKind, OpenContext
+from nemo_llm.data.sources.split import SourcePart, cut_documents
+from nemo_llm.data.sources.token_store import TokenStore
 from nemo_llm.errors import InputError
 from nemo_llm.storage.build_cache import content_key, file_sha256
 from nemo_llm.tokenizers.tokenizer import Tokenizer
@@ -43,6 +47,8 @@ def text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 class LabelledStore(ChatStore):
     """Labelled texts of a cache entry, in the order of their places."""
+
+    has_targets = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -112,34 +118,45 @@ class LabelRules:
         return float(list(self.classes).index(name))
 
 
-def open_labelled(pattern: str, tokenizer: Tokenizer, cache: Path, rules: LabelRules) -> LabelledStore:
-    """The texts of a file, folder or glob, encoded into the cache the first time.
+class LabelledKind(FileKind[LabelledSource]):
+    """Texts with a label each."""
 
-    Raises:
-        InputError: missing files; the first record that is no labelled text, with file and line; nothing left.
-    """
-    files = expand_inputs(pattern)
-    key = content_key(
-        kind="labelled",
-        version=_VERSION,
-        files=[file_sha256(file) for file in files],
-        rules=dataclasses.asdict(rules),
-        tokenizer=tokenizer.fingerprint,
-    )
+    def open(self, context: OpenContext) -> LabelledStore:
+        """The texts of a file, folder or glob, encoded into the cache the first time.
 
-    def build(folder: Path) -> dict:
-        counts: Counter[str] = Counter()
-        found = sorted(_encode_files(files, rules, tokenizer, counts), key=lambda text: text[0])
-        if not found:
-            raise InputError(f"{pattern}: no text is left to learn from: {in_words(counts, 'texts')}")
-        write_documents(folder, (([*ids, tokenizer.eod_id], [0] * len(ids) + [1]) for _, ids, _ in found))
-        np.asarray([target for _, _, target in found], dtype="<f4").tofile(folder / "targets.bin")
-        np.asarray([place for place, _, _ in found], dtype="<f8").tofile(folder / "places.bin")
-        return {"counts": dict(counts)}
+        Raises:
+            InputError: missing files; the first record that is no labelled text, with file and line; nothing left.
+        """
+        config, tokenizer, pattern = context.config, context.tokenizer, self.entry.path
+        assert config.labelled is not None
+        rules = LabelRules(config.text_key, config.labelled, context.classes, config.seq_length, context.virtual_tokens)
+        files = expand_inputs(pattern)
+        key = content_key(
+            kind="labelled",
+            version=_VERSION,
+            files=[file_sha256(file) for file in files],
+            rules=dataclasses.asdict(rules),
+            tokenizer=tokenizer.fingerprint,
+        )
 
-    folder = cache / f"labelled-{key}"
-    build_counted(folder, build, pattern, "texts")
-    return LabelledStore(folder)
+        def build(folder: Path) -> dict:
+            counts: Counter[str] = Counter()
+            found = sorted(_encode_files(files, rules, tokenizer, counts), key=lambda text: text[0])
+            if not found:
+                raise InputError(f"{pattern}: no text is left to learn from: {in_words(counts, 'texts')}")
+            write_documents(folder, (([*ids, tokenizer.eod_id], [0] * len(ids) + [1]) for _, ids, _ in found))
+            np.asarray([target for _, _, target in found], dtype="<f4").tofile(folder / "targets.bin")
+            np.asarray([place for place, _, _ in found], dtype="<f8").tofile(folder / "places.bin")
+            return {"counts": dict(counts)}
+
+        folder = context.cache / f"labelled-{key}"
+        build_counted(folder, build, pattern, "texts")
+        return LabelledStore(folder)
+
+    def split(self, store: TokenStore, part: SourcePart, _tokens_per_sample: int) -> tuple[TokenStore, tuple[int, int]]:
+        """By a hash of each text, so that equal texts fall on one side."""
+        why = " (labelled texts are split by a hash of their content)"
+        return cut_documents(self.entry.name, store, part, "texts", why)
 
 
 def _encode_files(

@@ -3,49 +3,56 @@
 import os
 from pathlib import Path
 
-from nemo_llm.config.sections.data import TokenizerConfig
+from nemo_llm.config.sections.sources import TextSource
 from nemo_llm.corpus.documents import expand_inputs
 from nemo_llm.data.index.build import IndexJob, build_index
 from nemo_llm.data.index.format import IndexedDataset
 from nemo_llm.data.index.plan import IndexSettings
+from nemo_llm.data.sources.indexed import checked
+from nemo_llm.data.sources.kind import FileKind, OpenContext
 from nemo_llm.storage.build_cache import build_once, content_key, file_sha256
-from nemo_llm.tokenizers.tokenizer import Tokenizer
 
 _MANY_BYTES = 1 << 26  # from here on, worker processes and the proof of the fast path are worth their seconds
 _MAX_WORKERS = 16
 
 
-def open_text(text: str, text_key: str, config: TokenizerConfig, tokenizer: Tokenizer, cache: Path) -> IndexedDataset:
-    """Return the indexed dataset of a text file, folder, glob or asset, building it in the cache the first time.
+class TextKind(FileKind[TextSource]):
+    """Raw text, as the indexed dataset of it in the cache."""
 
-    ``tokenizer`` is the one that ``config`` names. Raises InputError for missing files and for the first record that
-    cannot be read (naming file and line).
-    """
-    files = expand_inputs(text)
-    key = content_key(
-        kind="text", files=[file_sha256(file) for file in files], text_key=text_key, tokenizer=tokenizer.fingerprint
-    )
-    settings = IndexSettings(
-        tokenizer=config,
-        text_key=text_key,
-        plain_text="file",
-        encoding="utf-8",
-        append_eod=True,
-        on_bad_record="error",
-    )
-    many = sum(file.stat().st_size for file in files) > _MANY_BYTES
+    def open(self, context: OpenContext) -> IndexedDataset:
+        """Open the dataset, built the first time.
 
-    def build(folder: Path) -> dict:
-        job = IndexJob(
-            inputs=[str(file) for file in files],
-            prefix=folder / "data",
-            settings=settings,
-            cache=cache,
-            workers=min(_MAX_WORKERS, os.cpu_count() or 1) if many else 0,
-            fast_path=many,
+        Raises:
+            InputError: missing files; the first record that cannot be read, with file and line.
+        """
+        files, config = expand_inputs(self.entry.path), context.config
+        key = content_key(
+            kind="text",
+            files=[file_sha256(file) for file in files],
+            text_key=config.text_key,
+            tokenizer=context.tokenizer.fingerprint,
         )
-        return {"dataset": build_index(job)}
+        settings = IndexSettings(
+            tokenizer=config.tokenizer,
+            text_key=config.text_key,
+            plain_text="file",
+            encoding="utf-8",
+            append_eod=True,
+            on_bad_record="error",
+        )
+        many = sum(file.stat().st_size for file in files) > _MANY_BYTES
 
-    folder = cache / f"text-{key}"
-    build_once(folder, build)
-    return IndexedDataset(folder / "data")
+        def build(folder: Path) -> dict:
+            job = IndexJob(
+                inputs=[str(file) for file in files],
+                prefix=folder / "data",
+                settings=settings,
+                cache=context.cache,
+                workers=min(_MAX_WORKERS, os.cpu_count() or 1) if many else 0,
+                fast_path=many,
+            )
+            return {"dataset": build_index(job)}
+
+        folder = context.cache / f"text-{key}"
+        build_once(folder, build)
+        return checked(IndexedDataset(folder / "data"), self.entry.name, context)

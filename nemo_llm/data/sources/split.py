@@ -12,8 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_llm.config.sections.data import parse_split
-from nemo_llm.data.sources.chats import ChatStore
-from nemo_llm.data.sources.labelled_texts import LabelledStore
 from nemo_llm.data.sources.token_store import TokenStore
 from nemo_llm.errors import InputError
 from nemo_llm.log import get_logger
@@ -43,7 +41,7 @@ def split_parts(split: str | None) -> list[SourcePart]:
     return parts if validation > 0 else parts[:1]
 
 
-class TokenRange:
+class TokenRange(TokenStore):
     """The tokens ``[first, last)`` of a store.
 
     Positions and documents keep their numbers: the documents at both ends are cut, and those outside are empty.
@@ -53,6 +51,11 @@ class TokenRange:
         self.store, self.first, self.last = store, first, last
         self.prefix = store.prefix
         self.num_documents, self.num_tokens = store.num_documents, last - first
+
+    @property
+    def identity(self) -> object:
+        """The whole store's, and the range."""
+        return [self.store.identity, self.first, self.last]
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """Return ``count`` tokens from position ``start`` as int64 [count]."""
@@ -67,23 +70,44 @@ class TokenRange:
         return self.store.document_at(token)
 
 
-def cut(source: str, store: TokenStore, part: SourcePart, tokens_per_sample: int) -> tuple[TokenStore, tuple[int, int]]:
-    """The store and the documents ``[first, last)`` in it that a set reads of a source.
+def cut_documents(
+    source: str, store: TokenStore, part: SourcePart, documents: str, why: str = ""
+) -> tuple[TokenStore, tuple[int, int]]:
+    """The documents of a set, none of which is cut.
 
     Args:
         source: the source's name, for messages.
-        tokens_per_sample: that the smallest sample needs; 1 where samples are padded. Conversations and labelled texts
-            are never cut: of them a set needs one.
+        documents: what they are called, such as ``conversations``.
+        why: how the source is split, as the end of a sentence.
 
     Raises:
-        InputError: the source does not give the set one sample; names source, set and the key to change.
+        InputError: there are none; names source, set and the key to change.
+    """
+    found = _documents(store, part)
+    if found[0] < found[1]:
+        return store, found
+    if part.split is None:
+        raise InputError(f"{_where(source, part)} holds no {documents}; give it some")
+    split = _fitting_split(split_parts(part.split), lambda one: _documents(store, one), 1)
+    raise InputError(
+        f"source {source}: data.split={part.split} leaves none of its {store.num_documents:,} {documents} for "
+        f"{part.name}{why}; {_ways_out(split, part, documents)}"
+    )
+
+
+def cut_text(
+    source: str, store: TokenStore, part: SourcePart, tokens_per_sample: int
+) -> tuple[TokenStore, tuple[int, int]]:
+    """The documents of a set, or where a set would get less than a sample, tokens of the store.
+
+    Args:
+        source: the source's name, for messages.
+        tokens_per_sample: that the smallest sample needs; 1 where samples are padded.
+
+    Raises:
+        InputError: there is less than one sample; names source, set and the key to change.
     """
     parts = split_parts(part.split) if part.split is not None else [part]
-    if isinstance(store, ChatStore):
-        found = _documents(store, part)
-        if found[0] == found[1]:
-            raise InputError(_too_few_documents(source, store, part))
-        return store, found
     if all(_tokens(store, _documents(store, one)) >= tokens_per_sample for one in parts):
         return store, _documents(store, part)
     ranges = [_token_range(store, one) for one in parts]
@@ -105,9 +129,7 @@ def cut(source: str, store: TokenStore, part: SourcePart, tokens_per_sample: int
 
 
 def _documents(store: TokenStore, part: SourcePart) -> tuple[int, int]:
-    if isinstance(store, LabelledStore):
-        return store.first_document(part.low), store.first_document(part.high)
-    return round(part.low * store.num_documents), round(part.high * store.num_documents)
+    return store.first_document(part.low), store.first_document(part.high)
 
 
 def _tokens(store: TokenStore, documents: tuple[int, int]) -> int:
@@ -132,18 +154,6 @@ def _too_few_tokens(source: str, store: TokenStore, parts: Sequence[SourcePart],
     return (
         f"source {source}: data.split={part.split} leaves {size:,} of its {total:,} tokens for {part.name}, but "
         f"{one_sample}; {_ways_out(found, part, 'text')}"
-    )
-
-
-def _too_few_documents(source: str, store: ChatStore, part: SourcePart) -> str:
-    kind = "texts" if isinstance(store, LabelledStore) else "conversations"
-    if part.split is None:
-        return f"{_where(source, part)} holds no {kind}; give it some"
-    why = " (labelled texts are split by a hash of their content)" if isinstance(store, LabelledStore) else ""
-    found = _fitting_split(split_parts(part.split), lambda one: _documents(store, one), 1)
-    return (
-        f"source {source}: data.split={part.split} leaves none of its {store.num_documents:,} {kind} for {part.name}"
-        f"{why}; {_ways_out(found, part, kind)}"
     )
 
 

@@ -53,7 +53,7 @@ class StepResult(Measured):
     learning_rate: float
     skipped: bool
     bad: Any = None
-    """`badstep.BadStep` when the update was not made for what the step computed."""
+    """`bad_steps.BadStep` when the update was not made for what the step computed."""
 
 
 @dataclass

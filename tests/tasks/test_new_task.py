@@ -86,7 +86,7 @@ def train(folder: str, overrides: tuple[str, ...]) -> list[dict[str, Any]]:
     TASKS["sequences"] = Sequences
     keys = (f"run.dir={folder}", f"trainer.max_steps={STEPS}", "trainer.log_interval=1", "trainer.val_steps=2")
     cfg = _config(*keys, "checkpoint.save_final=false", "sample.enabled=false", *overrides)
-    run = build_training_run(cfg, start_runtime(cfg))
+    run = build_training_run(cfg, start_runtime(cfg.runtime_setting))
     with open_run(run):
         close_run(run, train(run))
     return read_metrics(run.run_dir) if run.runtime.is_first_rank else []

@@ -1,6 +1,8 @@
 """Keys of the first three days, before any run was recorded: what they switch on was not there."""
 
-ADDED = {
+from typing import Any
+
+ADDED: dict[str, Any] = {
     "data.blend_changes": [],
     "data.packing": "concatenate",
     "data.fim": None,

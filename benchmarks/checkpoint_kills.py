@@ -179,7 +179,7 @@ def train(run_dir: Path, log: Path, place: tuple[int, int, int], kill_at: int | 
             RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         )  # fmt: skip
-    from nemo_llm.config.commands.entry_train import run_entry_point
+    from nemo_llm.config.commands.entry import run_entry_point
     from nemo_llm.train import main as train_main
 
     if kill_at is not None:

@@ -103,7 +103,7 @@ def load_commands() -> dict[str, Command]:
     import torch
 
     import nemo_llm.training.setup  # noqa: F401
-    from nemo_llm.config.commands.entry_train import run_entry_point
+    from nemo_llm.config.commands.entry import run_entry_point
     from nemo_llm.train import main as train
 
     torch.set_num_threads(

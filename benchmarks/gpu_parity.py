@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nemo_llm.parallel.runtime import clear_layout, find_process_place, stop_runtime
+from nemo_llm.launcher import find_process_place
+from nemo_llm.parallel.runtime import clear_layout, stop_runtime
 from tests.parity.layouts import DENSE, MOE, Layout, train_losses
 from tests.parity.legal import MODELS, STEPS, legal_layouts
 

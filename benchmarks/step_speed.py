@@ -42,7 +42,7 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
 
     from nemo_llm.config.checks import check
-    from nemo_llm.config.commands.entry_train import intended_world_size
+    from nemo_llm.config.commands.entry import intended_world_size
     from nemo_llm.config.compose.load import compose
     from nemo_llm.parallel.runtime import start_runtime, stop_runtime
 

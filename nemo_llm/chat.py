@@ -4,50 +4,47 @@ All keys with their defaults: conf/chat.yaml.
 """
 
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 from nemo_llm.config.commands.entry import run_tool
-from nemo_llm.config.commands.generate import ChatConfig
+from nemo_llm.config.commands.generate import ChatConfig, SamplingConfig
 from nemo_llm.errors import InputError
-from nemo_llm.log import configure_logging, is_first_rank, launched_world_size
+from nemo_llm.log import is_first_rank, launched_world_size
 
 _END, _RESET = "/quit", "/reset"
 
 
 def main(cfg: ChatConfig) -> None:
     """Load the model; then answer line after line until the input ends."""
-    configure_logging()
-    # Megatron says at every start what is not installed.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
-    from nemo_llm.inference.conversation import Conversation
+    from nemo_llm.conversation.history import ChatHistory
+    from nemo_llm.conversation.prompts import load_chat_prompts
     from nemo_llm.inference.loaded_model import load_model, open_checkpoint
-    from nemo_llm.inference.prompts import load_chat_prompts
-    from nemo_llm.parallel.runtime import start_runtime, stop_runtime
+    from nemo_llm.parallel.runtime import own_runtime
 
     opened = open_checkpoint(cfg, Path(cfg.checkpoint).expanduser(), launched_world_size())
-    prompts = load_chat_prompts(opened.tokenizer, opened.folder / "tokenizer", cfg.chat_template)
-    runtime = start_runtime(opened.runtime)
-    try:
+    prompts = load_chat_prompts(opened.tokenizer, cfg.chat_template)
+    with own_runtime(opened.runtime) as runtime:
         model = load_model(opened, runtime, cfg.verify)
-        conversation = Conversation(model, prompts, cfg.sampling, cfg.system)
+        history = ChatHistory(prompts, model.max_length, cfg.sampling.max_new_tokens, cfg.system)
         if is_first_rank() and sys.stdin.isatty():
             print(f"{opened.setting.model.name}: {_RESET} forgets the conversation, {_END} ends it")
         while (text := agree(read_line(), runtime.world_size)) is not None:
             if text == _RESET:
-                conversation.reset()
+                history.reset()
             elif text:
-                answer(conversation, text)
-    finally:
-        stop_runtime()
+                answer(model, history, cfg.sampling, text)
 
 
-def answer(conversation: Any, text: str) -> None:
-    """Print the model's answer as it comes; a message that is too long is said and forgotten."""
+def answer(model: Any, history: Any, sampling: SamplingConfig, text: str) -> None:
+    """Print the model's answer as it comes; for a message that does not fit the window, print why, and drop it."""
+    from nemo_llm.inference.decoder import generate
+
     speak = (lambda piece: print(piece, end="", flush=True)) if is_first_rank() else (lambda _piece: None)
     try:
-        conversation.answer(text, speak)
+        ids = history.ask(text)
+        (result,) = generate(model, [ids], sampling, 1, lambda _, piece: speak(piece), history.prompts.template)
+        history.answer(result.text)
     except InputError as error:
         speak(f"error: {error}")
     speak("\n")

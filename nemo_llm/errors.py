@@ -115,18 +115,6 @@ class CheckpointDamagedError(CheckpointError, InputError):
 
 
 class CheckpointRefusedError(CheckpointError, InputError):
-    """A checkpoint that is not read: of a newer version, or with a file that asks for what no checkpoint needs."""
+    """A newer version wrote it, or one of its files asks for what no checkpoint needs or points out of its folder."""
 
     exit_code = ExitCode.BAD_INPUT
-
-
-class PreemptedError(NemoLlmError):
-    """The run was told to stop, saved what it had, and wants to be queued again."""
-
-    exit_code = ExitCode.PREEMPTED
-
-
-class HangError(NemoLlmError):
-    """A collective or a step did not end within its time limit."""
-
-    exit_code = ExitCode.HANG

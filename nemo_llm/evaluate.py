@@ -4,37 +4,30 @@ All keys with their defaults: conf/evaluate.yaml.
 """
 
 import sys
-import warnings
 from pathlib import Path
 
 from nemo_llm.config.commands.entry import run_tool
 from nemo_llm.config.commands.evaluate import EvaluateConfig
-from nemo_llm.log import configure_logging, is_first_rank, launched_world_size
+from nemo_llm.log import is_first_rank, launched_world_size
 
 
 def main(cfg: EvaluateConfig) -> None:
     """Measure every checkpoint that is named, print the tables, write what is asked for."""
-    configure_logging()
-    # Megatron says at every start what is not installed.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
     from nemo_llm.checkpoint.folder import step_of
     from nemo_llm.evaluation.report import as_text, write_html, write_json
     from nemo_llm.evaluation.suite import measure, read_suite
     from nemo_llm.inference.loaded_model import load_model, open_checkpoint
     from nemo_llm.inference.scoring import ModelScorer
-    from nemo_llm.parallel.runtime import start_runtime, stop_runtime
+    from nemo_llm.parallel.runtime import own_runtime
 
     suite = read_suite(cfg)
     opened = [(name, open_checkpoint(cfg, path, launched_world_size())) for name, path in find_models(cfg)]
-    runtime = start_runtime(opened[0][1].runtime)
     results = []
-    try:
+    with own_runtime(opened[0][1].runtime) as runtime:
         for name, found in opened:
             scorer = ModelScorer(load_model(found, runtime, cfg.verify), cfg.batch_size)
             results.append(measure(suite, scorer, name, found.folder, step_of(found.folder)))
             del scorer
-    finally:
-        stop_runtime()
     if is_first_rank():
         print(as_text(results))
         if cfg.output is not None:

@@ -1,38 +1,35 @@
 """Logging: one format, one switch, and the question which process of a run may speak."""
 
 import logging
-import os
 import sys
+import warnings
 from collections.abc import Mapping
+from typing import TextIO
+
+from nemo_llm.launcher import find_process_place
 
 _FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
 
 
 def launched_rank(environ: Mapping[str, str] | None = None) -> int:
-    """Global rank given by the launcher (torchrun's ``RANK``, else Slurm's ``SLURM_PROCID``), 0 without one.
-
-    Known before any process group exists, so that configuration errors can be printed once.
-    """
-    environ = os.environ if environ is None else environ
-    for name in ("RANK", "SLURM_PROCID"):
-        if environ.get(name, "").isdecimal():
-            return int(environ[name])
-    return 0
+    """Global rank given by the launcher, 0 without one: configuration errors can so be printed once."""
+    return find_process_place(environ).rank
 
 
 def launched_world_size(environ: Mapping[str, str] | None = None) -> int:
-    """Number of processes given by the launcher (``WORLD_SIZE``, else a Slurm step's tasks), 1 without one."""
-    environ = os.environ if environ is None else environ
-    # SLURM_NTASKS alone is also set in a batch script that has started no step; SLURM_STEP_NUM_TASKS is srun's own.
-    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        if environ.get(name, "").isdecimal():
-            return int(environ[name])
-    return 1
+    """Number of processes given by the launcher, 1 without one."""
+    return find_process_place(environ).world_size
 
 
 def is_first_rank(environ: Mapping[str, str] | None = None) -> bool:
     """True on the one process of a run that prints."""
     return launched_rank(environ) == 0
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print on the first rank alone: a launcher starts a program once per process."""
+    if is_first_rank():
+        print(text, file=stream, flush=True)
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -41,7 +38,13 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def configure_logging(level: int = logging.INFO) -> None:
-    """Send the project's log to stderr: everything on the first rank, warnings and worse on the others."""
+    """Send the project's log to stderr: everything on the first rank, warnings and worse on the others.
+
+    Megatron's warnings are left out: it says at every start what is not installed, and we print what was chosen.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    # Of torch 2.13, about a class that Megatron's checkpoints are made of; on a CPU it seems to come from us.
+    warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
     logger = logging.getLogger("nemo_llm")
     logger.setLevel(level if is_first_rank() else max(level, logging.WARNING))
     logger.propagate = False

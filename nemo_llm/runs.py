@@ -6,7 +6,6 @@ where it is there. Nothing is imported that takes time, and nothing is written.
 
 import argparse
 import contextlib
-import fcntl
 import json
 import shutil
 import subprocess
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_llm.errors import ExitCode
+from nemo_llm.report.text import aligned, duration
+from nemo_llm.storage.locks import LOCK_FILE_NAME, is_locked
 
 _COLUMNS = ("run", "state", "step", "loss", "tokens/s", "time left", "starts", "job", "why")
 _TAIL_BYTES = 1 << 16
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for status in found:
             print(json.dumps({field: getattr(status, field) for field in status.__dataclass_fields__}))
     else:
-        print(table(found) if found else "no runs")
+        print("\n".join(aligned([_COLUMNS, *(status.cells() for status in found)])) if found else "no runs")
     return ExitCode.DONE
 
 
@@ -94,7 +95,7 @@ def read_run(run_dir: Path, jobs: dict[str, str]) -> RunStatus:
     last: dict[str, Any] = rows[-1] if rows else {}
     attempts = tail_rows(run_dir / "slurm/attempts.jsonl")
     exit_info = read_json(run_dir / "exit.json")
-    holder = read_json(run_dir / ".lock")
+    holder = read_json(run_dir / LOCK_FILE_NAME)
     job = newest_job(run_dir, attempts, holder, exit_info)
     state = find_state(run_dir, exit_info, jobs.get(job or ""))
     step, max_steps = int(last.get("step", 0)), configured_steps(run_dir)
@@ -130,18 +131,6 @@ def find_state(run_dir: Path, exit_info: dict[str, Any], slurm_state: str | None
     if slurm_state is None and time.time() - last_written(run_dir) < 60:
         return "running"  # on another node of a file system whose locks do not reach here
     return "gone"
-
-
-def is_locked(run_dir: Path) -> bool:
-    """True while a process on this machine (or any, where the file system's locks reach) holds the folder."""
-    try:
-        with (run_dir / ".lock").open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def newest_job(run_dir: Path, attempts: Sequence[dict[str, Any]], *owners: dict[str, Any]) -> str | None:
@@ -190,22 +179,6 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
     return {}
-
-
-def table(found: Sequence[RunStatus]) -> str:
-    rows = [_COLUMNS, *(status.cells() for status in found)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    return "\n".join(
-        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours:02d}h"
-    return f"{hours}h {rest // 60:02d}m" if hours else f"{rest // 60}m {rest % 60:02d}s"
 
 
 if __name__ == "__main__":

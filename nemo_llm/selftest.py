@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_llm.errors import ExitCode
-from nemo_llm.log import is_first_rank, launched_world_size
+from nemo_llm.log import is_first_rank, launched_world_size, say
 
 if TYPE_CHECKING:
     from nemo_llm.config import RunConfig
@@ -41,14 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     import torch.distributed as dist
 
-    from nemo_llm.parallel.runtime import ProcessPlace, start_runtime, stop_runtime
+    from nemo_llm.launcher import ProcessPlace
+    from nemo_llm.parallel.runtime import own_runtime
     from nemo_llm.training.setup import build_training_run
 
     cfg = _configuration(launched_world_size())
-    runtime = start_runtime(cfg.runtime_setting)
-    try:
+    with own_runtime(cfg.runtime_setting) as runtime:
         place, device = runtime.place, runtime.device
-        _say(f"{place.world_size} ranks on {place.num_nodes} nodes, {dist.get_backend()}, torch {torch.__version__}")
+        say(f"{place.world_size} ranks on {place.num_nodes} nodes, {dist.get_backend()}, torch {torch.__version__}")
         peers = {"within a node": 1, "across nodes": place.local_world_size}
         if place.local_world_size == 1:
             del peers["within a node"]
@@ -57,21 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             seconds = _seconds(partial(dist.all_reduce, payload), device)
             # Bus bandwidth as nccl-tests count it: independent of the number of ranks.
             bus = 2 * (place.world_size - 1) / place.world_size * mib / 1024 / seconds
-            _say(f"all-reduce, {mib:4} MiB: {bus:8.2f} GiB/s of bus bandwidth")
+            say(f"all-reduce, {mib:4} MiB: {bus:8.2f} GiB/s of bus bandwidth")
             for name, peer in peers.items():
                 if peer < place.world_size:
                     seconds = _seconds(partial(_send, payload, peer), device)
-                    _say(f"rank 0 to {peer}, {name}, {mib:4} MiB: {mib / 1024 / seconds:8.2f} GiB/s")
+                    say(f"rank 0 to {peer}, {name}, {mib:4} MiB: {mib / 1024 / seconds:8.2f} GiB/s")
         losses, resumed = _train_and_resume(cfg, runtime, arguments.folder)
-    finally:
-        stop_runtime()
     if not is_first_rank():
         return ExitCode.DONE  # the first rank's verdict is the job's
-    alone = start_runtime(cfg.runtime_setting, ProcessPlace(0, 1, 0, 1, "single"))
-    try:
+    with own_runtime(cfg.runtime_setting, ProcessPlace(0, 1, 0, 1, "single")) as alone:
         wanted = _losses(build_training_run(cfg, alone), _STEPS)
-    finally:
-        stop_runtime()
     worst = max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True))
     allowed = _TOLERANCE[device.type]
     again = resumed == losses[_SAVED_AT:]
@@ -80,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     continued = f"saved at step {_SAVED_AT}, resumed: the losses of {_STEPS - _SAVED_AT} steps are {found}"
     verdicts = {compared: worst < allowed, continued: again}
     for text, passed in verdicts.items():
-        _say(f"{'passed' if passed else 'FAILED'}: {text}")
+        say(f"{'passed' if passed else 'FAILED'}: {text}")
     return ExitCode.DONE if all(verdicts.values()) else ExitCode.FAILED
 
 
@@ -153,11 +148,6 @@ def _seconds(work: Callable[[], object], device: object) -> float:
         if torch.device(str(device)).type == "cuda":
             torch.cuda.synchronize()
     return (time.perf_counter() - began) / _REPEATS
-
-
-def _say(text: str) -> None:
-    if is_first_rank():
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@ Everything heavy is imported inside the functions, so that ``--help`` and config
 """
 
 import sys
-import warnings
 from typing import TYPE_CHECKING
 
 from nemo_llm.config import RunConfig
-from nemo_llm.config.commands.entry_train import intended_world_size, run_entry_point
+from nemo_llm.config.commands.entry import intended_world_size, run_entry_point
 from nemo_llm.errors import ExitCode
 from nemo_llm.log import configure_logging, get_logger
 
@@ -19,29 +18,24 @@ if TYPE_CHECKING:
 def main(cfg: RunConfig) -> ExitCode:
     """Build the run, resume it if there is something to resume, train, and show what came of it."""
     configure_logging()
-    # Megatron says at every start what is not installed; what was chosen is printed by us.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
     if cfg.trainer.check_only:
         return check_only(cfg)
 
-    from nemo_llm.parallel.runtime import start_runtime, stop_runtime
+    from nemo_llm.parallel.runtime import own_runtime
 
-    runtime = start_runtime(cfg.runtime_setting)
-    from nemo_llm.training.lifecycle import close_run, open_run
-    from nemo_llm.training.loop import train
-    from nemo_llm.training.resume import resume
-    from nemo_llm.training.setup import build_training_run
+    with own_runtime(cfg.runtime_setting) as runtime:
+        from nemo_llm.training.lifecycle import close_run, open_run
+        from nemo_llm.training.loop import train
+        from nemo_llm.training.resume import resume
+        from nemo_llm.training.setup import build_training_run
 
-    try:
         check_memory(cfg, runtime)
         run = build_training_run(cfg, runtime)
         with open_run(run):
             resume(run)
             ending = train(run)
             close_run(run, ending)
-        return ending.code
-    finally:
-        stop_runtime()
+    return ending.code
 
 
 def check_only(cfg: RunConfig) -> ExitCode:

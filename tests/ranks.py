@@ -88,7 +88,7 @@ def _call_in_world(module: str, name: str, arguments: tuple, store: str) -> Any:
 
     import torch.distributed as dist
 
-    from nemo_llm.parallel import cuda_on_cpu
+    from nemo_llm.megatron import cuda_on_cpu
     from nemo_llm.parallel.runtime import stop_runtime
 
     cuda_on_cpu.install()

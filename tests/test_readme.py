@@ -76,7 +76,7 @@ def test_the_readme_is_among_what_is_looked_at() -> None:
 
 def test_the_cluster_command_of_the_readme_fits_its_nodes() -> None:
     """It passes the check that slurm/pretrain.sh makes, for as many nodes as it asks for."""
-    from nemo_llm.config.commands.entry_train import load
+    from nemo_llm.config.commands.entry import load
     from nemo_llm.training.check_only import report
 
     (line,) = [line for line in README.splitlines() if line.startswith("    bash slurm/pretrain.sh")]

@@ -8,17 +8,16 @@ token a line. ``OUTPUT`` is a checkpoint of weights for +model=from_checkpoint, 
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
+from nemo_llm.config.commands.entry import options_of, run_options
 from nemo_llm.corpus.documents import read_lines
-from nemo_llm.errors import ExitCode, InputError, NemoLlmError
-from nemo_llm.log import configure_logging
+from nemo_llm.errors import InputError
 
 
 def main(arguments: list[str]) -> int:
     """Run the tool; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("base", type=Path, metavar="BASE")
     parser.add_argument("output", type=Path, metavar="OUTPUT")
     parser.add_argument("--tokens", type=Path, required=True, metavar="FILE", help="a token a line")
@@ -29,19 +28,16 @@ def main(arguments: list[str]) -> int:
         help="new rows: the mean of the tokens that the word was written with so far, or of all tokens",
     )
     parser.add_argument("--special", action="store_true", help="control tokens, never read from ordinary text")
-    options = parser.parse_args(arguments)
-    configure_logging()
-    warnings.filterwarnings("ignore", module=r"megatron\.")  # it says at every start what is not installed
-    try:
-        tokens = _read(options.tokens)
-        from nemo_llm.convert.vocabulary import extend_vocabulary
+    parser.set_defaults(run_command=_extend)
+    return run_options(parser, arguments)
 
-        size = extend_vocabulary(options.base, options.output, tokens, options.start, options.special)
-    except NemoLlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+
+def _extend(options: argparse.Namespace) -> None:
+    tokens = _read(options.tokens)
+    from nemo_llm.convert.vocabulary import extend_vocabulary
+
+    size = extend_vocabulary(options.base, options.output, tokens, options.start, options.special)
     print(f"{options.output}: {len(tokens)} tokens more, a vocabulary of {size:,}")
-    return ExitCode.DONE
 
 
 def _read(path: Path) -> list[str]:

@@ -12,23 +12,17 @@ from collections import Counter
 from pathlib import Path
 
 from nemo_llm.config.commands.convert import ImportConfig
-from nemo_llm.config.commands.data import compose_tool
+from nemo_llm.config.commands.entry import run_tool
 from nemo_llm.errors import ExitCode, InputError, NemoLlmError
 
 
 def main(arguments: list[str]) -> int:
     """Run the tool; returns the exit code."""
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(__doc__)
-        return ExitCode.DONE
-    try:
-        return _import(compose_tool("import_config", ImportConfig, arguments))
-    except NemoLlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return run_tool("import_config", ImportConfig, import_config, arguments)
 
 
-def _import(wanted: ImportConfig) -> ExitCode:
+def import_config(wanted: ImportConfig) -> ExitCode:
+    """Import one file, and print what became of every key."""
     from nemo_llm.config.checks import find_problems
     from nemo_llm.config.compose.load import compose
     from nemo_llm.migrate.configs import import_file, model_file

@@ -9,25 +9,22 @@ import sys
 import time
 from pathlib import Path
 
-from nemo_llm.config.commands.data import IndexConfig, compose_tool
+from nemo_llm.config.commands.data import IndexConfig
+from nemo_llm.config.commands.entry import run_tool
 from nemo_llm.data.index.build import IndexJob, Progress, build_index
 from nemo_llm.data.index.plan import IndexSettings
-from nemo_llm.errors import ExitCode, NemoLlmError
 from nemo_llm.storage.build_cache import cache_folder
 
 
 def main(arguments: list[str]) -> int:
     """Run the tool; returns the exit code."""
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(__doc__)
-        return ExitCode.DONE
-    try:
-        config = compose_tool("index_dataset", IndexConfig, arguments)
-        began = time.monotonic()
-        manifest = build_index(_job(config), _Printer())
-    except NemoLlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return run_tool("index_dataset", IndexConfig, index, arguments)
+
+
+def index(config: IndexConfig) -> None:
+    """Index, and print what came of it."""
+    began = time.monotonic()
+    manifest = build_index(_job(config), _Printer())
     seconds = time.monotonic() - began
     print(
         f"{config.output_prefix}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens "
@@ -37,7 +34,6 @@ def main(arguments: list[str]) -> int:
         print(f"left out: {count:,} x {reason}")
     for example in manifest["bad_examples"]:
         print(f"  {example}")
-    return ExitCode.DONE
 
 
 def _job(config: IndexConfig) -> IndexJob:

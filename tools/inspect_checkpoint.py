@@ -14,61 +14,52 @@ from pathlib import Path
 
 from nemo_llm.checkpoint.folder import find_checkpoints, resolve_checkpoint
 from nemo_llm.checkpoint.manifest import verify
+from nemo_llm.config.commands.entry import add_command, options_of, run_options
 from nemo_llm.errors import ExitCode, NemoLlmError
 
 
 def main(arguments: list[str]) -> int:
     """Run the tool; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    show_parser = commands.add_parser("show")
-    show_parser.add_argument("path", type=Path)
-    show_parser.add_argument("--norms", action="store_true", help="read every tensor and print its norm")
-    verify_parser = commands.add_parser("verify")
-    verify_parser.add_argument("path", type=Path)
-    verify_parser.add_argument("--how", choices=("full", "sampled", "sizes"), default="full")
-    diff_parser = commands.add_parser("diff")
-    diff_parser.add_argument("first", type=Path)
-    diff_parser.add_argument("second", type=Path)
-    diff_parser.add_argument("--all", action="store_true", help="print every tensor that differs, not the first alone")
-    chosen = parser.parse_args(arguments)
-    try:
-        if chosen.command == "show":
-            return _show(chosen.path, chosen.norms)
-        if chosen.command == "verify":
-            return _verify(chosen.path, chosen.how)
-        return _diff(chosen.first, chosen.second, chosen.all)
-    except NemoLlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.BAD_INPUT
+    parser = options_of(__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    show = add_command(commands, "show", _show, "step, model, layout and every tensor")
+    show.add_argument("path", type=Path)
+    show.add_argument("--norms", action="store_true", help="read every tensor and print its norm")
+    verified = add_command(commands, "verify", _verify, "compare the files with their hashes")
+    verified.add_argument("path", type=Path)
+    verified.add_argument("--how", choices=("full", "sampled", "sizes"), default="full")
+    diff = add_command(commands, "diff", _diff, "compare the tensors of two checkpoints")
+    diff.add_argument("first", type=Path)
+    diff.add_argument("second", type=Path)
+    diff.add_argument("--all", action="store_true", help="print every tensor that differs, not the first alone")
+    return run_options(parser, arguments)
 
 
-def _show(path: Path, norms: bool) -> int:
+def _show(options: argparse.Namespace) -> None:
     from nemo_llm.checkpoint.inspect import show  # torch takes seconds to import, which --help need not pay
 
-    for line in show(path, norms):
+    for line in show(options.path, options.norms):
         print(line)
-    return ExitCode.DONE
 
 
-def _verify(path: Path, how: str) -> int:
+def _verify(options: argparse.Namespace) -> int:
     code = ExitCode.DONE
-    for folder in find_checkpoints(path) or [resolve_checkpoint(path)]:
+    for folder in find_checkpoints(options.path) or [resolve_checkpoint(options.path)]:
         try:
-            print(f"whole    {folder} ({verify(folder, how) / 2**20:,.1f} MiB read)")
+            print(f"whole    {folder} ({verify(folder, options.how) / 2**20:,.1f} MiB read)")
         except NemoLlmError as error:
             code = ExitCode.BAD_INPUT
             print(f"damaged  {folder}: {error}")
     return code
 
 
-def _diff(first: Path, second: Path, everything: bool) -> int:
+def _diff(options: argparse.Namespace) -> int:
     from nemo_llm.checkpoint.inspect import diff
 
     count = 0
-    for difference in diff(first, second):
+    for difference in diff(options.first, options.second):
         count += 1
-        if everything or count == 1:
+        if options.all or count == 1:
             print(f"{difference.name}: {difference.what}")
     print(f"{count} tensors differ" if count else "equal bit by bit in every tensor")
     return ExitCode.FAILED if count else ExitCode.DONE

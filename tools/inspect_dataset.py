@@ -19,34 +19,28 @@ from pathlib import Path
 import yaml
 
 from nemo_llm.checkpoint.saved_run import TOKENIZER_FILE_NAME, SavedRun
-from nemo_llm.config.chat import ChatConfig
+from nemo_llm.config.commands.entry import add_command, options_of, run_options
 from nemo_llm.config.compose.catalog import conf_dir
+from nemo_llm.config.sections.chat import ChatConfig
 from nemo_llm.config.sections.data import TokenizerConfig
 from nemo_llm.data.index import inspect
 from nemo_llm.data.index.format import IndexedDataset
 from nemo_llm.data.sources.chats import list_unused, show_chats
-from nemo_llm.errors import ExitCode, InputError, NemoLlmError
+from nemo_llm.errors import InputError
 from nemo_llm.tokenizers.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_from_folder
 
 
 def main(arguments: list[str]) -> int:
     """Run the tool; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        options.run_command(options)
-    except NemoLlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return ExitCode.DONE
+    return run_options(_parser(), arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, help_text: str, *, many: bool = False) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help_text)
-        sub.set_defaults(run_command=run)
+        sub = add_command(commands, name, run, help_text)
         if many:
             sub.add_argument("prefixes", nargs="+", metavar="PREFIX")
         return sub
@@ -134,7 +128,7 @@ def _chat(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise InputError(f"chat: {error}") from None
     numbers = {number for part in options.records.split(",") for number in _range(part, "--records")}
-    for number, text, unused in show_chats(Path(options.file), config, tokenizer, numbers):
+    for number, text, unused in show_chats(options.file, config, tokenizer, numbers):
         note = f" (not used: {list_unused(Counter(unused))})" if unused else ""
         print(f"--- record {number}{note}\n{text}")
 

@@ -10,40 +10,21 @@ tools/convert_checkpoint.py and every other tool. To start a run from a folder o
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
-from nemo_llm.errors import ExitCode, NemoLlmError
-from nemo_llm.log import configure_logging
+from nemo_llm.config.commands.entry import add_command, options_of, run_options
 
 
 def main(arguments: list[str]) -> int:
     """Run the tool; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    configure_logging()
-    warnings.filterwarnings("ignore", module=r"megatron\.")  # it says at every start what is not installed
-    try:
-        options.run_command(options)
-    except NemoLlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return ExitCode.DONE
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, text in (
-        ("export", _export, "as a folder that plain peft loads"),
-        ("merge", _merge, "into the weights, as a checkpoint"),
-    ):
-        sub = commands.add_parser(name, help=text)
-        sub.set_defaults(run_command=run)
-        sub.add_argument("run", type=Path, metavar="RUN")
-        sub.add_argument("output", type=Path, metavar="OUTPUT")
-        if name == "export":
-            sub.add_argument("--base-model", metavar="NAME", help="noted in adapter_config.json")
-    return parser
+    export = add_command(commands, "export", _export, "as a folder that plain peft loads")
+    for command in (export, add_command(commands, "merge", _merge, "into the weights, as a checkpoint")):
+        command.add_argument("run", type=Path, metavar="RUN")
+        command.add_argument("output", type=Path, metavar="OUTPUT")
+    export.add_argument("--base-model", metavar="NAME", help="noted in adapter_config.json")
+    return run_options(parser, arguments)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -11,26 +11,19 @@ import sys
 import time
 from pathlib import Path
 
-from nemo_llm.config.commands.data import compose_tool
+from nemo_llm.config.commands.entry import run_tool
 from nemo_llm.config.commands.prepare import PrepareConfig
 from nemo_llm.corpus.download import fetch_inputs
-from nemo_llm.errors import ExitCode, InputError, NemoLlmError
+from nemo_llm.errors import InputError
 
 
 def main(arguments: list[str]) -> int:
     """Run the tool; returns the exit code."""
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(__doc__)
-        return ExitCode.DONE
-    try:
-        config = compose_tool("prepare_data", PrepareConfig, arguments)
-        return _prepare(config)
-    except NemoLlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return run_tool("prepare_data", PrepareConfig, prepare_data, arguments)
 
 
-def _prepare(config: PrepareConfig) -> int:
+def prepare_data(config: PrepareConfig) -> None:
+    """Prepare, and print what was dropped."""
     try:
         from nemo_llm.corpus.prepare.plan import make_plan
         from nemo_llm.corpus.prepare.run import HowToRun, prepare
@@ -45,7 +38,7 @@ def _prepare(config: PrepareConfig) -> int:
     report = prepare(plan, HowToRun(config.workers, config.overwrite, config.restart, slurm), printer)
     if report is None:
         print(f"{len(plan.stages())} array jobs are in Slurm's queue; the last one writes {config.output}")
-        return ExitCode.DONE
+        return
     for note in report["not_applied"]:
         print(f"not applied: {note}")
     print(f"{'step':<28} {'in':>14} {'out':>14}  dropped")
@@ -58,7 +51,6 @@ def _prepare(config: PrepareConfig) -> int:
         f"{config.output}: {kept['documents']:,} of {given['documents']:,} documents, {kept['characters']:,} of "
         f"{given['characters']:,} characters, in {seconds:.1f} s; see {config.output}/report.html"
     )
-    return ExitCode.DONE
 
 
 class _Printer:

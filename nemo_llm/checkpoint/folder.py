@@ -20,6 +20,7 @@ except ImportError:  # PyYAML without libyaml
     from yaml import SafeLoader as _SafeLoader  # type: ignore[assignment]
 
 from nemo_llm.checkpoint.manifest import COMPLETE, manifest_digest, verify, write_manifest
+from nemo_llm.config.sections.run_services import CheckpointConfig
 from nemo_llm.errors import CheckpointDamagedError, CheckpointNotFoundError, InputError
 from nemo_llm.storage.atomic_files import fsync
 
@@ -173,3 +174,33 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a mapping of sections, received {type(config).__name__}")
     return config
+
+
+def remove_old(checkpoints: Path, settings: CheckpointConfig) -> list[Path]:
+    """Remove what no rule keeps; returns what was removed. Called when a new checkpoint is complete, which stays.
+
+    Kept are the newest ``keep_last``, each whose step is a multiple of ``keep_every``, and the ``keep_best`` with the
+    lowest validation loss. ``keep_last: null`` keeps all. Also what an earlier process left half-written goes.
+    """
+    for unfinished in checkpoints.glob(".step_*.tmp"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    folders = find_checkpoints(checkpoints)
+    if settings.keep_last is None:
+        return []
+    keep = set(folders[: settings.keep_last])
+    if settings.keep_every is not None:
+        keep |= {folder for folder in folders if (step_of(folder) or 0) % settings.keep_every == 0}
+    if settings.keep_best is not None:
+        losses = {folder: loss for folder in folders if (loss := _validation_loss(folder)) is not None}
+        keep |= set(sorted(losses, key=lambda folder: losses[folder])[: settings.keep_best])
+    gone = [folder for folder in folders if folder not in keep]
+    for folder in gone:
+        remove(folder)
+    return gone
+
+
+def _validation_loss(folder: Path) -> float | None:
+    try:
+        return (read_progress(folder) or {}).get("validation_loss")
+    except (OSError, CheckpointDamagedError):
+        return None

@@ -1,30 +1,31 @@
 """The state of Megatron's optimizers as tensors that know no layout, without moving a byte between ranks.
 
-Megatron-Core 0.16.1 offers for its distributed optimizer either a form that gathers the whole state over data-parallel
+Megatron-Core offers for its distributed optimizer either a form that gathers the whole state over data-parallel
 ranks (``fully_reshardable``) or one that stays tied to TP and PP (``dp_reshardable``). Here each rank describes what it
 owns, a range of each flattened parameter, as boxes of the parameter's global tensor (`boxes_of_range`): as cheap as the
 second, as free as the first, and the same on the disk as what an optimizer that is not distributed writes. Loading
 fills the optimizer's own memory.
 
-Names of Megatron that are private to it, of 0.16.1: ``gbuf_ranges``, ``_get_model_param_range_map`` and
-``_get_main_param_and_optimizer_states`` of `DistributedOptimizer`; ``float16_groups`` and its siblings of
-`Float16OptimizerWithFloat16Params`. tests/models/test_megatron_contract.py fails when they are gone.
+Where a range is cut depends on the number of data-parallel ranks. Boxes (an offset and a size in each dimension) can be
+read by any other layout. Every range is a few boxes: the end of one row, whole rows, the beginning of another, and the
+same again inside those rows.
+
+What each rank owns is private to Megatron's optimizers (megatron/patches.toml, `optimizer_state`).
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
+from math import prod
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from nemo_llm.checkpoint.hyperrectangles import boxes_of_range
+from nemo_llm.megatron.optimizer import optimizer_parts, owned_ranges
 
 
 def optimizer_tensors(optimizer: MegatronOptimizer, model: dict) -> list[ShardedTensor]:
@@ -59,42 +60,6 @@ def apply_optimizer_scalars(optimizer: MegatronOptimizer, scalars: dict[str, Any
             group["step"] = scalars["step"]
         if getattr(part, "grad_scaler", None) and scalars["grad_scaler"]:
             part.grad_scaler.load_state_dict(scalars["grad_scaler"])
-
-
-def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """Megatron's optimizers of dense weights and of experts, those that have something to update."""
-    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return [part for part in parts if not part.is_stub_optimizer]
-
-
-def updates_experts(part: Any) -> bool:
-    """Whether this part updates weights of experts, over ranks of their own, and not dense ones."""
-    return any(group["is_expert_parallel"] for group in part.optimizer.param_groups)
-
-
-def owned_ranges(part: Any) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
-    """(parameter, where this rank's range of it begins, the tensor of that range that ``part.optimizer`` updates).
-
-    That tensor is the fp32 copy of a 16-bit parameter, and of an fp32 one its own memory.
-    """
-    if isinstance(part, DistributedOptimizer):
-        for maps in part.gbuf_ranges:
-            for buckets in maps.values():
-                for bucket in buckets:
-                    for parameter in bucket["param_map"]:
-                        start = part._get_model_param_range_map(parameter)["param"].start
-                        group, place = part.model_param_group_index_map[parameter]
-                        yield parameter, start, part.optimizer.param_groups[group]["params"][place]
-    elif isinstance(part, Float16OptimizerWithFloat16Params):
-        halves, mains = chain(*part.float16_groups), chain(*part.fp32_from_float16_groups)
-        for parameter, main in zip(halves, mains, strict=True):
-            yield parameter, 0, main
-        for parameter in chain(*part.fp32_from_fp32_groups):
-            yield parameter, 0, parameter
-    else:
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                yield parameter, 0, parameter
 
 
 def _states(part: Any, parameter: torch.nn.Parameter, main: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -149,3 +114,31 @@ def _pieces(place: ShardedTensor | ShardedTensorFactory, parameter: torch.nn.Par
         assert all(piece.data.is_contiguous() for piece in pieces), f"{place.key}: pieces are no slices of rows"
         return pieces
     return [replace(place, data=template)]
+
+
+def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yield (offset, size) of boxes that make up elements ``[start, stop)`` of a row-major ``shape``, in order."""
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield (((start,), (stop - start,)) if shape else ((), ()))
+        return
+    inner = prod(shape[1:])
+    first_whole, end_whole = -(-start // inner), stop // inner
+    if first_whole > end_whole:  # inside one row
+        yield from _in_row(shape, start // inner, start % inner, stop - (start // inner) * inner)
+        return
+    if start % inner:
+        yield from _in_row(shape, first_whole - 1, start % inner, inner)
+    if first_whole < end_whole:
+        rest = shape[1:]
+        yield (first_whole, *(0 for _ in rest)), (end_whole - first_whole, *rest)
+    if stop % inner:
+        yield from _in_row(shape, end_whole, 0, stop % inner)
+
+
+def _in_row(
+    shape: tuple[int, ...], row: int, start: int, stop: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    for offset, size in boxes_of_range(shape[1:], start, stop):
+        yield (row, *offset), (1, *size)

@@ -4,8 +4,8 @@ PyTorch and Megatron-Core read ``.metadata`` and stored objects with plain pickl
 are given a `Metadata` that is built anew from checked plain values, tensors and objects that were read without
 pickle, and nothing of the files themselves.
 
-Megatron-Core 0.16.1 has no argument for its reader of files, so that `_get_filesystem_reader` is replaced for the
-whole process. tests/models/test_megatron_contract.py fails when the name is gone.
+Megatron-Core has no argument for its reader of files, which is therefore replaced for the whole process
+(megatron/patches.toml, `checkpoint_reader`).
 """
 
 import io
@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import torch as megatron_strategy
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -35,6 +35,7 @@ from torch.futures import Future
 
 from nemo_llm.checkpoint.unpickle import TENSOR_NAMES, Record, read_pickle, read_torch, read_torch_part
 from nemo_llm.errors import CheckpointDamagedError, CheckpointRefusedError
+from nemo_llm.megatron.checkpoint import read_files_by
 
 _PYTORCH = "torch.distributed.checkpoint"
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
@@ -316,7 +317,7 @@ def reader(state: str | Path, cache_metadata: bool = False) -> FileSystemReader:
     return _Reader(state)
 
 
-megatron_strategy._get_filesystem_reader = reader
+read_files_by(reader)
 
 
 def load_sharded(wanted: dict, state: Path, validate_access_integrity: bool = True) -> dict:
@@ -324,7 +325,7 @@ def load_sharded(wanted: dict, state: Path, validate_access_integrity: bool = Tr
     return dist_checkpointing.load(
         wanted,
         str(state),
-        sharded_strategy=megatron_strategy.TorchDistLoadShardedStrategy(),
+        sharded_strategy=TorchDistLoadShardedStrategy(),
         common_strategy=_Common(),
         validate_access_integrity=validate_access_integrity,
     )

@@ -4,7 +4,7 @@ The format is PyTorch's distributed checkpoint as Megatron-Core uses it (``torch
 ``torch.save`` writes them, one after the other in ``*.distcp`` files, and their places in ``.metadata``.
 
 Of PyTorch 2.13 `_StorageInfo` is used, the class of these places: there is no public one.
-tests/models/test_megatron_contract.py fails when it is gone.
+tests/megatron/test_contract.py fails when it is gone.
 """
 
 import io

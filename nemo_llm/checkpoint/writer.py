@@ -5,9 +5,8 @@ is Megatron's (which rank writes which part of which tensor), and the writing is
 release Python's global lock for everything large. Ranks report through the key-value store that they met at, so that no
 collective runs beside those of training.
 
-Used of Megatron-Core 0.16.1 and PyTorch without being public: `_replace_state_dict_keys_with_sharded_keys`,
-`mcore_to_pyt_state_dict`, `MCoreSavePlanner`, `save_state_dict_async_plan`, `_StoragePrefix`,
-`_get_default_store`. tests/models/test_megatron_contract.py fails when they are gone.
+What is used of Megatron's plan without being public stands in megatron/patches.toml (`checkpoint_plan`); of PyTorch
+`_StoragePrefix` and `_get_default_store`, whose names tests/megatron/test_contract.py holds.
 """
 
 import dataclasses
@@ -26,7 +25,6 @@ from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_st
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint import FileSystemWriter
@@ -36,6 +34,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 
 from nemo_llm.checkpoint.state_files import StateFile, write_metadata
 from nemo_llm.errors import CheckpointError
+from nemo_llm.megatron.checkpoint import by_stored_names
 from nemo_llm.storage.host_buffers import HostBuffer, Snapshot
 
 _POLL_SECONDS = 0.02
@@ -71,7 +70,7 @@ class _PlanningStrategy(TorchDistSaveShardedStrategy):
 
     def async_save(self, sharded_state_dict: dict, checkpoint_dir: Path) -> AsyncRequest:
         """Plan; nothing is written."""
-        renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        renamed, _, _ = by_stored_names(sharded_state_dict, self.keep_only_main_replica)
         self.writer = _PlanOnlyWriter(checkpoint_dir)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planned = save_state_dict_async_plan(

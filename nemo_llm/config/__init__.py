@@ -21,8 +21,8 @@ from nemo_llm.config.sections.run_services import (
     ClusterConfig,
     ExpManagerConfig,
     SampleConfig,
-    TaskConfig,
 )
+from nemo_llm.config.sections.task import TaskConfig
 from nemo_llm.config.sections.trainer import RampupBatchSize, RunSection, TrainerConfig
 
 __all__ = [

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import struct
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,13 +18,12 @@ from nemo_llm.checkpoint.state_files import NativeReader
 from nemo_llm.config.commands.convert import ConvertConfig
 from nemo_llm.config.compose.hf_tokenizer import SPECIAL_IDS, add_special_ids, as_list, special_ids
 from nemo_llm.config.compose.load import compose, to_dict
-from nemo_llm.convert.gguf import unpack_gguf
+from nemo_llm.conversation.turn_end import saved_template, turn_end_id
 from nemo_llm.convert.hf_files import HfReader, write_safetensors, written_names
 from nemo_llm.convert.layer_subset import write_samples
 from nemo_llm.convert.logit_check import GateReport, GateSettings, compare, saved_model, their_config
 from nemo_llm.convert.mapping import Mapped
 from nemo_llm.convert.reach import Reach
-from nemo_llm.convert.token_ids import compare_token_ids
 from nemo_llm.convert.write_checkpoint import (
     Outcome,
     ahead,
@@ -35,13 +36,22 @@ from nemo_llm.convert.write_checkpoint import (
     write_ours,
     write_report,
 )
-from nemo_llm.data.turn_end import turn_end_id
-from nemo_llm.errors import InputError
+from nemo_llm.errors import CheckpointError, InputError
 from nemo_llm.families.registry import FAMILIES, family_for, family_of, hf_config, read_hf_config
 from nemo_llm.log import get_logger
-from nemo_llm.tokenizers.tokenizer import COMPANIONS, load_tokenizer_from_folder
+from nemo_llm.tokenizers.tokenizer import copy_companions, load_tokenizer_from_folder
 
 _log = get_logger(__name__)
+
+_TEXTS = (
+    "The capital of France is",
+    " Two  spaces, a tab\tand a line\nbreak.\n\n",
+    "def f(x):\n    return x ** 2 + 1  # 3.14159, 1e-5, 2026-11-29",
+    "Ein Käse für 12,50 €; un café à Besançon; Привет, мир; 你好,世界; שלום; 🙂👩‍👩‍👧",
+    "x",
+    "¿Qué?\r\n\u2028 e\u0301 \u00a0 \ufeff",
+)
+"""Compared between the tokenizers of both sides."""
 
 _DTYPE_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -120,8 +130,9 @@ def _write_hf_companions(target: Path, folder: Path, config: dict[str, Any], dty
     if tokenizer.is_dir():
         names = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
         for path in sorted(tokenizer.iterdir()):
-            if path.name in (*COMPANIONS, "tokenizer.json") or path.name in names:
+            if path.name == "tokenizer.json" or path.name in names:
                 shutil.copyfile(path, target / names.get(path.name, path.name))
+        copy_companions(tokenizer, target)
         if not (target / "tokenizer_config.json").exists():
             _write_tokenizer_config(tokenizer, target)
     ids = _special_ids(folder)
@@ -139,7 +150,7 @@ def _special_ids(folder: Path) -> dict[str, Any]:
     own = {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eod_id}
     ids = {key: value for key, value in own.items() if value is not None} | special_ids(folder / "tokenizer")
     ends = as_list(ids["eos_token_id"])
-    turn_end = turn_end_id(loaded)
+    turn_end = turn_end_id(loaded, saved_template(loaded))
     if turn_end is not None and turn_end not in ends:
         ids["eos_token_id"] = [*ends, turn_end]
     return ids
@@ -165,3 +176,74 @@ def compare_folders(cfg: ConvertConfig, mapped: Mapped, folders: tuple[Path, Pat
         return compare(*(folders if layers is None else write_samples(mapped, hf, ours, layers, scratch)), settings)
 
     return gate(cfg, mapped, run, written, Reach.of(mapped.model, their_config(hf)))
+
+
+def unpack_gguf(file: Path, folder: Path) -> None:
+    """Write the model of a ``.gguf`` file, in float32, and its tokenizer to ``folder``.
+
+    The whole model is in memory at this step.
+
+    Raises:
+        InputError: packages that are missing, a file that transformers cannot read.
+    """
+    try:
+        import accelerate
+        import gguf
+    except ImportError as error:
+        raise InputError(
+            f"{file}: reading GGUF needs the packages gguf and accelerate (extra `gguf`): {error}"
+        ) from None
+    del accelerate, gguf
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    # In a folder of its own: what lies beside the file (a config.json that names code) has no say.
+    with TemporaryDirectory(dir=folder.parent, prefix=".alone.") as alone:
+        (Path(alone) / file.name).symlink_to(file.resolve())
+        try:
+            read = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.float32, **where)
+            tokenizer = AutoTokenizer.from_pretrained(alone, **where)
+        except (OSError, ValueError, KeyError, NotImplementedError, struct.error) as error:
+            raise InputError(f"{file}: transformers cannot read this GGUF file: {error}") from error
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are plain numbers now
+    # A fresh model: the one that was read refuses to be saved, since it came from quantised weights.
+    plain = type(read)(config)
+    plain.load_state_dict(read.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def compare_token_ids(hf_folder: Path, tokenizer_folder: Path, beginning: bool) -> int:
+    """Encode each text with both; returns how many texts were compared: none where transformers cannot load its own.
+
+    Args:
+        beginning: compare what stands before a text, too. (What transformers may put behind one is left out: a text to
+            continue has no end.)
+
+    Raises:
+        CheckpointError: ids differ; names the text and both.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        theirs: Any = AutoTokenizer.from_pretrained(hf_folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever its classes raise for files that they do not take
+        _log.warning("%s: transformers cannot load the tokenizer, so that ids are not compared (%s)", hf_folder, error)
+        return 0
+    ours = load_tokenizer_from_folder(tokenizer_folder)
+    start = [] if ours.bos_id is None or not beginning else [ours.bos_id]
+    for text in _TEXTS:
+        expected = list(theirs(text, add_special_tokens=beginning).input_ids)
+        found = [*start, *ours.encode(text)]
+        behind = expected[len(found) :]
+        if expected[: len(found)] != found or not set(behind) <= set(theirs.all_special_ids):
+            raise CheckpointError(
+                f"{hf_folder}: the tokenizers differ on {text!r}: transformers {expected[:24]}, here {found[:24]}.\n"
+                "      fix: set verify=false to convert all the same; texts would then be read otherwise than by "
+                "transformers"
+            )
+    return len(_TEXTS)

@@ -50,10 +50,10 @@ def build_gpt_model(fields: Mapping[str, Any], vocab_size: int, groups: Any) -> 
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from nemo_llm.models import specs  # makes up for a name that megatron-core 0.16.1 reads and does not define
+    from nemo_llm.megatron.models import define_missing_names
     from nemo_llm.models.transformer_config import ACTIVATIONS
 
-    del specs
+    define_missing_names()
     given = {name: fields[name] for name in _CONFIG_FIELDS if fields.get(name) is not None}
     if "window_size" in given:
         given["window_size"] = tuple(given["window_size"])

@@ -14,13 +14,14 @@ import torch
 from nemo_llm.checkpoint.fingerprint import weights_fingerprint
 from nemo_llm.checkpoint.folder import begin, commit, resolve_checkpoint, writing
 from nemo_llm.checkpoint.manifest import verify
-from nemo_llm.checkpoint.saved_run import SavedRun, write_config
+from nemo_llm.checkpoint.saved_run import TEMPLATE_FILE_NAME, SavedRun, write_config
 from nemo_llm.checkpoint.weights import load_weights, save_weights
 from nemo_llm.checkpoint.writer import StateWriter
 from nemo_llm.config.commands.convert import ConvertConfig
 from nemo_llm.config.compose.decode import decode, to_dict
 from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.config.shipped import one_cpu, read_shipped, reference_fp32
+from nemo_llm.conversation.template import save_template
 from nemo_llm.convert.convert import convert
 from nemo_llm.convert.logit_check import (
     GateReport,
@@ -34,14 +35,12 @@ from nemo_llm.convert.logit_check import (
     saved_model,
 )
 from nemo_llm.convert.write_checkpoint import Outcome, appear, paths_of, write_report
-from nemo_llm.data.chat_template import TEMPLATE_FILE_NAME, save_template
 from nemo_llm.errors import InputError
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.parallel.runtime import own_runtime
-from nemo_llm.peft.adapter import adapter_state
+from nemo_llm.peft.adapter import adapter_state, merge_adapters
 from nemo_llm.peft.attach import attach_peft
 from nemo_llm.peft.hf_format import export_adapter, load_hf_adapter, section_of_folder
-from nemo_llm.peft.merge import merge_adapters
 from nemo_llm.peft.state import load_adapter, write_description
 
 

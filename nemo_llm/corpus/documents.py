@@ -14,7 +14,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -66,6 +66,28 @@ OnBad = Callable[[BadRecord], None]
 def raise_bad(record: BadRecord) -> None:
     """An ``OnBad`` that stops at the first bad record with an InputError."""
     raise BadRecordError(record)
+
+
+def check_bad_share(bad: Mapping[str, int], good: int, allowed: float, examples: Iterable[str]) -> None:
+    """Refuse to go on where a larger share than allowed of the records is bad, or none is good.
+
+    Args:
+        bad: numbers by reason.
+        examples: the first bad ones; read only where they are shown.
+
+    Raises:
+        InputError: with the reasons and the examples.
+    """
+    number = sum(bad.values())
+    if number > allowed * (number + good):
+        counts = ", ".join(f"{count} x {reason}" for reason, count in bad.items())
+        raise InputError(
+            f"{number} of {number + good} records are bad ({counts}), more than max_bad_fraction = {allowed}; nothing "
+            f"is published. The first: {'; '.join(examples)}. Mend them, or raise max_bad_fraction and run again (what "
+            "is done is kept)"
+        )
+    if not good:
+        raise InputError("the inputs hold no document")
 
 
 def as_path(name: str) -> Path:
@@ -139,10 +161,13 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 def file_format(path: Path) -> str:
     """Return ``jsonl``, ``parquet`` or ``text`` by the name's ending, a compression's ending aside."""
-    name = path.with_suffix("") if path.suffix in COMPRESSION else path
-    if name.suffix in _JSON_LINES:
-        return "jsonl"
-    return "parquet" if name.suffix == ".parquet" else "text"
+    found = ending(path)
+    return "jsonl" if found in _JSON_LINES else "parquet" if found == ".parquet" else "text"
+
+
+def ending(path: Path) -> str:
+    """The ending of a file's name, a compression's aside."""
+    return (path.with_suffix("") if path.suffix in COMPRESSION else path).suffix
 
 
 def open_stream(path: Path) -> IO[bytes]:
@@ -220,43 +245,37 @@ def read_documents(
 
     Raises InputError when the file itself cannot be read (a broken compressed stream, not a Parquet file).
     """
+    for result in parse_documents(path, text_key, encoding, keep):
+        if isinstance(result, BadRecord):
+            on_bad(result)
+        else:
+            yield result
+
+
+def parse_documents(
+    path: Path, text_key: str, encoding: str = "utf-8", keep: tuple[str, ...] = ()
+) -> Iterator[Document | BadRecord]:
+    """As `read_documents`, with the records that cannot be read where they stand."""
     with reading(path):
         match file_format(path):
             case "jsonl":
-                yield from _json_lines(path, text_key, on_bad, encoding, keep)
+                with open_stream(path) as stream:
+                    for number, line in enumerate(stream, start=1):
+                        if result := parse_json_line(line, str(path), number, text_key, encoding, keep):
+                            yield result
             case "parquet":
-                yield from _parquet_rows(path, text_key, on_bad, keep)
+                for number, row in enumerate(parquet_rows(path, text_key, keep), start=1):
+                    text = row.pop(text_key)
+                    if isinstance(text, str):
+                        yield _checked(text, str(path), number, row)
+                    else:
+                        detail = f"{text_key!r} holds {text!r:.40}"
+                        yield BadRecord(str(path), number, "field is not text", detail)
             case _:
-                yield from _plain_text(path, on_bad, encoding)
-
-
-def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line or row from 1, record) of a JSON-lines or Parquet file; Parquet's nulls are left out at every depth.
-
-    Raises:
-        InputError: a line that is no JSON object, or a file that cannot be read.
-    """
-    with reading(path):
-        if file_format(path) == "parquet":
-            yield from _parquet_records(path)
-            return
-        with open_stream(path) as stream:
-            for number, line in enumerate(stream, start=1):
-                if not line.strip():
-                    continue
-                record = _parse_json(line, str(path), number, "utf-8")
-                if number == 1 and (isinstance(record, list) or line.strip() == b"["):
-                    fix = f"write one JSON object a line: jq -c '.[]' {path.name} > {path.stem}.jsonl"
-                    raise InputError(f"{path}:1: the file holds a JSON array\n      fix: {fix}")
-                if isinstance(record, BadRecord):
-                    raise BadRecordError(record)
-                if not isinstance(record, dict):
-                    kind = type(record).__name__
-                    raise InputError(f"{path}:{number}: a line must hold one JSON object, received a {kind}")
-                if b"\\u" in line and (place := _lone_surrogate(json.dumps(record, ensure_ascii=False))) is not None:
-                    detail = "half of a surrogate pair, which is no character"
-                    raise BadRecordError(BadRecord(str(path), number, "lone surrogate", f"{detail} (near {place})"))
-                yield number, record
+                try:
+                    yield _checked("".join(plain_text_blocks(path, encoding)), str(path), 1)
+                except BadRecordError as error:
+                    yield error.record
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -274,24 +293,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, result.text
 
 
-def text_of(record: Mapping[str, Any], key: str) -> str:
-    """A field of a record as text, numbers and true and false as JSON spells them.
-
-    Raises:
-        InputError: no such field, or one without a value (null), or a list or mapping.
-    """
-    value = record.get(key)
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str | int | float):
-        return str(value)
-    if value is None:
-        what = "holds null" if key in record else f"is missing; the record has {', '.join(map(str, record))}"
-        raise InputError(f"the field {key!r} {what}")
-    raise InputError(f"the field {key!r} holds a {type(value).__name__}, and text, number, true or false is needed")
-
-
-def _parse_json(line: bytes, file: str, number: int, encoding: str) -> Any:
+def parse_json(line: bytes, file: str, number: int, encoding: str) -> Any:
     """The value on a JSON line, or a `BadRecord`."""
     try:
         return json.loads(line.decode(encoding).removeprefix("\ufeff"))
@@ -309,7 +311,7 @@ def parse_json_line(
     """Return the document on a JSON line, what is wrong with it, or None for a blank line."""
     if not line.strip():
         return None
-    record = _parse_json(line, file, number, encoding)
+    record = parse_json(line, file, number, encoding)
     if isinstance(record, BadRecord):
         return record
     if not isinstance(record, dict) or text_key not in record:
@@ -337,12 +339,12 @@ def _invalid(encoding: str) -> str:
 def _checked(text: str, file: str, number: int, fields: dict[str, Any] | None = None) -> Document | BadRecord:
     if not text:
         return BadRecord(file, number, "empty document", "no text")
-    if (place := _lone_surrogate(text)) is not None:
+    if (place := lone_surrogate(text)) is not None:
         return BadRecord(file, number, "invalid UTF-8", f"lone surrogate at character {place}")
     return Document(text, file, number, fields or {})
 
 
-def _lone_surrogate(text: str) -> int | None:
+def lone_surrogate(text: str) -> int | None:
     """Where a text has half of a surrogate pair, which JSON may hold and which is no character; None for nowhere."""
     try:
         text.encode("utf-8")
@@ -351,62 +353,25 @@ def _lone_surrogate(text: str) -> int | None:
     return None
 
 
-def _json_lines(path: Path, text_key: str, on_bad: OnBad, encoding: str, keep: tuple[str, ...]) -> Iterator[Document]:
-    with open_stream(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            result = parse_json_line(line, str(path), number, text_key, encoding, keep)
-            if isinstance(result, BadRecord):
-                on_bad(result)
-            elif result is not None:
-                yield result
+def parquet_rows(path: Path, needed: str | None = None, keep: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file: all columns, or the ``needed`` one and those of ``keep`` that there are.
 
-
-def _parquet_rows(path: Path, text_key: str, on_bad: OnBad, keep: tuple[str, ...]) -> Iterator[Document]:
+    Raises:
+        InputError: no such column, or no Parquet file.
+    """
     import pyarrow
     import pyarrow.parquet
 
     try:
         with open_bytes(path) as stream, pyarrow.parquet.ParquetFile(stream) as parquet:
-            if text_key not in parquet.schema_arrow.names:
-                raise InputError(f"{path}: no column {text_key!r}, it has {', '.join(parquet.schema_arrow.names)}")
-            columns = [text_key, *(name for name in keep if name in parquet.schema_arrow.names)]
-            number = 0
+            known = parquet.schema_arrow.names
+            if needed is not None and needed not in known:
+                raise InputError(f"{path}: no column {needed!r}, it has {', '.join(known)}")
+            columns = None if needed is None else [needed, *(name for name in keep if name in known)]
             for batch in parquet.iter_batches(batch_size=256, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    value = row.pop(text_key)
-                    if not isinstance(value, str):
-                        on_bad(BadRecord(str(path), number, "field is not text", f"{text_key!r} holds {value!r:.40}"))
-                        continue
-                    result = _checked(value, str(path), number, row)
-                    if isinstance(result, BadRecord):
-                        on_bad(result)
-                    else:
-                        yield result
+                yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a readable Parquet file ({error})") from error
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with open_bytes(path) as stream, pyarrow.parquet.ParquetFile(stream) as parquet:
-            for batch in parquet.iter_batches(batch_size=256):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, _without_nulls(record)
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: not a readable Parquet file ({error})") from error
-
-
-def _without_nulls(value: Any) -> Any:
-    """A copy without the fields that a Parquet file gives to every record and this one left empty."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def plain_text_blocks(path: Path, encoding: str) -> Iterator[str]:
@@ -428,16 +393,3 @@ def plain_text_blocks(path: Path, encoding: str) -> Iterator[str]:
                 return
             lines += block.count(b"\n")
             position += len(block)
-
-
-def _plain_text(path: Path, on_bad: OnBad, encoding: str) -> Iterator[Document]:
-    try:
-        text = "".join(plain_text_blocks(path, encoding))
-    except BadRecordError as error:
-        on_bad(error.record)
-        return
-    result = _checked(text, str(path), 1)
-    if isinstance(result, BadRecord):
-        on_bad(result)
-    else:
-        yield result

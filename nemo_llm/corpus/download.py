@@ -6,7 +6,6 @@ has changed since.
 """
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_llm.errors import InputError
-from nemo_llm.storage.build_cache import write_json_atomically
+from nemo_llm.storage.atomic_files import sync_stream, write_json
 
 _BLOCK_BYTES = 1 << 24
 _ATTEMPTS = 6
@@ -109,7 +108,7 @@ def _download(file: RemoteFile, place: Path) -> None:
     if not known:
         part.unlink(missing_ok=True)
         place.unlink(missing_ok=True)
-        write_json_atomically(note, {"source": file.path, "version": file.version})
+        write_json(note, {"source": file.path, "version": file.version})
     for attempt in range(_ATTEMPTS):
         try:
             _append(file, part)
@@ -137,7 +136,6 @@ def _append(file: RemoteFile, part: Path) -> None:
                     stream.truncate(0)
                 while block := source.read(_BLOCK_BYTES):
                     stream.write(block)
-        stream.flush()
-        os.fsync(stream.fileno())
+        sync_stream(stream)
         if stream.tell() != file.size:
             raise OSError(f"{stream.tell()} bytes of {file.size}")

@@ -20,9 +20,9 @@ from nemo_llm.corpus.documents import (
     file_state,
     open_bytes,
     open_stream,
+    parse_documents,
     parse_json_line,
     parse_text_line,
-    read_documents,
     reading,
 )
 from nemo_llm.errors import InputError
@@ -107,14 +107,7 @@ def read_shard(shard: Shard, text_format: TextFormat) -> Iterator[Document | Bad
                 if result is not None:
                     yield result
         return
-    bad: list[BadRecord] = []
-    for document in read_documents(
-        path, text_format.text_key, bad.append, text_format.encoding, text_format.keep_fields
-    ):
-        yield from bad
-        bad.clear()
-        yield document
-    yield from bad
+    yield from parse_documents(path, text_format.text_key, text_format.encoding, text_format.keep_fields)
 
 
 def _shards_of(file: Path, size: int, shard_bytes: int, text_format: TextFormat) -> Iterator[Shard]:

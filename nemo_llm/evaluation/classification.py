@@ -3,20 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
-from nemo_llm.corpus.documents import text_of
+from nemo_llm.corpus.records import find_record_files, read_all_records, text_of
 from nemo_llm.data.sources.labelled_texts import text_ids
 from nemo_llm.errors import ConfigError, InputError, Problem
 from nemo_llm.evaluation.metrics import (
     ClassificationFigures,
-    Interval,
     classification_figures,
     holm_adjusted,
     mcnemar_p_value,
 )
-from nemo_llm.evaluation.records import read_records
 from nemo_llm.evaluation.scorer import Scorer
 from nemo_llm.evaluation.templates import Example, PromptTemplate, choose_shots
 from nemo_llm.tokenizers.tokenizer import Tokenizer
@@ -50,8 +46,8 @@ class Comparison:
         return self.p_value < 0.05
 
 
-def read_examples(path: Path, text_key: str, label_key: str, words: Mapping[str, str] | None) -> list[Example]:
-    """Examples of a JSON-lines or CSV file.
+def read_examples(pattern: str, text_key: str, label_key: str, words: Mapping[str, str] | None) -> list[Example]:
+    """Examples of files of records: a path, a folder or a glob.
 
     Args:
         words: the word that stands for each label in the file; None takes the labels themselves.
@@ -61,7 +57,7 @@ def read_examples(path: Path, text_key: str, label_key: str, words: Mapping[str,
         ConfigError: a label without a word.
     """
     examples = []
-    for line, record in read_records(path):
+    for path, line, record in read_all_records(find_record_files(pattern)):
         try:
             text, label = text_of(record, text_key), text_of(record, label_key)
         except InputError as error:
@@ -72,7 +68,7 @@ def read_examples(path: Path, text_key: str, label_key: str, words: Mapping[str,
             raise ConfigError([Problem("classification.label_words", dict(words), rule, f"add {label}: WORD")])
         examples.append(Example(text, words[label] if words is not None else label, record))
     if not examples:
-        raise InputError(f"{path}: holds no example")
+        raise InputError(f"{pattern}: holds no example")
     return examples
 
 
@@ -152,29 +148,11 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 def figures_as_rows(figures: ClassificationFigures) -> list[tuple[str, str]]:
     """Name and value of each figure, for tables."""
     rows: list[tuple[str, str]] = [("examples", str(figures.num_examples))]
-    named: dict[str, Interval] = {
-        "accuracy": figures.accuracy,
-        "macro precision": figures.macro_precision,
-        "macro recall": figures.macro_recall,
-        "macro F1": figures.macro_f1,
-    }
-    rows += [(name, str(value)) for name, value in named.items()]
+    for name in ("accuracy", "macro precision", "macro recall", "macro F1"):
+        rows.append((name, str(getattr(figures, name.lower().replace(" ", "_")))))
     rows.append(("micro precision, recall, F1", f"{figures.micro_f1:.3f}"))
     rows += [
         (name, f"precision {part.precision:.3f}, recall {part.recall:.3f}, F1 {part.f1:.3f} ({part.support} examples)")
         for name, part in figures.classes.items()
     ]
     return rows
-
-
-def as_plain(value: Any) -> Any:
-    """Dataclasses, nested in anything, as what JSON can hold."""
-    import dataclasses
-
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: as_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): as_plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_plain(part) for part in value]
-    return value

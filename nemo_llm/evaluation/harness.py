@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemo_llm.config.compose.catalog import nearest
+from nemo_llm.conversation.sandbox import sandbox
+from nemo_llm.corpus.records import find_record_files, read_all_records
 from nemo_llm.errors import InputError
-from nemo_llm.evaluation.records import is_table, read_records
 from nemo_llm.evaluation.scorer import Scorer
 from nemo_llm.migrate.yaml import check_yaml
 
@@ -46,7 +48,7 @@ class TaskFile:
 
     kind: str
     data: Path
-    shots: Path | None = None
+    shots: Sequence[Path] = ()
 
     @property
     def name(self) -> str:
@@ -59,22 +61,23 @@ def shipped_kinds() -> dict[str, Path]:
 
 
 def find_task_files(tasks: Mapping[str, str | Sequence[str]], shots: Mapping[str, str]) -> list[TaskFile]:
-    """Tasks of a mapping from a kind (or a task file of lm-eval's form, ``.yaml``) to a file, a folder or a list.
+    """Tasks of a mapping from a kind (or a task file of lm-eval's form, ``.yaml``) to a file, folder, glob or a list.
 
     Raises:
-        InputError: an unknown kind, or a path that is not there.
+        InputError: an unknown kind, a path that is not there, or two files of one name.
     """
     found = []
     for kind, places in tasks.items():
         _specification(kind)
         for place in [places] if isinstance(places, str) else places:
-            path = Path(place).expanduser()
-            files = sorted(p for p in path.iterdir() if is_table(p)) if path.is_dir() else [path]
-            if not files or not files[0].is_file():
-                what = "has no .jsonl, .csv or .parquet file" if path.is_dir() else "there is no such file or folder"
-                raise InputError(f"tasks.{kind}={place}: {what}")
-            solved = Path(shots[kind]).expanduser() if kind in shots else None
-            found += [TaskFile(kind, file, solved) for file in files]
+            try:
+                solved = find_record_files(shots[kind]) if kind in shots else []
+                found += [TaskFile(kind, file, solved) for file in find_record_files(place)]
+            except InputError as error:
+                raise InputError(f"tasks.{kind}: {error}") from None
+    names = Counter(file.name for file in found)
+    if twice := [file for file in found if names[file.name] > 1]:
+        raise InputError(f"tasks: the figures of {' and '.join(str(f.data) for f in twice)} would have the same name")
     return found
 
 
@@ -133,8 +136,8 @@ def build_task(file: TaskFile, num_fewshot: int | None) -> Any:
 
     specification = _specification(file.kind)
     fields = specification.get("metadata", {}).pop("fields", [])
-    data = {"test": Dataset.from_list(_records(file.kind, file.data, fields))}
-    if file.shots is not None:
+    data = {"test": Dataset.from_list(_records(file.kind, [file.data], fields))}
+    if file.shots:
         data["shots"] = Dataset.from_list(_records(file.kind, file.shots, fields))
         specification |= {"fewshot_split": "shots", "fewshot_config": {"sampler": "first_n"}}
     config = {
@@ -257,9 +260,9 @@ def _check_inert(path: Path, specification: dict[str, Any], metrics: list[str]) 
             )
 
 
-def _records(kind: str, path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+def _records(kind: str, files: Sequence[Path], fields: Sequence[str]) -> list[dict[str, Any]]:
     records = []
-    for line, record in read_records(path, fields if kind == "mmlu" else None):
+    for path, line, record in read_all_records(files, fields if kind == "mmlu" else None):
         if missing := [field for field in fields if record.get(field) is None]:
             raise InputError(
                 f"{path}, line {line}: no field {missing[0]!r}, which the task {kind} needs; it has {', '.join(record)}"
@@ -269,7 +272,7 @@ def _records(kind: str, path: Path, fields: Sequence[str]) -> list[dict[str, Any
         except (AttributeError, TypeError, ValueError) as error:
             raise InputError(f"{path}, line {line}: no record of the task {kind} ({error})") from None
     if not records:
-        raise InputError(f"{path}: holds no record")
+        raise InputError(f"{', '.join(map(str, files))}: holds no record")
     return records
 
 
@@ -321,8 +324,8 @@ def _import_lm_eval() -> Any:
 
     # lm-eval 0.4.13 renders templates of task files without a sandbox: `cycler.__init__.__globals__.os` runs commands.
     if not isinstance(utils.env, ImmutableSandboxedEnvironment):
-        sandbox = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-        sandbox.filters.update(utils.env.filters)
-        utils.env = sandbox
+        environment = sandbox(undefined=StrictUndefined, keep_trailing_newline=True)
+        environment.filters.update(utils.env.filters)
+        utils.env = environment
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return lm_eval

@@ -110,13 +110,13 @@ def _read_classification(
     section: ClassificationConfig, cfg: EvaluateConfig
 ) -> tuple[list[Example], list[Example], list[str]]:
     keys = (section.text_key, section.label_key, section.label_words)
-    examples = read_examples(Path(section.file), *keys)
+    examples = read_examples(section.file, *keys)
     if section.split is not None:
         examples = [example for example in examples if is_held_out(example.text, section.split)]
         if not examples:
             rule = f"leaves none of the texts of {section.file} for validation"
             raise ConfigError([Problem("classification.split", section.split, rule, "give more texts, or set null")])
-    pool = read_examples(Path(section.shots_file), *keys) if section.shots_file is not None else None
+    pool = read_examples(section.shots_file, *keys) if section.shots_file is not None else None
     words = section.label_words
     labels = list(words.values()) if words is not None else sorted({example.label for example in examples})
     if len(set(labels)) < 2:

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import StrictUndefined
 
 from nemo_llm.config.compose.catalog import conf_dir, nearest
-from nemo_llm.data.chat_template import line_of
+from nemo_llm.conversation.sandbox import SandboxedTemplate, read_source, sandbox
 from nemo_llm.errors import InputError
 
 FOLDER = "prompts"
@@ -31,16 +30,12 @@ class Example:
     fields: Mapping[str, Any]
 
 
-class PromptTemplate:
+class PromptTemplate(SandboxedTemplate):
     """A template with the name that tables show."""
 
     def __init__(self, name: str, source: str, place: str) -> None:
-        self.name, self.place = name, place
-        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-        try:
-            self._template = environment.from_string(source)
-        except TemplateSyntaxError as error:
-            raise InputError(f"{place}, line {error.lineno}: no Jinja template ({error.message})") from None
+        self.name = name
+        super().__init__(source, place, sandbox(undefined=StrictUndefined, keep_trailing_newline=True))
 
     def render(self, example: Example, shots: Sequence[Example], labels: Sequence[str]) -> str:
         """The prompt of one example, without white space at its end: labels are scored with a space before them.
@@ -51,12 +46,7 @@ class PromptTemplate:
         examples = [{**shot.fields, "text": shot.text, "label": shot.label} for shot in shots]
         values = {**example.fields, "text": example.text, "labels": list(labels), "examples": examples}
         values.pop("label", None)  # a template that shows the answer measures nothing
-        try:
-            return self._template.render(**values).rstrip()
-        except TemplateError as error:
-            raise InputError(f"{self.place}{line_of(error)}: {error}") from None
-        except Exception as error:  # whatever the template's expressions lead to
-            raise InputError(f"{self.place}{line_of(error)}: {type(error).__name__}: {error}") from None
+        return self.fill(values, self.origin).rstrip()
 
 
 def load_template(name: str) -> PromptTemplate:
@@ -69,7 +59,7 @@ def load_template(name: str) -> PromptTemplate:
     if path.suffix == ".jinja":
         if not path.is_file():
             raise InputError(f"prompt_templates: {name}: there is no such file")
-        return PromptTemplate(path.stem, path.read_text(encoding="utf-8"), str(path))
+        return PromptTemplate(path.stem, read_source(path), str(path))
     shipped = shipped_templates()
     if name not in shipped:
         guess = nearest(name, shipped)
@@ -78,7 +68,7 @@ def load_template(name: str) -> PromptTemplate:
             f"prompt_templates: {name}: there is no such template.\n      fix: {hint}shipped are {', '.join(shipped)}; "
             "your own is named by its path, ending in .jinja"
         )
-    return PromptTemplate(name, shipped[name].read_text(encoding="utf-8"), str(shipped[name]))
+    return PromptTemplate(name, read_source(shipped[name]), str(shipped[name]))
 
 
 def shipped_templates() -> dict[str, Path]:

@@ -7,15 +7,13 @@ from typing import Literal
 import torch
 
 from nemo_llm.config.commands.generate import SamplingConfig
-from nemo_llm.data.turn_end import turn_end_id
+from nemo_llm.conversation.template import ChatTemplate
+from nemo_llm.conversation.turn_end import turn_end_ids
 from nemo_llm.errors import ConfigError, InputError, Problem
 from nemo_llm.inference.detokenize import TextStream
 from nemo_llm.inference.loaded_model import InferenceModel
 from nemo_llm.inference.sampling import Sampler
 from nemo_llm.tokenizers.tokenizer import Tokenizer
-
-# What ends a turn in the chat formats of ChatML, Llama 3, Gemma, Phi and Mistral.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "</s>")
 
 OnText = Callable[[int, str], None]
 """Called with a prompt's number and the next piece of its text."""
@@ -36,14 +34,18 @@ def generate(
     settings: SamplingConfig,
     batch_size: int,
     on_text: OnText | None = None,
+    template: ChatTemplate | None = None,
 ) -> list[Generation]:
     """Continue every prompt (token ids); a collective of all ranks, with the same result on each.
+
+    Args:
+        template: the chat template of the prompts, which says what ends an answer; None: the one beside the tokenizer.
 
     Raises:
         InputError: a prompt that is empty or does not fit the model's window together with ``max_new_tokens``.
     """
     check_prompts(prompts, settings.max_new_tokens, model.max_length)
-    ends = stop_ids(model.tokenizer, settings)
+    ends = stop_ids(model.tokenizer, settings, template)
     # Prompts of similar length share a batch, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
     results: dict[int, Generation] = {}
@@ -73,7 +75,7 @@ def check_prompts(prompts: Sequence[list[int]], max_new_tokens: int, max_length:
             )
 
 
-def stop_ids(tokenizer: Tokenizer, settings: SamplingConfig) -> frozenset[int]:
+def stop_ids(tokenizer: Tokenizer, settings: SamplingConfig, template: ChatTemplate | None = None) -> frozenset[int]:
     """Ids that end a text.
 
     Raises:
@@ -82,9 +84,7 @@ def stop_ids(tokenizer: Tokenizer, settings: SamplingConfig) -> frozenset[int]:
     if settings.ignore_eod:
         return frozenset()
     if settings.stop_tokens is None:
-        found = [tokenizer.token_id(name) for name in _TURN_ENDS]
-        found.append(turn_end_id(tokenizer))
-        return frozenset([*tokenizer.end_ids, *(number for number in found if number is not None)])
+        return frozenset([*tokenizer.end_ids, *turn_end_ids(tokenizer, template)])
     known = {name: tokenizer.token_id(name) for name in settings.stop_tokens}
     if missing := [name for name, number in known.items() if number is None]:
         raise ConfigError(

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from nemo_llm.megatron.models import offer_fused_rope
 from nemo_llm.models.layers.kv_cache import KVCache
-from nemo_llm.models.layers.rope import offer_fused_rope
+from nemo_llm.models.layers.rope import rotate_fused
 
 _WARM_UP_STEPS = 3
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -43,7 +44,7 @@ class DecodeGraphs:
     def _record(self) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         before = self._config.apply_rope_fusion
         self._config.apply_rope_fusion = True
-        offer_fused_rope()
+        offer_fused_rope(rotate_fused)
         try:
             # The same token again and again: keys and values of its slot are written anew, to the same effect.
             stream = torch.cuda.Stream()

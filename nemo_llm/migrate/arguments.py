@@ -15,20 +15,12 @@ _LONGEST_QUOTATION = 200  # lines
 _END = re.compile(r"-[A-Za-z-]|[|;&<>]|\d?>|[()]+$|.*\.py$|(then|fi|else|do|done|torchrun|python3?|srun|exec)$|\w+\+?=")
 
 
-def read_arguments(text: str) -> dict[str, Any]:
-    """Arguments in a text or a shell script, with variables that it sets itself put in.
-
-    Lists of arguments in quotes (``"--lr 1e-4"``) and in arrays count; what no branch of an ``if`` decides is taken as
-    it stands, the first mention of an argument first.
-    """
-    found: dict[str, Any] = {}
-    for name, value in mentions(text):
-        found.setdefault(name, value)
-    return found
-
-
 def mentions(text: str) -> Iterator[tuple[str, Any]]:
-    """Every argument with its value (True where it has none), in order, those given twice twice."""
+    """Every argument with its value (True where it has none) in a text or a shell script, in order, repeated ones too.
+
+    Variables that the script sets itself are put in. Lists of arguments in quotes (``"--lr 1e-4"``) and in arrays
+    count; what no branch of an ``if`` decides is taken as it stands.
+    """
     words = _words(text)
     for number, word in enumerate(words):
         if not re.match(r"--[A-Za-z]", word):

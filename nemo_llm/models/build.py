@@ -107,8 +107,8 @@ def _mark_experts(chunk: LanguageModel, runtime: ParallelRuntime) -> None:
     """Mark the parameters of experts wherever their copies lie on other ranks than those of dense weights.
 
     By the mark (``allreduce``) Megatron sums gradients over the ranks that hold the same expert, and keeps its
-    optimizer state there. megatron-core 0.16.1 sets it where EP is above 1. But with EP1 an expert tensor parallel size
-    other than TP also makes other groups: the copies of an expert would then train apart.
+    optimizer state there. Megatron sets it where EP is above 1. But with EP1 an expert tensor parallel size other than
+    TP also makes other groups: the copies of an expert would then train apart (megatron/patches.toml, `expert_marks`).
     """
     if runtime.experts_have_own_groups:
         for module in chunk.modules():

@@ -1,13 +1,12 @@
 """What carries out this run's arithmetic, and why: said once at start, so that nothing is chosen in silence."""
 
-import types
 from importlib.util import find_spec
 
 import torch
-from megatron.core.tensor_parallel import layers
 
 from nemo_llm.config.checks.code_paths import fused_chunk_tokens, used_window, why_no_flex, why_not_grouped
 from nemo_llm.config.sections.model_setting import ModelSetting
+from nemo_llm.megatron.models import accumulates_by_apex
 from nemo_llm.models.layers.attention import prefers_cudnn
 from nemo_llm.models.specs import choose_backend
 from nemo_llm.models.warm_kernels import why_no_choice
@@ -81,6 +80,5 @@ def _loss(setting: ModelSetting) -> str:
 def _gradients(setting: ModelSetting) -> str:
     if not setting.performance.gradient_accumulation_fusion:
         return "weight gradients: added apart (performance.gradient_accumulation_fusion=false)"
-    ours = isinstance(getattr(layers, "fused_weight_gradient_mlp_cuda", None), types.SimpleNamespace)
-    apex = "apex is not installed" if ours else "apex's kernel where Megatron's own layers are used"
+    apex = "apex's kernel where Megatron's own layers are used" if accumulates_by_apex() else "apex is not installed"
     return f"weight gradients: added by the matrix products ({apex})"

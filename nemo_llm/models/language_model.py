@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_llm.config import ModelConfig
 from nemo_llm.config.sections.arithmetic import padded_vocab_size
+from nemo_llm.megatron.models import become
 from nemo_llm.models.layers.classification_head import ScoreHead, head_losses
 from nemo_llm.models.layers.embedding import Embedding
 from nemo_llm.models.layers.linear_cross_entropy import LinearCrossEntropy, LossInputs, LossRule
@@ -77,8 +78,7 @@ class LanguageModel(GPTModel):
         elif model.rope_scaling is not None and model.mla is None:
             self.rotary_pos_emb = ScaledRotaryEmbedding(model, self.pg_collection.cp)
         if self.pre_process:
-            # GPTModel lets nobody choose this class either (see the output layer below).
-            self.embedding.word_embeddings.__class__ = Embedding
+            become(self.embedding.word_embeddings, Embedding)
         if self.pre_process and model.embedding_multiplier is not None:
             factor = model.embedding_multiplier
             self.embedding.word_embeddings.register_forward_hook(lambda _module, _inputs, output: output * factor)
@@ -92,12 +92,11 @@ class LanguageModel(GPTModel):
         """Angles ``[longest, 1, r]`` by position, while tokens are decoded at positions of their own; else None."""
         self.post_process: bool
         self.score: ScoreHead | None = None
-        # GPTModel of megatron-core 0.16.1 builds the output layer itself and lets nobody choose its class.
         if self.post_process and model.head is not None:
             del self.output_layer
             self.score = ScoreHead(config, len(model.head), self.pg_collection)
         elif self.post_process:
-            self.output_layer.__class__ = OutputLayer
+            become(self.output_layer, OutputLayer)
         self.routes = any(isinstance(module, Router) for module in self.modules())
         if fused_chunk_tokens is not None and config.gradient_accumulation_fusion:
             self._announce_empty_gradient()
@@ -150,9 +149,8 @@ class LanguageModel(GPTModel):
     ) -> tuple:
         """Embedding and rotary angles, the angles of ``position_ids`` while tokens are decoded; and facts for routers.
 
-        megatron-core 0.16.1 calls this private method with keywords, its second result is the angles, its sixth goes
-        to the layers. (It cuts the sixth for sequence parallelism on the first stage alone.)
-        tests/models/test_megatron_contract.py fails when it is gone.
+        Megatron's second result is the angles, its sixth goes to the layers (megatron/patches.toml, `model_steps`). It
+        cuts the sixth for sequence parallelism on the first stage alone.
         """
         parts = super()._preprocess(input_ids, position_ids, **settings)
         if padding_mask is not None:
@@ -171,11 +169,7 @@ class LanguageModel(GPTModel):
         loss_mask: torch.Tensor | None = None,
         **settings: Any,
     ) -> torch.Tensor:
-        """Logits or losses of the last stage; losses come from the fused projection when a loss mask is given.
-
-        megatron-core 0.16.1 calls this private method with keywords. tests/models/test_megatron_contract.py fails when
-        it is gone.
-        """
+        """Logits or losses of the last stage; losses come from the fused projection when a loss mask is given."""
         if self.output_positions is not None and self.post_process:
             hidden_states = hidden_states.flatten(0, 1)[self.output_positions][:, None]
         if self.score is not None:

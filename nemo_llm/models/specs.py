@@ -19,7 +19,6 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -46,11 +45,6 @@ from nemo_llm.models.layers.linear import WholeColumnLinear, WholeRowLinear
 from nemo_llm.models.layers.norm import Norm
 from nemo_llm.models.layers.norm_variants import ParallelResidualLayer, WholeWidthNorm, with_post_norm
 from nemo_llm.models.layers.router import use_own_router
-
-if not hasattr(moe_utils, "te_general_gemm"):
-    # megatron-core 0.16.1 imports this name from Transformer Engine alone, then reads it in the router on every
-    # machine. tests/models/test_megatron_contract.py fails when the name is defined without Transformer Engine.
-    moe_utils.te_general_gemm = None
 
 
 class TorchBackend(LocalSpecProvider):

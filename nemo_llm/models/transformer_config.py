@@ -11,14 +11,14 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from nemo_llm.config import ModelConfig, ParallelismConfig, PrecisionConfig
 from nemo_llm.config.checks.code_paths import fuses_rope, splits_qkv
-from nemo_llm.config.mcore_fields import UNFUSED_ACTIVATION
 from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.errors import ConfigError, Problem
-from nemo_llm.models.layers.main_grad import offer_gradient_accumulation
-from nemo_llm.models.layers.norm_recomputation import offer_norm_recomputation
-from nemo_llm.models.layers.rope import offer_fused_qkv, offer_fused_rope
+from nemo_llm.megatron import models as megatron
+from nemo_llm.megatron.config_fields import UNFUSED_ACTIVATION
+from nemo_llm.models.layers.main_grad import accumulate
+from nemo_llm.models.layers.rope import rotate_fused, split_and_rotate
 from nemo_llm.models.layers.rope_scaling import attention_factor
-from nemo_llm.models.layers.swiglu import offer_fused_swiglu
+from nemo_llm.models.layers.swiglu import swiglu
 from nemo_llm.models.specs import choose_backend
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -42,23 +42,24 @@ def to_transformer_config(setting: ModelSetting, device: torch.device) -> Transf
     """Translate the model, parallelism and precision sections.
 
     Values are handed on as they are; nothing is derived here that a user could have set. ``model.mcore_overrides``
-    (config/mcore_fields.py says which) is applied last.
+    (megatron/config_fields.py says which) is applied last.
 
     Raises:
         ConfigError: a combination that Megatron refuses.
     """
+    megatron.define_missing_names()
     fuse_rope = device.type == "cuda" and fuses_rope(setting)
     if setting.performance.gradient_accumulation_fusion:
-        offer_gradient_accumulation()
+        megatron.offer_gradient_accumulation(accumulate)
     if setting.parallelism.recompute_granularity == "selective":
-        offer_norm_recomputation()
+        megatron.offer_norm_recomputation()
     if fuse_rope:
-        offer_fused_rope()
+        megatron.offer_fused_rope(rotate_fused)
     if device.type == "cuda" and setting.performance.fused_kernels:
-        offer_fused_swiglu()
+        megatron.offer_fused_swiglu(swiglu)
     fuse_qkv = device.type == "cuda" and splits_qkv(setting)
     if fuse_qkv:
-        offer_fused_qkv()
+        megatron.offer_fused_qkv(split_and_rotate)
     fields = {
         **_model_fields(setting.model),
         **_moe_fields(setting.model),

@@ -31,25 +31,6 @@ def mark_overwritten(chunk: DistributedDataParallel) -> None:
             weight.overwrites_gradient = True
 
 
-def forget_gradients(chunk: DistributedDataParallel) -> None:
-    """As ``DistributedDataParallel.zero_grad_buffer`` of Megatron-Core 0.16.1, but marked gradients become stale."""
-    for parameter in chunk.params_with_grad:
-        parameter.grad_added_to_main_grad = False
-    for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
-        others = []
-        for parameter in buffer.params:
-            if hasattr(parameter, "overwrites_gradient"):
-                parameter.main_grad.stale = True
-            else:
-                others.append(parameter.main_grad)
-        if len(others) == len(buffer.params):
-            buffer.reset()
-        elif others:
-            torch._foreach_zero_(others)  # one kernel for all; underscored like all of PyTorch's lists of tensors
-    for group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
-        group.reset()
-
-
 def zero_untouched(chunk: DistributedDataParallel) -> None:
     """Zero what is still stale after the last backward pass: weights that this step did not use."""
     for parameter in chunk.params_with_grad:

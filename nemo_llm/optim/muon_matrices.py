@@ -7,8 +7,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from nemo_llm.checkpoint.optimizer_state import owned_ranges, updates_experts
 from nemo_llm.config import ModelConfig, RunConfig
+from nemo_llm.megatron.optimizer import owned_ranges, updates_experts
 from nemo_llm.models.transformer_config import DTYPES
 from nemo_llm.optim.muon import GroupPlace, Matrix, Piece
 from nemo_llm.parallel.runtime import ParallelRuntime

@@ -20,46 +20,8 @@ import torch.distributed as dist
 from nemo_llm.config import ParallelismConfig
 from nemo_llm.config.sections.model_setting import RuntimeSetting
 from nemo_llm.errors import ConfigError, Problem
-from nemo_llm.parallel import cuda_on_cpu
-
-
-@dataclass(frozen=True)
-class ProcessPlace:
-    """Where this process stands in the job, as the launcher said it."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    launcher: str
-
-    @property
-    def num_nodes(self) -> int:
-        return max(1, self.world_size // self.local_world_size)
-
-    @property
-    def node_rank(self) -> int:
-        return self.rank // self.local_world_size
-
-
-def find_process_place() -> ProcessPlace:
-    """Read rank and world size from torchrun's variables, else from Slurm's, else take a single process."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        world = int(env["WORLD_SIZE"])
-        return ProcessPlace(
-            int(env["RANK"]),
-            world,
-            int(env["LOCAL_RANK"]) if "LOCAL_RANK" in env else int(env["RANK"]),
-            int(env["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in env else world,
-            "torchrun",
-        )
-    # SLURM_PROCID alone is also set in a batch shell and under salloc; srun's step sets SLURM_STEP_NUM_TASKS too.
-    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "0")) > 0:
-        world = int(env["SLURM_STEP_NUM_TASKS"])
-        nodes = int(env["SLURM_STEP_NUM_NODES"])
-        return ProcessPlace(int(env["SLURM_PROCID"]), world, int(env["SLURM_LOCALID"]), world // nodes, "slurm")
-    return ProcessPlace(0, 1, 0, 1, "single")
+from nemo_llm.launcher import ProcessPlace, find_process_place
+from nemo_llm.megatron import cuda_on_cpu
 
 
 def _set_slurm_rendezvous() -> None:
@@ -133,7 +95,7 @@ class ParallelRuntime:
         """Set the timeout of every process group; called once the slow first step is over."""
         for group in [None, *list(dist.distributed_c10d._world.pg_map)]:
             # torch has no public call that changes the timeout of a living group (looked for in torch 2.13);
-            # tests/models/test_megatron_contract.py fails when this private one is gone.
+            # tests/megatron/test_contract.py fails when this private one is gone.
             dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
@@ -241,10 +203,10 @@ def clear_layout() -> None:
 
 
 @contextmanager
-def own_runtime(setting: RuntimeSetting) -> Iterator[ParallelRuntime]:
+def own_runtime(setting: RuntimeSetting, place: ProcessPlace | None = None) -> Iterator[ParallelRuntime]:
     """A runtime for one piece of work; in a world that is up already the layout alone comes and goes."""
     own_world = not dist.is_initialized()
-    runtime = start_runtime(setting)
+    runtime = start_runtime(setting, place)
     try:
         yield runtime
     finally:

@@ -4,9 +4,8 @@ A layer gets its adapter by a change of class in place, so that names of weights
 Megatron's own code see what they saw before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.utils import unwrap_model
 from torch import nn
 
+from nemo_llm.errors import InputError
+from nemo_llm.megatron.models import mix_in
 from nemo_llm.models.layers.classification_head import HEAD_PREFIX, ScoreHead
 
 KEY_PREFIX = "adapter."
@@ -104,20 +105,15 @@ class _AdaptedEmbedding(_WithAdapter):
         return self.adapter.replace(input_, embedded) if self.adapter_active else embedded
 
 
-@cache
-def _adapted_class(mixin: type, base: type) -> type:
-    return type(f"Adapted{base.__name__}", (mixin, base), {})
-
-
 def put_on_linear(linear: Any, adapter: Adapter) -> None:
     """Let ``linear`` run with ``adapter`` from now on."""
-    linear.__class__ = _adapted_class(_AdaptedLinear, linear.__class__)
+    mix_in(linear, _AdaptedLinear, "Adapted")
     linear.adapter = adapter.to(linear.weight.device)
 
 
 def put_on_embedding(embedding: Any, adapter: Adapter) -> None:
     """Let ``embedding`` take negative ids as virtual tokens from now on."""
-    embedding.__class__ = _adapted_class(_AdaptedEmbedding, embedding.__class__)
+    mix_in(embedding, _AdaptedEmbedding, "Adapted")
     embedding.adapter = adapter.to(embedding.weight.device)
 
 
@@ -140,3 +136,34 @@ def adapter_state(chunks: list[torch.nn.Module]) -> dict[str, ShardedTensor]:
 def heads(chunks: list[torch.nn.Module]) -> list[ScoreHead]:
     """The head in place of the output layer, where these chunks have one."""
     return [whole.score for whole in map(unwrap_model, chunks) if whole.score is not None]
+
+
+@torch.no_grad()
+def merge_adapters(chunks: list[torch.nn.Module]) -> Callable[[], None]:
+    """Write into each adapted layer the weight that does the same alone; returns what undoes it, bit by bit.
+
+    Raises:
+        InputError: adapters that are no change of weights (bottlenecks, virtual tokens).
+    """
+    before = []
+    for module in adapted_modules(chunks):
+        merged = module.adapter.merge() if hasattr(module.adapter, "merge") else None
+        if merged is None:
+            kind = type(module.adapter).__name__
+            raise InputError(f"a {kind} cannot be merged: it is no change of weights; keep it beside the model")
+        weight, bias = merged
+        before.append((module, module.weight.clone(), None if module.bias is None else module.bias.clone()))
+        module.weight.copy_(weight)
+        if bias is not None:
+            module.bias.copy_(bias)
+        module.adapter_active = False
+
+    @torch.no_grad()
+    def unmerge() -> None:
+        for module, weight, bias in before:
+            module.weight.copy_(weight)
+            if bias is not None:
+                module.bias.copy_(bias)
+            module.adapter_active = True
+
+    return unmerge

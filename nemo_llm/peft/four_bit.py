@@ -5,13 +5,13 @@ anew from the 4 bits wherever it is asked for, also for the gradient of the inpu
 """
 
 import importlib.util
-from functools import cache
 from typing import Any
 
 import torch
 from megatron.core.utils import get_model_config, unwrap_model
 
 from nemo_llm.errors import ConfigError, Problem
+from nemo_llm.megatron.models import mix_in
 from nemo_llm.peft.linear import find_linears
 
 BLOCK_SIZE = 64
@@ -66,11 +66,6 @@ def _quantize(linear: Any) -> None:
         linear.weight.detach(), blocksize=BLOCK_SIZE, quant_type="nf4", compress_statistics=True
     )
     del linear.weight
-    linear.__class__ = _four_bit_class(linear.__class__)
+    mix_in(linear, _FourBitLinear, "FourBit")
     linear.register_buffer("packed", packed, persistent=False)
     linear.quant_state = state
-
-
-@cache
-def _four_bit_class(base: type) -> type:
-    return type(f"FourBit{base.__name__}", (_FourBitLinear, base), {})

@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from nemo_llm.checkpoint.collective_errors import raise_together
 from nemo_llm.checkpoint.inspect import read_tensors, tensors
-from nemo_llm.checkpoint.saved_run import SavedRun
+from nemo_llm.checkpoint.saved_run import TEMPLATE_FILE_NAME, SavedRun
 from nemo_llm.config.sections.peft import PeftConfig
-from nemo_llm.data.chat_template import TEMPLATE_FILE_NAME
 from nemo_llm.errors import CheckpointError, InputError
 from nemo_llm.models.layers.classification_head import HEAD_PREFIX
 from nemo_llm.peft.adapter import KEY_PREFIX, adapted_modules, heads

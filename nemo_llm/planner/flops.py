@@ -28,7 +28,7 @@ def matmul_weights(model: ModelConfig, padded_vocab_size: int) -> int:
     """Weights that one token is multiplied with: active matrices and the output layer; embeddings are looked up."""
     hidden, attention = model.hidden_size, attention_weights(model)
     matrices = 3 if model.gated_linear_unit else 2
-    total = hidden * (padded_vocab_size if model.head is None else len(model.head))
+    total = hidden * (model.outputs(padded_vocab_size))
     for number in range(model.num_layers):
         inner = model.ffn_hidden_size
         if model.moe is not None and is_moe_layer(model, number):

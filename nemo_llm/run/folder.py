@@ -35,7 +35,7 @@ from nemo_llm.data.sampling.blend_history import check_blend_history
 from nemo_llm.errors import CheckpointDamagedError, ConfigError, ExitCode, InputError
 from nemo_llm.run.resume_rules import Change, check_agreement
 from nemo_llm.storage.atomic_files import write_atomic
-from nemo_llm.storage.folder_lock import RunLock, holder_info
+from nemo_llm.storage.locks import RunLock, holder_info
 
 EXIT_FILE_NAME = "exit.json"
 

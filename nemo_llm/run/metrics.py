@@ -8,11 +8,13 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_llm.log import get_logger
+from nemo_llm.report.text import duration
 from nemo_llm.run.throughput import Throughput
 from nemo_llm.storage.atomic_files import write_atomic
 
@@ -59,7 +61,7 @@ class ValidationRow:
     Attributes:
         step: number of the last update before it.
         val_loss: mean per token in nats.
-        val_accuracy: fraction of tokens whose most probable prediction was right; None where scores are learned.
+        val_accuracy: fraction of tokens whose most probable prediction was right; None where nothing is right or wrong.
         val_name: name of the set in ``data.validation``.
     """
 
@@ -87,12 +89,12 @@ class MetricsFile:
         _cut_torn_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
-    def append(self, row: StepRow | ValidationRow | EvaluationRow) -> None:
-        """Write `row` and hand it to the operating system, so that a killed process loses nothing.
+    def append(self, row: StepRow | ValidationRow | EvaluationRow, figures: dict[str, float] | None = None) -> None:
+        """Write `row` and the task's `figures`, and hand them to the operating system: a killed process loses nothing.
 
         Numbers that JSON does not have (NaN, infinities) are written as null.
         """
-        self._file.write(_encode(row) + "\n")
+        self._file.write(_encode(dataclasses.asdict(row) | (figures or {})) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -148,7 +150,7 @@ def progress_line(
         _mfu(throughput),
         None if memory_gib is None else f"{memory_gib:.1f} GiB",
         f"data wait {throughput.data_wait_fraction:.1%}",
-        None if throughput.eta_seconds is None else f"ETA {_duration(throughput.eta_seconds)}",
+        None if throughput.eta_seconds is None else f"ETA {duration(throughput.eta_seconds)}",
     ]
     line = " | ".join(part for part in parts if part is not None)
     marks = [mark for mark, on in ((" (warm-up)", throughput.warm_up), (" (update skipped)", row.skipped)) if on]
@@ -169,19 +171,7 @@ def _short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours:02d}h"
-    if hours:
-        return f"{hours}h {minutes:02d}m"
-    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
-
-
-def _encode(row: StepRow | ValidationRow | EvaluationRow) -> str:
-    values = dataclasses.asdict(row)
+def _encode(values: Mapping[str, Any]) -> str:
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
     }

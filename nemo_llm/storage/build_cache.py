@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nemo_llm.errors import InputError
-from nemo_llm.storage.build_lock import build_lock
+from nemo_llm.storage.atomic_files import UNFINISHED, write_json
+from nemo_llm.storage.locks import build_lock
 
 MANIFEST = "manifest.json"
 
@@ -35,17 +36,6 @@ def file_sha256(path: Path) -> str:
 def content_key(**parts: object) -> str:
     """Return a short hash of named values (anything that JSON holds)."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def write_json_atomically(path: Path, value: object) -> None:
-    """Write JSON to a temporary file, sync it and rename it into place."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def build_once(folder: Path, build: Callable[[Path], dict]) -> dict:
@@ -71,11 +61,11 @@ def build_once(folder: Path, build: Callable[[Path], dict]) -> dict:
 
 
 def _build(folder: Path, build: Callable[[Path], dict]) -> dict:
-    for left_over in folder.parent.glob(f"{folder.name}.tmp-*"):  # of builders that died: we hold the lock
+    for left_over in folder.parent.glob(f"{folder.name}{UNFINISHED}*"):  # of builders that died: we hold the lock
         shutil.rmtree(left_over, ignore_errors=True)
     if folder.exists():  # damaged, or it would not have come to this
         shutil.rmtree(folder)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}{UNFINISHED}", dir=folder.parent))
     try:
         facts = build(temporary)
         files = {
@@ -83,7 +73,7 @@ def _build(folder: Path, build: Callable[[Path], dict]) -> dict:
             for path in sorted(temporary.iterdir())
         }
         manifest = {"format": 1, "files": files, **facts}
-        write_json_atomically(temporary / MANIFEST, manifest)
+        write_json(temporary / MANIFEST, manifest)
         temporary.chmod(0o755)  # mkdtemp makes it private, but a cache is for all users who can reach it
         temporary.rename(folder)
     except BaseException:

@@ -18,18 +18,21 @@ from numpy.typing import NDArray
 
 from nemo_llm.assets import resolve_path
 from nemo_llm.corpus.documents import read_documents
-from nemo_llm.tokenizers.sentencepiece_cache import WordMemo
 from nemo_llm.tokenizers.tiktoken_encoder import FastBpe, NotProvenError, build_fast_bpe, check_texts
 from nemo_llm.tokenizers.tokenizer import TIKTOKEN_PATTERNS, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 
 CHUNK_CHARACTERS = 1 << 18
 _SHORT_CHUNK_CHARACTERS = 1000  # SentencePiece is a third faster on these: its agenda stays in the processor's cache
-_BATCH_CHARACTERS = (
-    1 << 20
-)  # texts handed to the tokenizer at once: its offsets and ids take some 50 times as many bytes
-
-
+# Of texts handed to the tokenizer at once: its offsets and ids take some 50 times as many bytes.
+_BATCH_CHARACTERS = 1 << 20
 _SPACE_INSIDE = re.compile("[^ ▁Ġ][ ▁Ġ]")  # as SentencePiece and byte-level BPE write a space
+# Of `WordMemo`.
+_MAX_WORDS = 500_000  # some 100 MB
+_MAX_WORD_CHARACTERS = 64
+_WINDOW = 50_000  # words after which the share of new ones is looked at
+_MAX_NEW_FRACTION = 0.12  # above it, as in markup and lists, looking up costs more than it saves
+_REST = 4_000_000  # characters for which it then stays out of use
+_WORD_END = re.compile(r"(?<=\S) (?=\S)")
 
 
 class DocumentEncoder:
@@ -187,7 +190,7 @@ def _joins_words(token: str, tokenizer: Tokenizer) -> bool:
     return any(before.isalnum() and after == " " for before, after in pairwise(text))
 
 
-def _word_memo(tokenizer: Tokenizer, space_goes_right: bool | None) -> WordMemo | None:
+def _word_memo(tokenizer: Tokenizer, space_goes_right: bool | None) -> "WordMemo | None":
     """Return a memory of words where it is sure to give the same ids."""
     if not isinstance(tokenizer, SentencePieceTokenizer) or space_goes_right is not False:
         return None
@@ -209,3 +212,50 @@ def _compiled_pattern(tokenizer: Tokenizer, fast: FastBpe | None) -> Any:
         pattern = tokenizer.config.tiktoken_pattern or ""
         return regex.compile(TIKTOKEN_PATTERNS.get(pattern, pattern))
     return None
+
+
+class WordMemo:
+    """A memory of words for SentencePiece: ids of words that came before are looked up instead of searched for again.
+
+    It holds where no piece of the vocabulary has a space after something else: then no merge and no path of the unigram
+    lattice crosses a single space between two other characters, and the ids of a text are those of its words put
+    together. The space itself is the one that SentencePiece puts before each word on its own. Both are checked before
+    it is used. ``encode`` gives the ids of a text, or None while too many words are new for it to be worth its while.
+    """
+
+    def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
+        self._words = _Words(tokenizer)
+        self._seen = 0
+        self._resting = 0
+
+    def encode(self, text: str) -> NDArray[np.int32] | None:
+        """Return the ids [n] of a text, the same as the tokenizer's."""
+        if self._resting > 0:
+            self._resting -= len(text)
+            return None
+        words = _WORD_END.split(text)
+        ids = b"".join(map(self._words.__getitem__, words))
+        self._seen += len(words)
+        if self._seen >= _WINDOW:
+            if self._words.new > _MAX_NEW_FRACTION * self._seen and len(self._words) >= _WINDOW:
+                self._resting = _REST
+            self._seen = self._words.new = 0
+        return np.frombuffer(ids, dtype=np.int32)
+
+
+class _Words(dict[str, bytes]):
+    """Ids of words as bytes of int32; a word that is missing is encoded, and kept while there is room."""
+
+    def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
+        super().__init__()
+        self._encode = tokenizer.encode
+        self.new = 0
+
+    def __missing__(self, word: str) -> bytes:
+        self.new += 1
+        ids = array("i", self._encode(word)).tobytes()
+        if len(word) <= _MAX_WORD_CHARACTERS:
+            if len(self) >= _MAX_WORDS:
+                self.clear()
+            self[word] = ids
+        return ids

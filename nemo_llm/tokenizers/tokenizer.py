@@ -20,7 +20,10 @@ from nemo_llm.config.sections.data import NEMO_PATHS, TokenizerConfig
 from nemo_llm.errors import ConfigError, InputError, Problem
 
 # Files beside a tokenizer's own that change no ids and that an export, a chat or a generation wants: kept with it.
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+_COMPANIONS = (
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"),
+    "additional_chat_templates/*.jinja",
+)
 _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "<eod>", "[SEP]")
 
 # How GPT-2 and OpenAI's later models split text before merging (github.com/openai/tiktoken, tiktoken_ext, MIT).
@@ -47,6 +50,8 @@ class Tokenizer(Protocol):
 
     config: TokenizerConfig
     """What it was made from."""
+    folder: Path | None
+    """Where its files lie, and what came with them, such as a chat template; None where it has none."""
     vocab_size: int
     """Number of ids; every id is below it."""
     eod_id: int
@@ -104,6 +109,7 @@ class _FileTokenizer(abc.ABC):
     def __init__(self, config: TokenizerConfig, files: list[Path]) -> None:
         self.config = config
         self.files = files
+        self.folder = files[0].parent if files else None
         self.fingerprint = _fingerprint(config, files)
         self._ids: dict[str, int] = {}
 
@@ -134,16 +140,10 @@ class _FileTokenizer(abc.ABC):
         # A single file is named; of several, the folder is. Both are relative, so that the folder can be moved.
         saved["path"] = None if not self.files else self.files[0].name if len(self.files) == 1 else "."
         (folder / TOKENIZER_FILE_NAME).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
-        for companion in self._companions():
-            shutil.copyfile(companion, folder / companion.name)
+        if self.folder is not None:
+            copy_companions(self.folder, folder)
         if self.config.type == "huggingface":  # what config.json alone names would be lost with it
             add_special_ids(folder, special_ids(self.files[0].parent))
-
-    def _companions(self) -> list[Path]:
-        if not self.files:
-            return []
-        beside = (self.files[0].parent / name for name in COMPANIONS)
-        return [path for path in beside if path.is_file()]
 
     def _special_id(self, name: str | None, names: tuple[str, ...], ids: dict[str, int], key: str) -> int | None:
         """Return the id of the named token, or of the first known name when none is given."""
@@ -363,7 +363,17 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 def load_tokenizer_from_folder(folder: Path) -> Tokenizer:
     """Return a tokenizer written by ``Tokenizer.save``, as checkpoints hold it (InputError when there is none)."""
-    return load_tokenizer(read_tokenizer(folder))
+    tokenizer = load_tokenizer(read_tokenizer(folder))
+    tokenizer.folder = folder
+    return tokenizer
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what lies beside a tokenizer's own files: settings, special tokens, chat templates."""
+    for path in (path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def _problem(key: str, value: object, rule: str, fix: str) -> ConfigError:

@@ -7,12 +7,9 @@ earlier spikes do not move). The batch of a bad step is never tried again in the
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
-from nemo_llm.checkpoint.optimizer_state import optimizer_parts
 from nemo_llm.config.sections.trainer import FEWEST_SPIKE_STEPS
 from nemo_llm.data.sampling.blended_source import BlendedSource
 from nemo_llm.data.sampling.sample_provenance import ledger
@@ -68,30 +65,6 @@ def remember(run: TrainingRun, loss: float, grad_norm: float | None) -> None:
     """Add a good step to those that spikes are told by."""
     run.state.recent.append((run.state.step, loss, float(grad_norm or 0.0)))
     del run.state.recent[: -run.cfg.trainer.spike_window]
-
-
-def update_weights(
-    optimizer: Any, num_tokens: int, accept: Callable[[float | None], bool]
-) -> tuple[bool, float | None]:
-    """Clip and update unless ``accept`` refuses the gradient norm; returns (whether weights changed, the norm).
-
-    The buffers hold the gradient of the sum of ``num_tokens`` losses. Both the mean and the clipping are one factor,
-    which the optimizer applies as it reads them: no pass over all gradients for either. Otherwise these are the steps
-    of Megatron-Core 0.16.1's ``ChainedOptimizer.step``, which leaves no room for a look between them.
-    """
-    tokens = max(num_tokens, 1)
-    overflow = optimizer.prepare_grads()
-    norm = None if overflow else optimizer.get_grad_norm() / tokens
-    if norm is None or not accept(norm):
-        return False, norm
-    for part in optimizer_parts(optimizer):
-        part.optimizer.gradient_factor = _clipping(part.config.clip_grad, norm) / tokens
-    return bool(optimizer.step_with_ready_grads()), norm
-
-
-def _clipping(largest_norm: float, norm: float) -> float:
-    """What gradients of this norm are multiplied by; as Megatron does it, 1e-6 from the limit."""
-    return min(largest_norm / (norm + 1e-6), 1.0) if largest_norm > 0.0 else 1.0
 
 
 def diagnose(first: tuple[float, float | None], second: tuple[float, float | None], second_reason: str | None) -> str:

@@ -28,14 +28,15 @@ from nemo_llm.checkpoint.folder import (
     commit,
     is_complete,
     read_progress,
+    remove_old,
     temporary_of,
 )
 from nemo_llm.checkpoint.optimizer_state import apply_optimizer_scalars, optimizer_scalars, optimizer_tensors
-from nemo_llm.checkpoint.retention import remove_old
 from nemo_llm.checkpoint.safe_load import load_sharded
+from nemo_llm.checkpoint.saved_run import TEMPLATE_FILE_NAME
 from nemo_llm.checkpoint.weights import apply_model_state, check_same_tensors, model_state
 from nemo_llm.checkpoint.writer import StateWriter, WritePlan
-from nemo_llm.data.chat_template import TEMPLATE_FILE_NAME, save_template
+from nemo_llm.conversation.template import save_template
 from nemo_llm.errors import CheckpointError, ConfigError, Problem
 from nemo_llm.log import get_logger
 from nemo_llm.peft.adapter import adapter_state

@@ -16,7 +16,9 @@ from nemo_llm.evaluation.harness import TaskFile, find_task_files, run_tasks
 from nemo_llm.evaluation.perplexity import measure_perplexity
 from nemo_llm.evaluation.suite import read_texts
 from nemo_llm.models.layers.context_parallel import take_local_chunks
+from nemo_llm.tasks.base import token_losses
 from nemo_llm.training.state import TrainingRun
+from nemo_llm.training.step import run_schedule
 from nemo_llm.training.validation import evaluating
 
 _GENERATED = ("gsm8k",)
@@ -85,7 +87,8 @@ class TrainingScorer:
         stages = dist.get_world_size(runtime.groups.pp)
         count = -(-count // stages) * stages  # what an interleaved pipeline asks for
         rows = [list(share)[at : at + size] for at in range(0, count * size, size)]
-        outputs = self._forward([self._micro_batch([requests[number] for number in part], size) for part in rows])
+        batches = [self._micro_batch([requests[number] for number in part], size) for part in rows]
+        outputs = run_schedule(self.run, batches, _forward_step, forward_only=True, collect_non_loss_data=True)
         results = torch.zeros(len(requests), 2, dtype=torch.float64, device=runtime.device)
         if runtime.is_last_pipeline_stage and runtime.tp_rank == 0:
             for part, (losses, hits, mask) in zip(rows, outputs, strict=True):
@@ -123,33 +126,11 @@ class TrainingScorer:
             for name, array in arrays.items()
         }
 
-    def _forward(self, batches: list[dict[str, torch.Tensor]]) -> list[tuple[torch.Tensor, ...]]:
-        run = self.run
-        iterators = [iter(batches) for _ in run.model]
-        outputs: Any = run.forward_backward(
-            forward_step_func=_forward_step,
-            data_iterator=iterators if len(run.model) > 1 else iterators[0],
-            model=run.model if len(run.model) > 1 else run.model[0],
-            num_microbatches=len(batches),
-            seq_length=self.max_length,
-            micro_batch_size=run.cfg.trainer.micro_batch_size,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-        return outputs
-
 
 def _forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        attention_mask=None,
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-    )
     # In evaluation the output is [2, b, s/cp]: losses and hits.
-    return output, lambda losses, **_: (losses[0], losses[1], batch["loss_mask"])
+    return token_losses(batch, model), lambda losses, **_: (losses[0], losses[1], batch["loss_mask"])
 
 
 @contextlib.contextmanager

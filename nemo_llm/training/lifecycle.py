@@ -1,19 +1,20 @@
 """Open the run folder on all ranks and close it with a word on how the run ended."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
+from numpy.typing import ArrayLike, NDArray
 
 from nemo_llm.checkpoint.folder import find_checkpoint
-from nemo_llm.errors import ExitCode, NemoLlmError
+from nemo_llm.errors import ExitCode, InputError, NemoLlmError
 from nemo_llm.log import get_logger
 from nemo_llm.run.folder import RunDir, open_run_dir, write_exit
 from nemo_llm.training.loop import Ending
-from nemo_llm.training.state import TrainingRun
+from nemo_llm.training.state import Measured, TrainingRun
 from nemo_llm.training.text_sample import sample_text
-from nemo_llm.training.unigram import count_tokens, unigram_entropy_nats
 
 _log = get_logger(__name__)
 
@@ -54,7 +55,7 @@ def close_run(run: TrainingRun, ending: Ending) -> None:
     if not run.runtime.is_first_rank:
         return
     lines = [f"ended at step {run.state.step}: {ending.reason}"]
-    lines += [_compare_with_unigram(run, name, result.loss) for name, result in ending.validation.items()]
+    lines += [_compare(run, name, result) for name, result in ending.validation.items()]
     if text is not None:
         lines += [f"sample from {find_checkpoint(run.run_dir)}:", _indented(text)]
     lines += [
@@ -66,27 +67,53 @@ def close_run(run: TrainingRun, ending: Ending) -> None:
     write_exit(run.run_dir, ending.code, ending.reason, run.state.step)
 
 
-def _compare_with_unigram(run: TrainingRun, name: str, loss: float) -> str:
+def _compare(run: TrainingRun, name: str, result: Measured) -> str:
     source = run.validation[name].source
     count = min(len(source), run.cfg.trainer.val_steps * run.cfg.trainer.global_batch_size)
-    samples = (source[index] for index in range(count))
-    classes = run.cfg.model.head
-    if classes is not None:
-        if len(classes) == 1:
-            return f"validation {name}: mean squared error {loss:.4f}"
-        labels = (sample.labels[sample.loss_mask > 0] for sample in samples if sample.labels is not None)
-        entropy = unigram_entropy_nats(count_tokens(labels, len(classes)))
-        return f"validation {name}: loss {loss:.4f} nats; entropy of its labels {entropy:.4f} nats"
-    counts = count_tokens((sample.tokens[1:][sample.loss_mask > 0] for sample in samples), run.tokenizer.vocab_size)
-    entropy = unigram_entropy_nats(counts)
-    return f"validation {name}: loss {loss:.4f} nats; {beside_unigram(loss, entropy)}"
+    labels = (source[index].learned_labels for index in range(count))
+    outputs = run.cfg.model.outputs(run.tokenizer.vocab_size)
+    words = run.task.compare(result.figures, lambda: unigram_entropy_nats(count_tokens(labels, outputs)))
+    return f"validation {name}: {words}"
 
 
-def beside_unigram(loss: float, entropy: float) -> str:
-    """How a loss compares with the entropy of the same tokens by their frequencies alone, both in nats."""
-    better = entropy - loss
-    how = f"better by {better:.4f}" if better >= 0 else f"worse by {-better:.4f}: it has not learned these tokens yet"
-    return f"unigram entropy of the same tokens {entropy:.4f} nats; the model is {how}"
+def count_tokens(chunks: Iterable[ArrayLike], vocab_size: int) -> NDArray[np.int64]:
+    """How often each token occurs, as ``[vocab_size]``. Counts of several sets or ranks may be added.
+
+    Args:
+        chunks: integer arrays of any shape: the targets that the loss is taken over, and no others.
+        vocab_size: of the tokenizer.
+
+    Raises:
+        InputError: a token that is negative or not below `vocab_size`.
+    """
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for chunk in chunks:
+        tokens = np.asarray(chunk).ravel()
+        if tokens.size == 0:
+            continue
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocab_size:
+            raise InputError(
+                f"token {low if low < 0 else high} lies outside of the vocabulary of {vocab_size}\n"
+                "      fix: prepare the data with the tokenizer of this run, or set model.vocab_size to its size"
+            )
+        # int64: bincount refuses uint64, and token files hold unsigned kinds.
+        counts += np.bincount(tokens.astype(np.int64), minlength=vocab_size)
+    return counts
+
+
+def unigram_entropy_nats(counts: ArrayLike) -> float:
+    """Entropy in nats per token of the distribution that `counts` give: the lowest loss of a fixed prediction.
+
+    Raises:
+        InputError: there are no tokens.
+    """
+    present = np.asarray(counts, dtype=np.float64)
+    present = present[present > 0]
+    if present.size == 0:
+        raise InputError("no validation tokens to take the unigram entropy of\n      fix: check data.validation")
+    share = present / present.sum()
+    return max(0.0, float(-(share * np.log(share)).sum()))  # a single token gives -0.0
 
 
 def _indented(text: str) -> str:

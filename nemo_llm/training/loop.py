@@ -22,9 +22,9 @@ from nemo_llm.run.throughput import Throughput, ThroughputMeter, find_peak
 from nemo_llm.training.checkpoint import finish_saving, save_checkpoint
 from nemo_llm.training.evaluate_in_loop import read_evaluation
 from nemo_llm.training.rollback import BadSteps
-from nemo_llm.training.state import StepResult, TrainingRun
+from nemo_llm.training.state import Measured, StepResult, TrainingRun
 from nemo_llm.training.step import train_step
-from nemo_llm.training.validation import ValidationResult, validate
+from nemo_llm.training.validation import validate
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Ending:
 
     code: ExitCode
     reason: str
-    validation: dict[str, ValidationResult]
+    validation: dict[str, Measured]
 
 
 def train(run: TrainingRun) -> Ending:
@@ -110,7 +110,7 @@ class _Report:
 
     def __init__(self, run: TrainingRun) -> None:
         self.run = run
-        self.last_validation: dict[str, ValidationResult] = {}
+        self.last_validation: dict[str, Measured] = {}
         self._metrics: MetricsFile | None = None
         self._experiment: ExperimentLogger | None = None
         self._has_logged = False
@@ -171,11 +171,12 @@ class _Report:
             tflops_per_device=speed.tflops_per_device,
             skipped=result.skipped,
         )
-        self._metrics.append(row)
+        self._metrics.append(row, result.figures)
         self._show(row, speed)
         self._has_logged = True
         if self._experiment is not None:
-            self._experiment.log_metrics(row.step, _figures(row, speed))
+            named = {f"train/{name}": value for name, value in result.figures.items()}
+            self._experiment.log_metrics(row.step, _figures(row, speed) | named)
 
     def stragglers(self) -> None:
         """On its interval, a line on the slowest ranks; a collective."""
@@ -191,23 +192,21 @@ class _Report:
         total = self.run.cfg.trainer.max_steps
         print(progress_line(row, speed, total_steps=total, val_loss=val_loss, memory_gib=memory), flush=True)
 
-    def validation(self, results: dict[str, ValidationResult]) -> None:
+    def validation(self, results: dict[str, Measured]) -> None:
         """Log the result of each validation set."""
         self.last_validation = results
         self.run.state.validation_loss = next((result.loss for result in results.values()), None)
         if self._metrics is None:
             return
-        head, step = self.run.cfg.model.head, self.run.state.step
+        step = self.run.state.step
         for name, result in results.items():
-            accuracy = result.accuracy if head is None or len(head) > 1 else None  # a score is neither right nor wrong
-            self._metrics.append(ValidationRow(step=step, val_loss=result.loss, val_accuracy=accuracy, val_name=name))
-            right = "" if accuracy is None else f"{'next-token ' * (head is None)}accuracy {accuracy:.1%} | "
-            counted = f"{result.num_tokens} {'tokens' if head is None else 'texts'}"
-            print(f"validation {name}: loss {result.loss:.4f} | {right}{counted}", flush=True)
+            accuracy = result.figures.get("accuracy")
+            row = ValidationRow(step=step, val_loss=result.loss, val_accuracy=accuracy, val_name=name)
+            self._metrics.append(row, {f"val_{figure}": value for figure, value in result.figures.items()})
+            print(f"validation {name}: {self.run.task.describe(result.figures, result.num_tokens)}", flush=True)
             if self._experiment is not None:
-                figures = {"loss": result.loss, "accuracy": accuracy}
-                known = {f"val/{name}/{figure}": value for figure, value in figures.items() if value is not None}
-                self._experiment.log_metrics(step, known)
+                named = {f"val/{name}/{figure}": value for figure, value in result.figures.items()}
+                self._experiment.log_metrics(step, named)
 
     def evaluation(self, figures: dict[str, float]) -> None:
         """Log what tasks and texts gave."""
@@ -233,7 +232,6 @@ class _Report:
 def _figures(row: StepRow, speed: Throughput) -> dict[str, float | None]:
     """Names as the loggers show them."""
     return {
-        "train/loss": row.loss,
         "train/grad_norm": row.grad_norm,
         "train/learning_rate": row.learning_rate,
         "speed/tokens_per_second": row.tokens_per_second,

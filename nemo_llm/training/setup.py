@@ -1,6 +1,5 @@
 """From a configuration to a `TrainingRun`: model, optimizer, schedule, data."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from nemo_llm.checkpoint.new_tokens import new_tokens
 from nemo_llm.config import RunConfig
 from nemo_llm.config.sections.batch_ramp import build_batch_ramp
 from nemo_llm.log import get_logger
+from nemo_llm.megatron.optimizer import skip_empty_walk
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.models.describe_backend import describe_choices
 from nemo_llm.models.warm_kernels import choose_products, warm_kernels
@@ -30,16 +30,12 @@ from nemo_llm.peft.attach import attach_peft, count_parameters
 from nemo_llm.peft.four_bit import quantize_base
 from nemo_llm.peft.hf_format import CONFIG_FILE, load_hf_adapter
 from nemo_llm.peft.state import load_adapter
-from nemo_llm.tasks import pretrain
+from nemo_llm.tasks import build_task
 from nemo_llm.training.batches import build_loaders
 from nemo_llm.training.resume import load_first_weights
 from nemo_llm.training.state import TrainingRun, TrainState
 
 _log = get_logger(__name__)
-
-# One forward step for all: which tokens count is in the loss mask of the data, and what they are compared with in its
-# labels: the next token, or what a head in place of the output layer is to say.
-FORWARD_STEPS = dict.fromkeys(("pretrain", "sft", "classification", "score"), pretrain.forward_step)
 
 
 def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
@@ -63,6 +59,7 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
         for chunk in model:
             mark_overwritten(chunk)
     optimizer = build_optimizer(cfg, model, runtime)
+    skip_empty_walk()
     connect_schedule(cfg, model, optimizer)
     return TrainingRun(
         cfg=cfg,
@@ -70,7 +67,7 @@ def build_training_run(cfg: RunConfig, runtime: ParallelRuntime) -> TrainingRun:
         model=model,
         optimizer=optimizer,
         forward_backward=get_forward_backward_func(),
-        forward_step=FORWARD_STEPS[cfg.task.name],
+        task=build_task(cfg.task),
         loader=loader,
         validation=validation,
         data=sets,
@@ -147,26 +144,7 @@ def connect_schedule(cfg: RunConfig, model: list[DistributedDataParallel], optim
 
 
 def _sum_gradients(model: list[torch.nn.Module], _num_tokens: torch.Tensor | None = None, **settings: Any) -> None:
-    """Megatron's sum over ranks, without its division by the number of tokens (`badstep.update_weights`)."""
+    """Megatron's sum over ranks, without its division by the number of tokens (`update_weights`)."""
     for chunk in model:
         zero_untouched(chunk)
     finalize_model_grads(model, None, **settings)
-
-
-def _skip_empty_walk() -> None:
-    """Let Megatron reset what its routers count between steps only where a router counts something.
-
-    megatron-core 0.16.1 walks through all modules for that in every step, whatever the router: 14 ms with 128 experts a
-    layer. tests/models/test_megatron_contract.py fails when the function is gone or resets more.
-    """
-    finalize: Any = importlib.import_module(finalize_model_grads.__module__)  # the package has a function of this name
-    megatrons = finalize.reset_model_temporary_tensors
-
-    def reset(config: Any, model: list[torch.nn.Module]) -> None:
-        if config.moe_router_enable_expert_bias or "global_aux_loss" in config.moe_router_load_balancing_type:
-            megatrons(config, model)
-
-    finalize.reset_model_temporary_tensors = reset
-
-
-_skip_empty_walk()

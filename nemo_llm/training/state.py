@@ -12,6 +12,7 @@ from nemo_llm.config.sections.batch_ramp import BatchRamp
 from nemo_llm.data.build import DataSets
 from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.resilience.phase import Progress
+from nemo_llm.tasks import Task
 from nemo_llm.tokenizers.tokenizer import Tokenizer
 from nemo_llm.training.batches import DeviceBatches
 
@@ -30,14 +31,26 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """One optimizer update. The loss is the mean over learned tokens of all ranks; the norm is before clipping."""
+class Measured:
+    """What the task makes of its sums over a global batch or a validation set; the same on every rank."""
 
-    loss: float
+    figures: dict[str, float]
+    """By the names of ``metrics.jsonl``."""
+    num_tokens: int
+    """Learned tokens: those with a loss."""
+
+    @property
+    def loss(self) -> float:
+        """Of all figures the one that every task has."""
+        return self.figures["loss"]
+
+
+@dataclass(frozen=True)
+class StepResult(Measured):
+    """One optimizer update; the norm is before clipping."""
+
     grad_norm: float
     learning_rate: float
-    num_tokens: int
-    """Learned tokens: those with a loss, of all ranks."""
     skipped: bool
     bad: Any = None
     """`badstep.BadStep` when the update was not made for what the step computed."""
@@ -52,13 +65,14 @@ class TrainingRun:
     model: list[Any]
     optimizer: Any
     forward_backward: Callable[..., list[dict[str, torch.Tensor]]]
-    forward_step: Callable[..., Any]
+    task: Task
     data: DataSets
     loader: DeviceBatches
     validation: dict[str, DeviceBatches]
     tokenizer: Tokenizer
     ramp: BatchRamp
     state: TrainState
+    sum_names: dict[bool, list[str]] = field(default_factory=dict)  # of the task, in evaluation and in training
     progress: Progress = field(default_factory=Progress)
     saver: Any = None  # training.checkpoint makes it at the first save
     base_fingerprint: str = ""  # of the frozen weights, with peft

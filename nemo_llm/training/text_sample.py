@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 
 from nemo_llm.models.layers.context_parallel import take_local_chunks
 from nemo_llm.training.state import TrainingRun
+from nemo_llm.training.step import run_schedule
 from nemo_llm.training.validation import evaluating
 
 
@@ -44,16 +45,7 @@ def _next_token_logits(run: TrainingRun, window: list[int]) -> torch.Tensor:
     }
     # An interleaved pipeline needs as many micro-batches as stages; all carry the same window.
     count = dist.get_world_size(runtime.groups.pp)
-    outputs: Any = run.forward_backward(
-        forward_step_func=_forward_step,
-        data_iterator=[iter([batch] * count) for _ in run.model] if len(run.model) > 1 else iter([batch] * count),
-        model=run.model if len(run.model) > 1 else run.model[0],
-        num_microbatches=count,
-        seq_length=length,
-        micro_batch_size=1,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
+    outputs = run_schedule(run, [batch] * count, _forward_step, forward_only=True, collect_non_loss_data=True)
     vocabulary = run.tokenizer.vocab_size
     row = torch.zeros(vocabulary, device=runtime.device)
     if runtime.is_last_pipeline_stage:

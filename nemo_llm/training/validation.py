@@ -1,25 +1,15 @@
-"""Validation during training: mean loss and next-token accuracy over a fixed set of samples."""
+"""Validation during training: the figures of the task over a fixed set of samples."""
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
-from nemo_llm.training.state import TrainingRun
-from nemo_llm.training.step import reduce_sums, run_schedule
+from nemo_llm.training.state import Measured, TrainingRun
+from nemo_llm.training.step import measure, reduce_sums, run_schedule
 
 
-@dataclass(frozen=True)
-class ValidationResult:
-    """Mean loss per token (nats), share of tokens whose label had the largest logit, tokens counted."""
-
-    loss: float
-    accuracy: float
-    num_tokens: int
-
-
-def validate(run: TrainingRun) -> dict[str, ValidationResult]:
+def validate(run: TrainingRun) -> dict[str, Measured]:
     """Evaluate every validation set on its first ``trainer.val_steps`` global batches.
 
     The samples are the same on every layout and at every step; neither the training data's place nor the random
@@ -29,17 +19,16 @@ def validate(run: TrainingRun) -> dict[str, ValidationResult]:
     results = {}
     with evaluating(run):
         for name, loader in run.validation.items():
-            sums = [0.0, 0.0, 0.0]
+            sums: dict[str, torch.Tensor] = {}
             for batch in range(cfg.val_steps):
                 first = batch * cfg.global_batch_size
                 if first >= len(loader.source):
                     break
                 # Beyond the end of the set the loader gives samples whose loss mask is zero.
                 batches = loader.micro_batches(first, cfg.global_batch_size)
-                part = reduce_sums(run_schedule(run, batches, forward_only=True), run.runtime)
-                sums = [a + b for a, b in zip(sums, part, strict=True)]
-            loss, tokens, hits = sums
-            results[name] = ValidationResult(loss / max(tokens, 1), hits / max(tokens, 1), int(tokens))
+                part = reduce_sums(run, run_schedule(run, batches, run.task.forward_step, forward_only=True))
+                sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
+            results[name] = measure(run.task, {name: value.item() for name, value in sums.items()})
     return results
 
 

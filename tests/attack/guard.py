@@ -93,7 +93,7 @@ def generate(path: Path, out: Path) -> int:
 
 
 def train(path: Path, out: Path) -> int:
-    from nemo_llm.config.commands.entry_train import run_entry_point
+    from nemo_llm.config.commands.entry import run_entry_point
     from nemo_llm.train import main
 
     words = ["+model=from_checkpoint", f"model.checkpoint_path={path}", f"checkpoint.init_from={path}"]
@@ -136,15 +136,7 @@ def template(path: Path, out: Path) -> int:
 
 
 def chat_template(path: Path, out: Path) -> int:
-    from nemo_llm.inference.prompts import ChatTemplate
-
-    del out
-    ChatTemplate(path.read_text(), str(path), {}).render([{"role": "user", "content": "x"}])
-    return 0
-
-
-def data_template(path: Path, out: Path) -> int:
-    from nemo_llm.data.chat_template import ChatTemplate
+    from nemo_llm.conversation.template import ChatTemplate
 
     del out
     ChatTemplate(path.read_text(), str(path), {}).render([{"role": "user", "content": "x"}])
@@ -170,7 +162,7 @@ def task(path: Path, out: Path) -> int:
 READERS: dict[str, Callable[[Path, Path], int]] = {
     function.__name__: function
     for function in (
-        weights, generate, train, show, to_hf, from_megatron, from_hf, template, chat_template, data_template, task,
+        weights, generate, train, show, to_hf, from_megatron, from_hf, template, chat_template, task,
     )
 }  # fmt: skip
 
@@ -210,7 +202,7 @@ def _import_all(work: Path) -> None:
     import nemo_llm.generate
     import nemo_llm.train
     import nemo_llm.training.checkpoint
-    from nemo_llm.parallel import cuda_on_cpu
+    from nemo_llm.megatron import cuda_on_cpu
 
     cuda_on_cpu.install()
     from megatron.core.models.gpt import GPTModel  # noqa: F401

@@ -96,7 +96,7 @@ class Cases:
             source = text.replace("MARKER", str(self.marker))
             path = self.work / f"{number}.jinja"
             path.write_text(source)
-            self.add(f"template {text}", path, "template", "chat_template", "data_template")
+            self.add(f"template {text}", path, "template", "chat_template")
             for key in ("doc_to_text", "doc_to_target", "doc_to_choice", "description"):
                 self.add_task(f"task: {key} {text}", {key: source})
         for change in (

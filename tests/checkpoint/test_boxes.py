@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_llm.checkpoint.hyperrectangles import boxes_of_range
+from nemo_llm.checkpoint.optimizer_state import boxes_of_range
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())

@@ -83,6 +83,7 @@ def test_a_newer_format_is_refused(copy: Path) -> None:
     with pytest.raises(CheckpointError, match=r"format 99 by a newer version of nemo_llm \(9\.1\.0\)") as caught:
         verify(copy)
     assert caught.value.exit_code == ExitCode.BAD_INPUT
+    assert main(["show", str(copy)]) == main(["verify", str(copy)]) == 2
 
 
 def test_a_changed_manifest_is_noticed(copy: Path) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_llm.checkpoint.folder import find_checkpoints, remove, step_of, writing
-from nemo_llm.checkpoint.retention import remove_old
+from nemo_llm.checkpoint.folder import find_checkpoints, remove, remove_old, step_of, writing
 from nemo_llm.config.compose.load import compose
 
 LOSSES = {10: 5.0, 20: 4.0, 30: 1.0, 40: 3.0, 50: None, 60: 2.0}

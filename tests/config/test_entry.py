@@ -1,5 +1,6 @@
 """The command line around a program: help, exit codes, one message and no traceback, quick imports."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -10,15 +11,15 @@ import pytest
 
 import nemo_llm
 from nemo_llm.config import RunConfig
-from nemo_llm.config.commands.entry_train import help_text, intended_world_size, run_entry_point
+from nemo_llm.config.commands.entry import help_text, intended_world_size, run_command, run_entry_point
 from nemo_llm.config.compose.catalog import known_keys
 from nemo_llm.config.compose.load import compose
-from nemo_llm.errors import CheckpointError, ConfigError, ExitCode, HangError, InputError, PreemptedError
+from nemo_llm.errors import CheckpointError, ConfigError, ExitCode, InputError, NemoLlmError
 
 ROOT = Path(nemo_llm.__file__).resolve().parents[1]
 PROGRAM = """
 import sys
-from nemo_llm.config.commands.entry_train import run_entry_point
+from nemo_llm.config.commands.entry import run_entry_point
 sys.exit(run_entry_point(lambda cfg: print("ran", cfg.run.name)))
 """
 
@@ -44,6 +45,14 @@ def test_main_gets_the_configuration_and_its_code_is_returned(capsys: pytest.Cap
     assert capsys.readouterr() == ("", "")
 
 
+class PreemptedError(NemoLlmError):
+    exit_code = ExitCode.PREEMPTED
+
+
+class HangError(NemoLlmError):
+    exit_code = ExitCode.HANG
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -61,7 +70,45 @@ def test_errors_end_in_one_message_and_their_code(
         raise error
 
     assert run_entry_point(main, ["+model=gpt_tiny"]) == code
-    assert str(error) in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_an_interrupt_ends_every_command_with_the_code_of_shells(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_cfg: object = None) -> None:
+        raise KeyboardInterrupt
+
+    assert run_command(main) == run_entry_point(main, ["+model=gpt_tiny"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+COMPOSED = ("convert_checkpoint", "import_config", "index_dataset", "prepare_data", "train_tokenizer")
+WITH_OPTIONS = {
+    "inspect_checkpoint": ["verify", "/no/such/folder"],
+    "inspect_dataset": ["counts", "/no/such/dataset"],
+    "extend_vocabulary": ["/no/such/run", "/none", "--tokens", "/no/such/file"],
+    "peft_adapter": ["merge", "/no/such/run", "/none"],
+}
+
+
+@pytest.mark.parametrize("tool", COMPOSED)
+def test_tools_show_what_they_do_and_every_key(tool: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = importlib.import_module(f"tools.{tool}")
+    for flag in ("-h", "--help"):
+        assert module.main(["input=x", flag]) == 0
+        shown = capsys.readouterr().out
+        assert module.__doc__ in shown
+        assert (ROOT / "conf" / f"{tool}.yaml").read_text(encoding="utf-8") in shown
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"), [*((tool, ["no_such_key=1"]) for tool in COMPOSED), *WITH_OPTIONS.items()]
+)
+def test_tools_end_in_one_message(tool: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert importlib.import_module(f"tools.{tool}").main(arguments) == ExitCode.BAD_INPUT
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("error: ") == 1
+    assert arguments[-1].partition("=")[0] in told or arguments[1] in told
 
 
 def test_our_own_bugs_keep_their_traceback() -> None:
@@ -139,7 +186,7 @@ def test_help_lists_groups_and_keys(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_and_import_are_quick_and_without_torch(tmp_path: Path) -> None:
-    code = "import sys\nfrom nemo_llm.config.commands.entry_train import run_entry_point\n"
+    code = "import sys\nfrom nemo_llm.config.commands.entry import run_entry_point\n"
     code += "run_entry_point(lambda cfg: None)\n"
     code += "assert not {'torch', 'hydra', 'pydantic', 'megatron'} & set(sys.modules)\n"
     seconds = []

@@ -10,7 +10,7 @@ from nemo_llm.config.compose.catalog import known_keys
 from nemo_llm.config.compose.load import compose
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import InputError
-from nemo_llm.migrate.arguments import read_arguments
+from nemo_llm.migrate.arguments import mentions
 from nemo_llm.migrate.configs import CODECS, import_file, model_file
 from nemo_llm.migrate.rows import Imported
 from nemo_llm.migrate.tables import tables_of
@@ -124,7 +124,7 @@ def test_a_megatron_script(tmp_path: Path) -> None:
 
 
 def test_arguments_in_one_line() -> None:
-    assert read_arguments("python pretrain_gpt.py --lr=1e-4 --seed 7 --bf16 --rampup-batch-size 32 32 1000") == {
+    assert dict(mentions("python pretrain_gpt.py --lr=1e-4 --seed 7 --bf16 --rampup-batch-size 32 32 1000")) == {
         "lr": 1e-4,
         "seed": 7,
         "bf16": True,

@@ -56,6 +56,14 @@ def problems_of(*arguments: str) -> dict[str, str]:
         ("precision=fp32", "precision", ["chosen twice", "bf16"]),
         ('run.name="${nowhere}"', "", ["nowhere", "not found"]),
         ("data.tokenizer.path=null", "data.tokenizer", ["path is null"]),
+        ("task.name=clasification", "task.name", ["'clasification'", "did you mean classification"]),
+        ("~task.name", "task.name", ["missing", "one of pretrain, sft, classification, score"]),
+        ("task.name=score", "task.z_loss_coeff", ["0.0", "name score has no such key", "remove it"]),
+        (
+            "task.z_loss_coef=0.1",
+            "task.z_loss_coef",
+            ["name pretrain has no such key", "did you mean task.z_loss_coeff"],
+        ),
     ],
 )
 def test_mistake_names_key_value_and_fix(argument: str, key: str, shown: list[str]) -> None:

@@ -71,9 +71,9 @@ def _build(arguments: dict[str, Any], groups: Any) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from nemo_llm.models import specs
+    from nemo_llm.megatron.models import define_missing_names
 
-    del specs
+    define_missing_names()
     a = Namespace(**arguments)
     window = arguments.get("window_size")
     config = TransformerConfig(

@@ -75,10 +75,10 @@ def measure(checkpoint: str, output: str, overrides: tuple[str, ...]) -> None:
     logits = _logits(run, batches)
     if dist.get_rank() == dist.get_world_size() - 1:
         torch.save(logits, Path(output) / "logits.pt")
-    _, num_tokens = forward_backward(run, world_batches)
+    _, denominator = forward_backward(run, world_batches)
     for chunk in run.model:
         for parameter in chunk.parameters():
-            parameter.data.copy_(parameter.main_grad / num_tokens)
+            parameter.data.copy_(parameter.main_grad / denominator)
     save_weights(run.model, Path(output))
 
 

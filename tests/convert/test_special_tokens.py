@@ -228,7 +228,7 @@ def test_the_gate_compares_token_ids(tmp_path: Path, ranks: RankPool) -> None:
 
 
 def test_a_tokenizer_that_differs_is_refused(tmp_path: Path) -> None:
-    from nemo_llm.convert.token_ids import compare_token_ids
+    from nemo_llm.convert.hf import compare_token_ids
 
     write_tokenizer(tmp_path / "hf", "template")
     write_config(tmp_path / "hf")

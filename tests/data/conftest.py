@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_llm.config.chat import ChatConfig
+from nemo_llm.config.sections.chat import ChatConfig
 from nemo_llm.config.sections.data import BlendSource, DataConfig, TokenizerConfig
 from nemo_llm.tokenizers.tiktoken_encoder import build_fast_bpe
 from nemo_llm.tokenizers.tokenizer import Tokenizer, load_tokenizer

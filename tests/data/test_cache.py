@@ -18,7 +18,7 @@ from nemo_llm.data.build import build_train_and_validation
 from nemo_llm.data.index.format import IndexedDataset, IndexedDatasetWriter
 from nemo_llm.errors import InputError
 from nemo_llm.storage.build_cache import build_once
-from nemo_llm.storage.build_lock import build_lock
+from nemo_llm.storage.locks import build_lock
 from nemo_llm.tokenizers.tokenizer import load_tokenizer
 from tests.data.conftest import tokenizer_config
 
@@ -74,7 +74,7 @@ def test_failed_build_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
-    code = "import sys,os; from pathlib import Path; from nemo_llm.storage.build_lock import build_lock\n"
+    code = "import sys,os; from pathlib import Path; from nemo_llm.storage.locks import build_lock\n"
     code += "with build_lock(Path(sys.argv[1])): os._exit(1)"
     lock = tmp_path / "lock"
     subprocess.run([sys.executable, "-c", code, str(lock)], env={"PYTHONPATH": os.getcwd()}, check=False)
@@ -89,7 +89,7 @@ def test_lock_of_another_node_is_taken_over_only_when_silent(tmp_path: Path, mon
     lock = tmp_path / "lock"
     owner = json.dumps({"host": "elsewhere", "pid": 1, "start": "1", "nonce": "n"})
     lock.write_text(owner)
-    monkeypatch.setattr("nemo_llm.storage.build_lock.SILENT_SECONDS", 0.6)
+    monkeypatch.setattr("nemo_llm.storage.locks.SILENT_SECONDS", 0.6)
     alive = threading.Event()
 
     def beat() -> None:

@@ -12,10 +12,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from nemo_llm.config.sections.data import BlendSource, DataConfig
+from nemo_llm.conversation.masks import ChatEncoder
+from nemo_llm.conversation.messages import BadChatError, ChatRecord, to_conversation
+from nemo_llm.conversation.template import NAMED_TEMPLATES
 from nemo_llm.data.build import build_train_and_validation
-from nemo_llm.data.chat_format import BadChatError, ChatRecord, to_conversation
-from nemo_llm.data.chat_template import NAMED_TEMPLATES
-from nemo_llm.data.sources.chats import ChatEncoder, open_chats
+from nemo_llm.data.sources.chats import open_chats
 from nemo_llm.errors import ConfigError, InputError
 from nemo_llm.tokenizers.tokenizer import Tokenizer, load_tokenizer, load_tokenizer_from_folder
 from tests.data.conftest import CHAT, tokenizer_config
@@ -93,7 +94,7 @@ def test_errors_name_file_and_line(data_config, demo_tokenizer: Tokenizer, tmp_p
 
 
 def encoder(config: DataConfig, tokenizer: Tokenizer) -> ChatEncoder:
-    return ChatEncoder(config.chat, config.seq_length + 1, tokenizer, config.tokenizer.path, 0)
+    return ChatEncoder(config.chat, tokenizer)
 
 
 def learned_text(config: DataConfig, tokenizer: Tokenizer, messages: list[dict]) -> str:
@@ -240,7 +241,7 @@ def published(name: str) -> str:
 
 def encode_record(tokenizer: Tokenizer, template: str, record: dict, **changes: object) -> tuple[str, dict[str, int]]:
     """(what is learned of a record, what of it is not used)."""
-    made = ChatEncoder(replace(CHAT, template=template, **changes), 9999, tokenizer, None, 0)  # type: ignore[arg-type]
+    made = ChatEncoder(replace(CHAT, template=template, **changes), tokenizer)  # type: ignore[arg-type]
     chat = made.encode_record(record, "here")
     text = tokenizer.decode([token for token, learned in zip(chat.tokens, chat.learned, strict=True) if learned])
     return text, dict(Counter(chat.unused))

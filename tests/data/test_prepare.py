@@ -1,6 +1,7 @@
 """``tools/prepare_data.py``: what is dropped and why, counts that add up, bad inputs, and going on after kills."""
 
 import dataclasses
+import errno
 import gzip
 import importlib.util
 import inspect
@@ -321,6 +322,16 @@ def test_what_a_killed_task_left_half_written_is_not_published(tmp_path: Path) -
     run(f"input={source}", "data_prep=dedup_only", f"output={tmp_path}/out")
     written = sorted(path.name for path in (tmp_path / "out" / "documents").iterdir())
     assert written == ["00000.jsonl", "00001.jsonl"]
+
+
+def test_a_file_system_without_locks_does_not_stop_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks_here(_descriptor: int, _how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", no_locks_here)
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in CHAPTERS[:3]])
+    report = run(f"input={source}", "data_prep=dedup_only", "data_prep.minhash=null", f"output={tmp_path}/out")
+    assert report["output"]["documents"] == 3
 
 
 def test_what_we_use_of_datatrove_is_still_there(tmp_path: Path) -> None:

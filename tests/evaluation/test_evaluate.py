@@ -105,3 +105,12 @@ def test_chat_answers_every_line(models: list[str], tmp_path: Path) -> None:
     first, second, too_long, *_ = result.stdout.split(b"\n")
     assert first == second, "after /reset the same question gets the same answer"
     assert b"error: the message has" in too_long
+
+
+def test_a_template_without_a_chat_has_no_effect(models: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from nemo_llm.config.commands.generate import GenerateConfig
+    from nemo_llm.generate import main as generate
+
+    command = [f"checkpoint={models[0]}", "text=Hi", "chat_template=plain"]
+    assert run_tool("generate", GenerateConfig, generate, command) == 2
+    assert "chat_template = 'plain': has no effect" in capsys.readouterr().err

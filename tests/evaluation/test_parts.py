@@ -9,6 +9,7 @@ import pytest
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nemo_llm.config.sections.data import TokenizerConfig
+from nemo_llm.corpus.records import read_records
 from nemo_llm.errors import ConfigError, InputError
 from nemo_llm.evaluation.classification import (
     classify,
@@ -19,7 +20,6 @@ from nemo_llm.evaluation.classification import (
 )
 from nemo_llm.evaluation.harness import find_task_files
 from nemo_llm.evaluation.perplexity import measure_perplexity, rolling_windows
-from nemo_llm.evaluation.records import read_records
 from nemo_llm.evaluation.templates import Example, PromptTemplate, choose_shots, load_template, shipped_templates
 from nemo_llm.tokenizers.tokenizer import load_tokenizer
 
@@ -112,7 +112,7 @@ def test_classification_takes_the_likeliest_label(tmp_path: Path) -> None:
     file = tmp_path / "mails.jsonl"
     rows = [{"body": f"mail {i}", "kind": "s" if i % 3 else "h"} for i in range(12)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    examples = read_examples(file, "body", "kind", {"s": "spam", "h": "hams"})
+    examples = read_examples(str(file), "body", "kind", {"s": "spam", "h": "hams"})
     result = classify(LetterModel(b"sp"), load_template("label"), examples, [], ["spam", "hams"])
     assert set(result.predictions) == {"spam"}
     assert result.figures.accuracy.value == pytest.approx(8 / 12)
@@ -145,10 +145,22 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         list(read_records(lines))
     lines.write_text('{"text": "x", "label": "u"}\n')
     with pytest.raises(InputError, match=r"line 1: the field 'body' is missing.*text, label"):
-        read_examples(lines, "body", "label", None)
+        read_examples(str(lines), "body", "label", None)
     with pytest.raises(ConfigError, match="no word for the label 'u'"):
-        read_examples(lines, "text", "label", {"v": "w"})
+        read_examples(str(lines), "text", "label", {"v": "w"})
     with pytest.raises(InputError, match=r"(?s)no such task.*did you mean lambada"):
         find_task_files({"lambda": str(lines)}, {})
-    with pytest.raises(InputError, match="no such file or folder"):
+    with pytest.raises(InputError, match=r"tasks\.lambada: .*none: no such file"):
         find_task_files({"lambada": str(tmp_path / "none")}, {})
+
+
+def test_prompt_templates_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jinja"
+    for content, words in (
+        (b"\xff", "cannot be read"),
+        (b"{{ " + b"(" * 5000 + b")" * 5000 + b" }}", "nested too deep"),
+        (b"a\n{% for %}", "line 2: no Jinja template"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"mine\.jinja.*{words}"):
+            load_template(str(path))

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from nemo_llm.checkpoint.saved_run import SavedRun
-from nemo_llm.config.commands.entry_train import load
+from nemo_llm.config.commands.entry import load
 from nemo_llm.errors import InputError
 from nemo_llm.runs import main as list_runs
 from tests.golden.make_runs import MAX_BYTES, MAX_FOLDER_BYTES, RECIPES, RUNS, check_size
@@ -59,7 +59,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def train(at: str, arguments: list[str]) -> int | None:
     """``python -m nemo_llm.train``, on a rank."""
-    from nemo_llm.config.commands.entry_train import load
+    from nemo_llm.config.commands.entry import load
     from nemo_llm.train import main
 
     with contextlib.chdir(at):

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 
 from nemo_llm.config.sections.data import TokenizerConfig
-from nemo_llm.data.chat_template import ChatTemplate
-from nemo_llm.data.template_tokens import TemplateEncoder
+from nemo_llm.conversation.prompts import load_chat_prompts
+from nemo_llm.conversation.template import ChatTemplate
+from nemo_llm.conversation.template_tokens import TemplateEncoder
 from nemo_llm.errors import InputError
 from nemo_llm.inference.decoder import check_prompts
 from nemo_llm.inference.detokenize import TextStream
-from nemo_llm.inference.prompts import load_chat_prompts, read_prompts
+from nemo_llm.inference.prompts import read_prompts
 from nemo_llm.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 TEXT = "The whale — 🐋 — breached; naïve café, 日本語 text. Stop here, stop there."
@@ -84,15 +85,15 @@ def test_too_long_and_empty_prompts_are_refused() -> None:
 def test_files_of_prompts(tmp_path: Path) -> None:
     lines = tmp_path / "a.txt"
     lines.write_text("One\n\nTwo words\n")
-    assert read_prompts(lines) == ["One", "Two words"]
+    assert read_prompts(str(lines)) == ["One", "Two words"]
     records = tmp_path / "a.jsonl"
     records.write_text('{"text": "One\\nline"}\n')
-    assert read_prompts(records) == ["One\nline"]
+    assert read_prompts(str(records)) == ["One\nline"]
     records.write_text('{"text": "One"}\n{"txt": "Two"}\n')
     with pytest.raises(InputError, match="line 2"):
-        read_prompts(records)
+        read_prompts(str(records))
     with pytest.raises(InputError, match="no such file"):
-        read_prompts(tmp_path / "missing")
+        read_prompts(str(tmp_path / "missing"))
 
 
 def test_chat_template_errors_name_file_and_line(tmp_path: Path) -> None:
@@ -109,9 +110,9 @@ def test_chat_template_errors_name_file_and_line(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=words):
             ChatTemplate(source, "mine.jinja", {}).render([])
     with pytest.raises(InputError, match="brought no chat template"):
-        load_chat_prompts(tokenizer("gpt2_bpe"), tmp_path, None)
+        load_chat_prompts(tokenizer("gpt2_bpe"), None)
     with pytest.raises(InputError, match=r"chat_template = 'chatlm'(?s:.*)did you mean chatml"):
-        load_chat_prompts(tokenizer("gpt2_bpe"), tmp_path, "chatlm")
+        load_chat_prompts(tokenizer("gpt2_bpe"), "chatlm")
 
 
 def test_special_tokens_are_read_only_where_asked() -> None:

@@ -80,7 +80,7 @@ def swiglu_case(rows: int, units: int, dtype: torch.dtype, device: str, bias: bo
 
 def rotation_by_row_case(sizes: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> float:
     """The split with rotation of one token of each row, at a position of its own; ``sizes`` = (b, G, R, D)."""
-    from nemo_llm.models.layers.rope import _split_and_rotate, rotate
+    from nemo_llm.models.layers.rope import rotate, split_and_rotate
 
     b, groups, queries, width = sizes
     angles = torch.randn(1, b, 1, width // 2, device=device) * 3
@@ -92,7 +92,7 @@ def rotation_by_row_case(sizes: tuple[int, int, int, int], dtype: torch.dtype, d
         q, k, v = x.split(split, -1)
         return rotate(q.reshape(1, b, -1, width), freqs.double()), rotate(k, freqs.double()), v
 
-    return compare(lambda x: _split_and_rotate(x, freqs, freqs, split), reference, [mixed])
+    return compare(lambda x: split_and_rotate(x, freqs, freqs, split), reference, [mixed])
 
 
 def qkv_case(sizes: tuple[int, int, int, int, int], turned: int, dtype: torch.dtype, device: str) -> float:

@@ -11,10 +11,11 @@ def _linear(column: bool, bias: bool, frozen: bool) -> list[bool]:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from nemo_llm.megatron.models import offer_gradient_accumulation
     from nemo_llm.models.layers.linear import WholeColumnLinear, WholeRowLinear
-    from nemo_llm.models.layers.main_grad import offer_gradient_accumulation
+    from nemo_llm.models.layers.main_grad import accumulate
 
-    offer_gradient_accumulation()
+    offer_gradient_accumulation(accumulate)
     config = TransformerConfig(
         num_layers=1,
         hidden_size=24,

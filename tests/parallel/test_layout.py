@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_llm.config.compose.load import compose
-from nemo_llm.parallel.layout import DENSE_AXES, EXPERT_AXES, ParallelLayout
+from nemo_llm.parallel.layout import ParallelLayout
+from tests.parallel.rank_grid import DENSE_AXES, EXPERT_AXES, RankGrid
 
 SMALL = st.sampled_from([1, 2, 3])
 # Other work on the machine may slow single examples; only the results matter here.
@@ -15,18 +16,18 @@ quick = settings(deadline=None, max_examples=40)
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> ParallelLayout:
+def layouts(draw: st.DrawFn) -> RankGrid:
     tp, cp, pp, dp = (draw(SMALL) for _ in range(4))
     per_stage = tp * cp * dp
     etp = draw(st.sampled_from([size for size in range(1, per_stage + 1) if per_stage % size == 0]))
     rest = per_stage // etp
     ep = draw(st.sampled_from([size for size in range(1, rest + 1) if rest % size == 0]))
-    return ParallelLayout(world_size=per_stage * pp, tp=tp, cp=cp, pp=pp, ep=ep, etp=etp)
+    return RankGrid(world_size=per_stage * pp, tp=tp, cp=cp, pp=pp, ep=ep, etp=etp)
 
 
 @quick
 @given(layouts())
-def test_coordinates_and_ranks_are_inverse(layout: ParallelLayout) -> None:
+def test_coordinates_and_ranks_are_inverse(layout: RankGrid) -> None:
     for rank in range(layout.world_size):
         place = layout.coordinates(rank)
         assert layout.rank_of(**{axis: place[axis] for axis in DENSE_AXES}) == rank
@@ -35,7 +36,7 @@ def test_coordinates_and_ranks_are_inverse(layout: ParallelLayout) -> None:
 
 @quick
 @given(layouts())
-def test_both_grids_cover_the_same_ranks(layout: ParallelLayout) -> None:
+def test_both_grids_cover_the_same_ranks(layout: RankGrid) -> None:
     assert layout.tp * layout.cp * layout.dp == layout.etp * layout.ep * layout.edp
     assert layout.tp * layout.cp * layout.dp * layout.pp == layout.world_size
     dense = {layout.rank_of(tp=t, cp=c, dp=d, pp=p) for t, c, d, p in ranges(layout, DENSE_AXES)}
@@ -43,23 +44,23 @@ def test_both_grids_cover_the_same_ranks(layout: ParallelLayout) -> None:
     assert dense == expert == set(range(layout.world_size))
 
 
-def ranges(layout: ParallelLayout, axes: tuple[str, ...]) -> product:
+def ranges(layout: RankGrid, axes: tuple[str, ...]) -> product:
     return product(*(range(layout.size(axis)) for axis in axes))
 
 
 @quick
 @given(layouts(), st.sampled_from([("tp",), ("cp",), ("dp",), ("pp",), ("dp", "cp"), ("tp", "pp"), DENSE_AXES]))
-def test_dense_groups_partition_the_ranks(layout: ParallelLayout, axes: tuple[str, ...]) -> None:
+def test_dense_groups_partition_the_ranks(layout: RankGrid, axes: tuple[str, ...]) -> None:
     check_partition(layout, axes)
 
 
 @quick
 @given(layouts(), st.sampled_from([("etp",), ("ep",), ("edp",), ("pp",), ("etp", "ep"), EXPERT_AXES]))
-def test_expert_groups_partition_the_ranks(layout: ParallelLayout, axes: tuple[str, ...]) -> None:
+def test_expert_groups_partition_the_ranks(layout: RankGrid, axes: tuple[str, ...]) -> None:
     check_partition(layout, axes)
 
 
-def check_partition(layout: ParallelLayout, axes: tuple[str, ...]) -> None:
+def check_partition(layout: RankGrid, axes: tuple[str, ...]) -> None:
     groups = layout.groups(*axes)
     assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
     size = 1
@@ -76,7 +77,7 @@ def check_partition(layout: ParallelLayout, axes: tuple[str, ...]) -> None:
 
 @quick
 @given(layouts())
-def test_a_pipeline_stage_is_one_block_of_ranks(layout: ParallelLayout) -> None:
+def test_a_pipeline_stage_is_one_block_of_ranks(layout: RankGrid) -> None:
     """Pipeline ranks vary slowest, so that both grids agree on who is on which stage."""
     per_stage = layout.world_size // layout.pp
     for rank in range(layout.world_size):
@@ -85,7 +86,7 @@ def test_a_pipeline_stage_is_one_block_of_ranks(layout: ParallelLayout) -> None:
 
 @quick
 @given(layouts(), st.integers(1, 8), st.integers(1, 8))
-def test_microbatches_cover_the_global_batch(layout: ParallelLayout, micro: int, count: int) -> None:
+def test_microbatches_cover_the_global_batch(layout: RankGrid, micro: int, count: int) -> None:
     batch = micro * count * layout.dp
     assert layout.num_microbatches(batch, micro) == count
     if micro * layout.dp > 1:
@@ -109,7 +110,7 @@ MEGATRON_GROUPS = {
 
 @pytest.mark.parametrize("axes", MEGATRON_GROUPS)
 def test_groups_are_megatrons(axes: tuple[str, ...]) -> None:
-    layout = ParallelLayout(world_size=16, tp=2, cp=2, pp=2, ep=4, etp=1)
+    layout = RankGrid(world_size=16, tp=2, cp=2, pp=2, ep=4, etp=1)
     assert [list(group) for group in layout.groups(*axes)] == MEGATRON_GROUPS[axes]
 
 
@@ -135,7 +136,7 @@ def test_impossible_layouts_are_refused(sizes: dict[str, int], words: str) -> No
 
 
 def test_ranks_and_axes_outside_are_refused() -> None:
-    layout = ParallelLayout(world_size=4, tp=2)
+    layout = RankGrid(world_size=4, tp=2)
     with pytest.raises(ValueError, match=r"rank 4 is outside 0\.\.3"):
         layout.coordinates(4)
     with pytest.raises(ValueError, match=r"tp index 2 is outside 0\.\.1"):

@@ -135,10 +135,9 @@ def compare(kind: str, folder: str) -> tuple[float, float, float]:
     from nemo_llm.config.compose.load import compose
     from nemo_llm.models.build import build_model_chunks
     from nemo_llm.parallel.runtime import start_runtime
-    from nemo_llm.peft.adapter import KEY_PREFIX, adapted_modules
+    from nemo_llm.peft.adapter import KEY_PREFIX, adapted_modules, merge_adapters
     from nemo_llm.peft.attach import attach_peft
     from nemo_llm.peft.hf_format import load_hf_adapter, to_hf_weights
-    from nemo_llm.peft.merge import merge_adapters
 
     peft_keys = ["peft.rank=4", "peft.alpha=8", f"peft.num_virtual_tokens={VIRTUAL}"]
     cfg = compose([*MODEL, f"peft={kind}", *peft_keys])

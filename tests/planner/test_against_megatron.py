@@ -3,12 +3,12 @@
 import pytest
 
 from nemo_llm.config.compose.load import compose
-from nemo_llm.parallel.layout import ParallelLayout
 from nemo_llm.parallel.stages import plan_stages
 from nemo_llm.planner.activations import layer_activations
 from nemo_llm.planner.adapters import trained_parameters
 from nemo_llm.planner.parameters import count_parameters
 from nemo_llm.planner.state import local_parameters
+from tests.parallel.rank_grid import RankGrid
 from tests.planner.measure import count_local_parameters, count_trained_parameters, measure_layer_bytes
 from tests.ranks import RankPool
 
@@ -45,7 +45,7 @@ LAYOUTS = [
 def test_every_rank_holds_what_the_planner_counts(arguments: str, processes: int, ranks: RankPool) -> None:
     overrides = tuple(arguments.split())
     cfg = compose(overrides)
-    layout = ParallelLayout.from_config(cfg.parallelism, processes)
+    layout = RankGrid.from_config(cfg.parallelism, processes)
     plan = plan_stages(cfg.model.num_layers, cfg.parallelism)
     counted = count_parameters(cfg.model, VOCAB_SIZE)
     real = ranks.run(count_local_parameters, processes, overrides)
@@ -98,7 +98,7 @@ ADAPTED = [
 def test_every_rank_trains_what_the_planner_counts(arguments: str, processes: int, ranks: RankPool) -> None:
     overrides = tuple(arguments.split())
     cfg = compose(overrides)
-    layout = ParallelLayout.from_config(cfg.parallelism, processes)
+    layout = RankGrid.from_config(cfg.parallelism, processes)
     plan = plan_stages(cfg.model.num_layers, cfg.parallelism)
     for rank, found in enumerate(ranks.run(count_trained_parameters, processes, overrides)):
         chunks = plan.chunks(layout.coordinates(rank)["pp"])

@@ -75,7 +75,7 @@ def against_transformers(folder: str, task: tuple[str, ...]) -> tuple[float, flo
 
     from nemo_llm.models.build import build_model_chunks
     from nemo_llm.parallel.runtime import start_runtime
-    from nemo_llm.tasks.pretrain import forward_step
+    from nemo_llm.tasks import build_task
     from nemo_llm.training.batches import build_loaders
 
     cfg = compose(_keys(folder, *task, "model.num_layers=2"))
@@ -100,7 +100,8 @@ def against_transformers(folder: str, task: tuple[str, ...]) -> tuple[float, flo
     _, _, loader, _ = build_loaders(cfg, runtime)
     batch = loader.micro_batches(0, 8)[0]
     logits = chunk(batch["tokens"], batch["position_ids"], attention_mask=batch["document_ids"])
-    loss, count, _ = forward_step(iter([batch]), chunk)[1](forward_step(iter([batch]), chunk)[0])
+    output, to_sums = build_task(cfg.task).forward_step(iter([batch]), chunk)
+    loss, count, _ = to_sums(output)
     differences, losses = [], []
     for row, column in batch["loss_mask"].nonzero().tolist():
         document = batch["document_ids"][row] == batch["document_ids"][row, column]
@@ -220,10 +221,10 @@ def train_head(folder: str, base: str) -> tuple[list[float], float]:
     write_config(run.run_dir, to_plain(cfg))
     losses = [train_step(run).loss for _ in range(12)]
     step = save_checkpoint(run)
-    losses.append(forward_backward(run, run.loader.micro_batches(0, 8))[0])
+    losses.append(forward_backward(run, run.loader.micro_batches(0, 8))[0].loss)
     again = build_training_run(cfg, runtime)
     load_checkpoint(again, step)
-    return losses, forward_backward(again, again.loader.micro_batches(0, 8))[0]
+    return losses, forward_backward(again, again.loader.micro_batches(0, 8))[0].loss
 
 
 def merge(folder: str) -> None:
@@ -319,7 +320,7 @@ def test_equal_texts_stay_on_one_side(tmp_path: Path) -> None:
         (("task=classification", "model.head=[one]"), "two or more"),
         (("task=score", "model.head=[one,two]"), "one name"),
         (("model.head=[one,two]",), "predicts tokens"),
-        ((*CLASSIFY, "data=demo"), "labelled texts alone"),
+        ((*CLASSIFY, "data=demo"), "of kind text, and task=classification learns from labelled"),
         ((*CLASSIFY, "sample.enabled=true"), "sample.enabled"),
     ],
 )

@@ -102,7 +102,7 @@ def trl_losses(order: list[int], folder: Path) -> list[float]:
     from trl import SFTConfig, SFTTrainer
 
     from nemo_llm.assets import resolve_path
-    from nemo_llm.data.chat_template import NAMED_TEMPLATES
+    from nemo_llm.conversation.template import NAMED_TEMPLATES
 
     class InOrder(SFTTrainer):
         def _get_train_sampler(self, *_: Any) -> SequentialSampler:

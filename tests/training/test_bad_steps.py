@@ -34,7 +34,7 @@ def _train(overrides: tuple[str, ...], folder: str, bad_step: int | None, times:
     if dist.get_rank() == 0:
         write_config(run.run_dir, to_plain(cfg))
     left = times
-    forward_step, forward_backward = run.forward_step, run.forward_backward
+    forward_step, forward_backward = run.task.forward_step, run.forward_backward
 
     def poisoned(data, model):
         output, loss_function = forward_step(data, model)
@@ -49,7 +49,7 @@ def _train(overrides: tuple[str, ...], folder: str, bad_step: int | None, times:
             left -= 1
         return outputs
 
-    run.forward_step, run.forward_backward = poisoned, counted
+    run.task.forward_step, run.forward_backward = poisoned, counted
     policy = BadSteps(run)
     rows = []
     for _ in range(5):

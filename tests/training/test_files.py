@@ -1,6 +1,8 @@
 """Atomic writing: what a reader sees when the writer is killed or fails."""
 
 import errno
+import fcntl
+import json
 import os
 import signal
 import stat
@@ -10,7 +12,10 @@ import sys
 import pytest
 
 from nemo_llm.checkpoint.folder import is_complete, writing
-from nemo_llm.storage.atomic_files import fsync, write_atomic
+from nemo_llm.errors import InputError, NemoLlmError
+from nemo_llm.storage.atomic_files import fsync, replacing, write_atomic, write_json, write_output
+from nemo_llm.storage.locks import RunLock, is_locked
+from nemo_llm.storage.unfinished_work import one_at_a_time, open_work
 
 WRITER = """
 import itertools, sys
@@ -78,3 +83,71 @@ def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch, code):
     for path in (tmp_path, tmp_path / "file"):
         with pytest.raises(OSError, match="no"):
             fsync(path)
+
+
+def test_every_way_of_replacing_a_file_syncs_the_file_and_then_its_folder(tmp_path, monkeypatch):
+    real, synced = os.fsync, []
+
+    def note(descriptor):
+        synced.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_json(tmp_path / "a.json", {"b": [1, 2]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": [1, 2]}
+    with replacing(tmp_path / "c") as file:
+        file.write(b"c")
+    assert synced == ["file", "folder"] * 2
+    with replacing(tmp_path / "d", sync=False) as file:
+        file.write(b"d")
+    assert len(synced) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "c", "d"]
+
+
+def test_a_result_that_cannot_be_written_is_named_with_its_key(tmp_path):
+    write_output("output", tmp_path / "new" / "rows", "ä\n")
+    assert (tmp_path / "new" / "rows").read_text(encoding="utf-8") == "ä\n"
+    with pytest.raises(InputError, match=r"report=.*rows/page: cannot be written \(.*exists"):
+        write_output("report", tmp_path / "new" / "rows" / "page", "")
+
+
+def no_locks_here(_descriptor, _how):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+def test_a_file_system_without_locks_stops_no_run_and_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fcntl, "flock", no_locks_here)
+    monkeypatch.setattr("nemo_llm.storage.locks.get_logger", lambda name: __import__("logging").getLogger("here"))
+    with RunLock(tmp_path, 0.0):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+        assert "has no locks (Function not implemented)" in caplog.text
+        assert not is_locked(tmp_path)
+
+
+def test_other_work_in_the_same_folder_is_refused_until_restart(tmp_path):
+    folder = tmp_path / "out.partial"
+    open_work(folder, {"inputs": ("a", 1)}, restart=False)
+    (folder / "done").touch()
+    open_work(folder, {"inputs": ["a", 1]}, restart=False)  # a tuple is a list in JSON
+    with pytest.raises(InputError, match=r"other inputs or settings.*restart=true"):
+        open_work(folder, {"inputs": ["a", 2]}, restart=False)
+    assert (folder / "done").exists()
+    open_work(folder, {"inputs": ["a", 2]}, restart=True)
+    assert not (folder / "done").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(errno.ENOSPC, "no space left .*is kept"), (errno.EROFS, "choose an output_prefix"), (errno.EIO, "error$")],
+)
+def test_a_disk_that_fails_is_said_with_what_to_do(tmp_path, code, words):
+    with pytest.raises(InputError, match=words), one_at_a_time("output_prefix", tmp_path / "new" / "d", workers=2):
+        raise OSError(code, os.strerror(code))
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_worker_that_was_killed_is_said_with_their_number(tmp_path):
+    from concurrent.futures.process import BrokenProcessPool
+
+    with pytest.raises(NemoLlmError, match="fewer workers than 3"), one_at_a_time("output", tmp_path / "d", workers=3):
+        raise BrokenProcessPool

@@ -30,7 +30,7 @@ def _gradients(options: list[str]) -> tuple[int, int, list[str]]:
     import torch
 
     from nemo_llm.config.compose.load import compose
-    from nemo_llm.optim.gradients import forget_gradients
+    from nemo_llm.megatron.optimizer import forget_gradients
     from nemo_llm.parallel.runtime import start_runtime
     from nemo_llm.training.setup import build_training_run
     from nemo_llm.training.step import forward_backward
@@ -89,7 +89,8 @@ def _untouched() -> list[float]:
     import torch
 
     from nemo_llm.config.compose.load import compose
-    from nemo_llm.optim.gradients import forget_gradients, zero_untouched
+    from nemo_llm.megatron.optimizer import forget_gradients
+    from nemo_llm.optim.gradients import zero_untouched
     from nemo_llm.parallel.runtime import start_runtime
     from nemo_llm.training.setup import build_training_run
 

@@ -82,7 +82,7 @@ def test_a_write_that_fails_half_way_leaves_no_checkpoint_and_says_why(tmp_path:
     """A limit on file sizes makes the writing fail inside a file, after the look at the free room."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (400000, 400000));"
-        "from nemo_llm.train import main; from nemo_llm.config.commands.entry_train import run_entry_point;"
+        "from nemo_llm.train import main; from nemo_llm.config.commands.entry import run_entry_point;"
         "sys.exit(run_entry_point(main, sys.argv[1:]))"
     )
     options = [*SMALL, f"run.dir={tmp_path}/run", "trainer.max_steps=1", "data=mock", "tokenizer=byte"]

@@ -20,7 +20,7 @@ from nemo_llm.config.compose.load import compose
 from nemo_llm.config.migrations import saved_by
 from nemo_llm.errors import ConfigError, ExitCode, InputError
 from nemo_llm.run.folder import git_commit, open_run_dir, to_plain, write_exit
-from nemo_llm.storage.folder_lock import RunLock
+from nemo_llm.storage.locks import RunLock
 
 
 @functools.cache
@@ -187,7 +187,7 @@ def test_exit_file_says_how_it_ended_and_goes_with_the_next_start(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from nemo_llm.storage.folder_lock import RunLock
+from nemo_llm.storage.locks import RunLock
 lock = RunLock(Path(sys.argv[1]), 0.0)
 print("held", flush=True)
 time.sleep(60)

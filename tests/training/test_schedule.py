@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_llm.config import SchedConfig
-from nemo_llm.optim.schedule import learning_rate
+from nemo_llm.config.sections.optim import learning_rate
 
 STYLES = ["linear", "cosine", "minus_sqrt", "exponential"]
 

@@ -20,7 +20,7 @@ from tests.test_architecture import ROOT
 
 SCRIPT = """
 import os, sys, time
-from nemo_llm.config.commands.entry_train import run_entry_point
+from nemo_llm.config.commands.entry import run_entry_point
 from nemo_llm.training import setup
 
 def main(cfg):

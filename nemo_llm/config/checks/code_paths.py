@@ -1,9 +1,9 @@
 """Which code a configuration runs on a GPU: rules that the model builder and the memory estimate share. No torch."""
 
-from nemo_llm.config.mcore_fields import UNFUSED_ACTIVATION
 from nemo_llm.config.sections.model import ModelConfig
 from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.config.sections.parallelism import ParallelismConfig
+from nemo_llm.megatron.config_fields import UNFUSED_ACTIVATION
 
 _LEAST_HEAD_SIZE = 16  # of FlexAttention: PyTorch 2.13 refuses less
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 from nemo_llm.config.compose.catalog import nearest
-from nemo_llm.config.mcore_fields import FIELDS, NOT_BUILT, OWN_KEYS, UNREAD
 from nemo_llm.config.sections.fields import Scalar
 from nemo_llm.config.sections.model import SCALING_FIELDS, ModelConfig, MoeConfig
 from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.errors import Problem
+from nemo_llm.megatron.config_fields import FIELDS, NOT_BUILT, OWN_KEYS, UNREAD
 
 _OVERRIDES = "model.mcore_overrides"
 DEFAULTS: dict[str, Scalar] = {"rotary_base": 10000.0, "rotary_percent": 1.0, "moe_aux_loss_coeff": 0.01}

@@ -8,11 +8,12 @@ from pathlib import Path
 from nemo_llm.assets import ASSET_PREFIX, asset_names, resolve_path
 from nemo_llm.config.compose.catalog import nearest
 from nemo_llm.config.sections.arithmetic import divisors, either, neighbouring_multiples
-from nemo_llm.config.sections.data import blend_entries
+from nemo_llm.config.sections.data import Blend, blend_entries
 from nemo_llm.config.sections.precision import Fp8Config
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.config.sections.run_services import ExpManagerConfig
 from nemo_llm.errors import InputError, Problem
+from nemo_llm.tasks import TASKS, build_task
 
 
 def _data_parallel_size(cfg: RunConfig, world_size: int) -> int | None:
@@ -252,11 +253,15 @@ def check_resume(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
         yield Problem("checkpoint.resume", resume, "must be auto, never or an existing path", "correct the path")
 
 
+def _blends(cfg: RunConfig) -> Iterator[tuple[str, Blend]]:
+    """Every blend with its key."""
+    yield "data.blend", cfg.data.blend
+    yield from ((f"data.validation.{name}", blend) for name, blend in cfg.data.validation.items())
+
+
 def check_data_files(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
     """Indexed files, texts and tokenizer files that the data section names exist."""
-    blends = {"data.blend": cfg.data.blend}
-    blends |= {f"data.validation.{name}": blend for name, blend in cfg.data.validation.items()}
-    for key, blend in blends.items():
+    for key, blend in _blends(cfg):
         for place, source in enumerate(blend_entries(blend, key)):
             if source.prefix is not None:
                 yield from _missing_indexed(f"{key}[{place}].prefix", source.prefix)
@@ -270,17 +275,21 @@ def check_data_files(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
         yield from _missing_path("data.tokenizer.path", cfg.data.tokenizer.path, "tokenizers")
 
 
+def check_task(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
+    """The task learns from these sources, and agrees with the other sections."""
+    task = build_task(cfg.task)
+    for key, blend in _blends(cfg):
+        for entry in blend_entries(blend, key):
+            if entry.kind not in task.source_kinds:
+                kinds = " or ".join(sorted(task.source_kinds))
+                others = " or ".join(name for name, other in TASKS.items() if entry.kind in other.source_kinds)
+                rule = f"is a source of kind {entry.kind}, and task={cfg.task.name} learns from {kinds}"
+                yield Problem(key, entry.name, rule, f"give sources of such a kind, or set task={others}")
+    yield from task.check(cfg)
+
+
 def check_fine_tuning(cfg: RunConfig, _world_size: int) -> Iterator[Problem]:
-    """The task has its data, and virtual tokens leave room for others."""
-    entries = blend_entries(cfg.data.blend, "data.blend")
-    yield from _check_head(cfg)
-    if cfg.task.name == "sft" and all(entry.chat is None for entry in entries):
-        yield Problem(
-            "task.name",
-            "sft",
-            "no source of data.blend holds conversations",
-            "add data=chat 'data.blend=[{name: mine, chat: FILE}]', or set task=pretrain",
-        )
+    """Frozen weights in four bits are whole, and virtual tokens leave room for others."""
     if cfg.peft is not None and cfg.peft.base_weights == "nf4":
         yield from _check_four_bits(cfg)
     if cfg.peft is not None and cfg.peft.virtual_tokens >= cfg.data.seq_length:
@@ -307,36 +316,6 @@ def _check_four_bits(cfg: RunConfig) -> Iterator[Problem]:
     if cfg.precision.fp8 is not None:
         rule = "peft.base_weights=nf4 multiplies in the precision of the activations"
         yield Problem("precision.fp8", cfg.precision.fp8.fp8, rule, "use precision=bf16, or peft.base_weights=null")
-
-
-def _check_head(cfg: RunConfig) -> Iterator[Problem]:
-    """Heads, tasks that train them and labelled texts go together."""
-    task, head = cfg.task.name, cfg.model.head
-    needed = {"classification": "[first,second]", "score": "[score]"}
-    if task not in needed and head is not None:
-        fix = "set task=classification (several names) or task=score (one), or model.head=null"
-        yield Problem("task.name", task, "predicts tokens, and the model has a head in place of its output layer", fix)
-    wrong = head is None or (len(head) == 1) != (task == "score") or len(set(head)) < len(head)
-    if task in needed and wrong:
-        rule = "needs the names of the classes, two or more" if task == "classification" else "needs one name"
-        yield Problem("model.head", head, f"task={task} {rule}", f"set model.head={needed[task]}")
-    blends = {"data.blend": cfg.data.blend}
-    blends |= {f"data.validation.{name}": blend for name, blend in cfg.data.validation.items()}
-    for key, blend in blends.items():
-        for entry in blend_entries(blend, key):
-            if task in needed and entry.labelled is None:
-                fix = "add data=labelled 'data.blend=[{name: mine, labelled: FILE}]'"
-                yield Problem(key, entry.name, f"task={task} learns from labelled texts alone", fix)
-            elif task not in needed and entry.labelled is not None:
-                fix = "set task=classification or task=score"
-                yield Problem(key, entry.name, f"holds labelled texts, and task={task} predicts tokens", fix)
-            elif entry.labelled is not None and cfg.data.labelled is None:
-                yield Problem("data.labelled", None, f"is needed by {entry.name} of {key}", "choose data=labelled")
-    unwanted = {"evaluation.interval": cfg.evaluation.interval, "sample.enabled": cfg.sample.enabled or None}
-    for key, value in unwanted.items():
-        if task in needed and value is not None:
-            off = "false" if value is True else "null"
-            yield Problem(key, value, f"needs the logits of tokens, and task={task} has none", f"set {key}={off}")
 
 
 def _missing_indexed(key: str, prefix: str) -> Iterator[Problem]:
@@ -378,5 +357,6 @@ RECIPE_CHECKS = (
     check_loggers,
     check_resume,
     check_data_files,
+    check_task,
     check_fine_tuning,
 )

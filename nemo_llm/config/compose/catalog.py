@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen
 
+from nemo_llm.config.sections.fields import TaggedBy
 from nemo_llm.config.sections.run import RunConfig
 
 # Groups of conf/ that hold parts of other files and are never chosen by themselves.
@@ -86,18 +87,34 @@ def _descend(annotation: Any, part: str | int) -> list[Any]:
     return found
 
 
+def tag_of(annotation: Any) -> TaggedBy | None:
+    """What tells the members of a union of sections apart, or None where there is no such union."""
+    if isinstance(annotation, TaggedBy):
+        return annotation
+    parts = get_args(annotation) if get_origin(annotation) in (Annotated, Union, types.UnionType) else ()
+    return next(filter(None, map(tag_of, parts)), None)
+
+
 def known_keys(section: type = RunConfig, prefix: str = "") -> dict[str, KeyInfo]:
-    """Every dotted key below `section`, sections themselves included; items of a list count as the list's keys."""
+    """Every dotted key below `section`, sections themselves included; items of a list count as the list's keys.
+
+    A key of several members of a union takes what any of them takes.
+    """
     keys: dict[str, KeyInfo] = {}
     hints = get_type_hints(section, include_extras=True)
     for field in dataclasses.fields(section):
         key = f"{prefix}{field.name}"
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         keys[key] = KeyInfo(hints[field.name], has_default)
-        for member in union_members(hints[field.name]):
-            item = get_args(member)[0] if get_origin(member) in (list, tuple) else member
+        items = [
+            get_args(member)[0] if get_origin(member) in (list, tuple) else member
+            for member in union_members(hints[field.name])
+        ]
+        for item in (one for several in items for one in union_members(several)):
             if isinstance(item, type) and dataclasses.is_dataclass(item):
-                keys |= known_keys(item, f"{key}.")
+                for name, info in known_keys(item, f"{key}.").items():
+                    before = keys.get(name, info)
+                    keys[name] = KeyInfo(before.annotation | info.annotation, before.optional or info.optional)
     return keys
 
 
@@ -127,7 +144,9 @@ def nearest_key(key: str, candidates: Iterable[str]) -> str | None:
 def describe_type(annotation: Any) -> str:
     """An annotation in the words that error messages and ``--help`` use."""
     members = union_members(annotation)
-    words = [_describe_member(member) for member in members if member is not type(None)]
+    words = [_describe_member(member) for member in members if member is not type(None) and not choices_of(member)]
+    if choices := choices_of(annotation):
+        words.insert(0, "one of " + ", ".join(choices))
     text = " or ".join(dict.fromkeys(words))
     if type(None) not in members:
         return text
@@ -157,8 +176,6 @@ def _describe_member(member: Any) -> str:
     origin, args = get_origin(member), get_args(member)
     if origin is Annotated:
         return " ".join([describe_type(args[0]), *filter(None, map(_describe_bound, args[1:]))])
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
     if origin in (list, tuple):
         return f"a list, each item {describe_type(args[0])}"
     if origin is dict:

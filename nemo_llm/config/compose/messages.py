@@ -15,6 +15,8 @@ from nemo_llm.config.compose.catalog import (
     known_keys,
     nearest,
     nearest_key,
+    tag_of,
+    union_members,
 )
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import NO_VALUE, ConfigError, Problem
@@ -22,6 +24,7 @@ from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 _MISSING = "missing"
 _TO_BE_GIVEN = "???"  # OmegaConf's mark of a value that the user must give
 _UNEXPECTED = "unexpected_keyword_argument"
+_WITHOUT_MEMBER = ("union_tag_invalid", "union_tag_not_found")
 _SAME_CHOICE = {"gpu": "cuda"}  # by letters it is nearer to cpu
 
 
@@ -54,6 +57,8 @@ def problems_of_validation(
         if item.union_at is not None and not _speaks_for_union(item, located):
             continue
         own = _problems_of_section(item.error)
+        if item.error["type"] in _WITHOUT_MEMBER and isinstance(_value_at(mapping, item.path), Mapping):
+            own = _problems_of_tag(item.path, mapping, section)
         problems.setdefault(item.path, own or [_problem(item.path, item.error, mapping, section)])
     return [problem for found in problems.values() for problem in found]
 
@@ -71,7 +76,7 @@ def _problems_of_section(error: Mapping[str, Any]) -> list[Problem]:
 def _problem(path: Path, error: Mapping[str, Any], mapping: Mapping[str, Any], section: type) -> Problem:
     key, value, annotation = _dotted(path), _value_at(mapping, path), annotation_at(path, section)
     if error["type"] == _UNEXPECTED:
-        return unknown_key(key, value, known_keys(section))
+        return _of_other_member(path, mapping, section) or unknown_key(key, value, known_keys(section))
     allowed = error["msg"] if annotation is None else describe_type(annotation)
     if error["type"] == _MISSING and value is NO_VALUE:
         return Problem(key, NO_VALUE, f"missing; it takes {allowed}", f"add {key}=<value>")
@@ -80,6 +85,48 @@ def _problem(path: Path, error: Mapping[str, Any], mapping: Mapping[str, Any], s
     if isinstance(value, float) and not math.isfinite(value):
         return Problem(key, value, "must be a finite number", f"write {key}=<{allowed}>")
     return Problem(key, value, f"must be {allowed}", _fix_for_value(key, value, annotation))
+
+
+def _problems_of_tag(path: Path, mapping: Mapping[str, Any], section: type) -> list[Problem]:
+    """Of a section that does not say, or not rightly, which member of a union it is; unknown keys speak first."""
+    annotation, key = annotation_at(path, section), _dotted(path)
+    tag, value = tag_of(annotation), _value_at(mapping, path)
+    assert tag is not None
+    assert isinstance(value, Mapping)
+    members = _members(annotation)
+    tags = [name for member in members for name in tag.tags(member)]
+    known = {field.name: KeyInfo(None, False) for member in members for field in dataclasses.fields(member)}
+    if tag.key not in value:
+        known |= dict.fromkeys(tag.short_forms, KeyInfo(None, False))
+        in_section = {f"{key.partition('[')[0]}.{name}": info for name, info in known.items()}
+        unknown = [unknown_key(f"{key}.{name}", value[name], in_section) for name in value if name not in known]
+        rule = f"missing; it takes one of {', '.join(tags)}"
+        fix = f"add one of {', '.join((tag.key, *tag.short_forms))}" if tag.short_forms else f"add {tag.key}"
+        return unknown or [Problem(f"{key}.{tag.key}", NO_VALUE, rule, fix)]
+    given = value[tag.key]
+    meant = nearest(given, tags) if isinstance(given, str) else None
+    fix = f"did you mean {meant}?" if meant else "choose one of them"
+    return [Problem(f"{key}.{tag.key}", given, f"must be one of {', '.join(tags)}", fix)]
+
+
+def _of_other_member(path: Path, mapping: Mapping[str, Any], section: type) -> Problem | None:
+    """The problem of a key that the chosen member of a union lacks; None where there is no such union."""
+    owner = annotation_at(path[:-1], section)
+    tag, value = tag_of(owner), _value_at(mapping, path[:-1])
+    if tag is None or not isinstance(value, Mapping):
+        return None
+    chosen = value[tag.key]
+    member = next(member for member in _members(owner) if chosen in tag.tags(member))
+    names = [field.name for field in dataclasses.fields(member)]
+    meant = nearest(str(path[-1]), names)
+    listed = f"remove it; the keys of {tag.key} {chosen} are {', '.join(names)}"
+    rule = f"{tag.key} {chosen} has no such key"
+    fix = f"did you mean {_dotted((*path[:-1], meant))}?" if meant else listed
+    return Problem(_dotted(path), value[path[-1]], rule, fix)
+
+
+def _members(annotation: Any) -> list[type]:
+    return [one for one in union_members(annotation) if isinstance(one, type) and dataclasses.is_dataclass(one)]
 
 
 def unknown_key(key: str, value: object, keys: Mapping[str, KeyInfo]) -> Problem:

@@ -6,7 +6,7 @@ Defaults live in ``conf/data/*.yaml``; here are the types and the checks that on
 from dataclasses import dataclass
 from typing import Literal
 
-from nemo_llm.config.chat import ChatConfig
+from nemo_llm.config.sections.chat import ChatConfig
 from nemo_llm.config.sections.fields import (
     Fraction,
     NonEmptyStr,
@@ -129,6 +129,12 @@ class BlendSource(Section):
             )
         if self.weight == float("inf"):
             raise ValueError(f"blend source {self.name!r}: weight must be finite")
+
+    @property
+    def kind(self) -> str:
+        """What the source holds: ``indexed``, ``text``, ``chat``, ``labelled`` or ``mock``."""
+        given = (key for key in ("text", "chat", "labelled", "mock") if getattr(self, key) is not None)
+        return next(given, "indexed")
 
 
 Blend = tuple[BlendSource, ...] | tuple[float | PathStr, ...]

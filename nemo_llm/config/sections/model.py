@@ -148,3 +148,7 @@ class ModelConfig(Section):
     def head_dim(self) -> int:
         """Channels per attention head: `kv_channels`, or the hidden size divided over the heads."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    def outputs(self, vocab_size: int) -> int:
+        """What the model gives at each position: a number for each token, or for each class of its head."""
+        return vocab_size if self.head is None else len(self.head)

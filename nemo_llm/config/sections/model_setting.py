@@ -22,7 +22,7 @@ class ModelSetting:
     Attributes:
         seq_length, micro_batch_size: shape of a micro-batch, in tokens and samples.
         reset_attention_mask: whether a sample holds several documents that do not see each other.
-        z_loss_coeff: weight of the squared log-partition in the loss (`TaskConfig`).
+        z_loss_coeff: weight of the squared log-partition in the loss (`TokenTask`).
         seed: of the initial weights.
         deterministic: whether only operations that repeat bit by bit are chosen.
     """

@@ -17,8 +17,8 @@ from nemo_llm.config.sections.run_services import (
     EvaluationConfig,
     ExpManagerConfig,
     SampleConfig,
-    TaskConfig,
 )
+from nemo_llm.config.sections.task import TaskConfig, TokenTask
 from nemo_llm.config.sections.trainer import RunSection, TrainerConfig
 
 
@@ -54,7 +54,7 @@ class RunConfig(Section):
             seq_length=self.data.seq_length,
             micro_batch_size=self.trainer.micro_batch_size,
             reset_attention_mask=self.data.reset_attention_mask,
-            z_loss_coeff=self.task.z_loss_coeff,
+            z_loss_coeff=self.task.z_loss_coeff if isinstance(self.task, TokenTask) else 0.0,
             seed=self.trainer.seed,
             deterministic=self.trainer.deterministic,
         )

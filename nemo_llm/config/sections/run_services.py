@@ -1,4 +1,4 @@
-"""The sections around the training loop: task, checkpoints, experiment manager, cluster, closing sample."""
+"""The sections around the training loop: checkpoints, experiment manager, cluster, closing sample."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,14 +12,6 @@ from nemo_llm.config.sections.fields import (
     PositiveInt,
     Section,
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TaskConfig(Section):
-    """What is optimised. `z_loss_coeff` weighs the squared log-partition of the logits (arXiv:2204.02311)."""
-
-    name: Literal["pretrain", "sft", "classification", "score"]
-    z_loss_coeff: NonNegativeFloat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,11 +5,13 @@ What one step gives must be what the next one takes: a difference means lost or 
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from nemo_llm.corpus.documents import check_bad_share
 from nemo_llm.corpus.prepare.plan import PreparePlan, Stage
-from nemo_llm.errors import InputError, NemoLlmError
+from nemo_llm.errors import NemoLlmError
 
 _NAMES = {
     "input files": "reading",
@@ -84,7 +86,7 @@ def check_stage(plan: PreparePlan, stage: Stage, before: list[StepCounts]) -> li
         _same(stage, f"{first.name} gave", first.given, f"{second.name} took", second.taken)
         _same(stage, f"{first.name} took", first.taken, "gave or dropped", first.given + first.totals["dropped"])
     if stage.name == "filter":
-        _check_bad(plan, steps[0])
+        check_bad_share(steps[0].dropped(), steps[0].given, plan.max_bad_fraction, _first_bad(plan))
     return steps
 
 
@@ -96,19 +98,10 @@ def _same(stage: Stage, first: str, number: int, second: str, other: int) -> Non
         )
 
 
-def _check_bad(plan: PreparePlan, reading: StepCounts) -> None:
-    bad = reading.totals["dropped"]
-    if bad > plan.max_bad_fraction * reading.taken:
-        counts = ", ".join(f"{count} x {reason}" for reason, count in reading.dropped().items())
-        places = sorted((plan.result / "dropped" / "unreadable").glob("*.jsonl"))
-        example = json.loads(places[0].read_text(encoding="utf-8").partition("\n")[0])
-        raise InputError(
-            f"{bad} of {reading.taken} records are bad ({counts}), more than max_bad_fraction = "
-            f"{plan.max_bad_fraction}; nothing is published. The first: {example['source']}: {example['reason']}: "
-            f"{example['text']}. Mend them, or raise max_bad_fraction and run again (what is done is kept)"
-        )
-    if not reading.given:
-        raise InputError("the inputs hold no document")
+def _first_bad(plan: PreparePlan) -> Iterator[str]:
+    for place in sorted((plan.result / "dropped" / "unreadable").glob("*.jsonl"))[:1]:
+        example = json.loads(place.read_text(encoding="utf-8").partition("\n")[0])
+        yield f"{example['source']}: {example['reason']}: {example['text']}"
 
 
 def _plain_name(name: str) -> str:

@@ -88,21 +88,15 @@ def _filters(plan: PreparePlan) -> list[PipelineStep]:
         steps.append(LengthFilter(rules.length, _dropped(plan, "length", "length")))
     if rules.language is not None and plan.language_model is not None:
         steps.append(LocalLanguageFilter(rules.language, plan.language_model, _dropped(plan, "language", "language")))
-    if rules.gopher_repetition is not None:
-        writer = _dropped(plan, "gopher_repetition", "repetition")
-        steps.append(
-            GopherRepetitionFilter(**asdict(rules.gopher_repetition), exclusion_writer=writer, language=language)
-        )
-    if rules.gopher_quality is not None:
-        values = asdict(rules.gopher_quality)
-        writer = _dropped(plan, "gopher_quality", "quality")
-        steps.append(GopherQualityFilter(**values, exclusion_writer=writer, language=language))
-    if rules.c4 is not None:
-        writer = _dropped(plan, "c4", "c4")
-        steps.append(C4QualityFilter(**asdict(rules.c4), exclusion_writer=writer, language=language))
-    if rules.fineweb is not None:
-        writer = _dropped(plan, "fineweb", "fineweb")
-        steps.append(FineWebQualityFilter(**asdict(rules.fineweb), exclusion_writer=writer, language=language))
+    for name, rule, step, reason in (
+        ("gopher_repetition", rules.gopher_repetition, GopherRepetitionFilter, "repetition"),
+        ("gopher_quality", rules.gopher_quality, GopherQualityFilter, "quality"),
+        ("c4", rules.c4, C4QualityFilter, "c4"),
+        ("fineweb", rules.fineweb, FineWebQualityFilter, "fineweb"),
+    ):
+        if rule is not None:
+            writer = _dropped(plan, name, reason)
+            steps.append(step(**asdict(rule), exclusion_writer=writer, language=language))
     if rules.decontamination is not None and rules.decontamination.sets:
         writer = _dropped(plan, "decontamination", "contaminated")
         config = NGramsDecontConfig(n_grams=rules.decontamination.n_grams)

@@ -14,9 +14,9 @@ import nemo_llm
 from nemo_llm.corpus.prepare.counts import StepCounts, check_stage
 from nemo_llm.corpus.prepare.page import report_page
 from nemo_llm.corpus.prepare.plan import PreparePlan
-from nemo_llm.corpus.prepare.steps import EXAMPLES, UNFINISHED, task_file
+from nemo_llm.corpus.prepare.steps import EXAMPLES, task_file
 from nemo_llm.errors import InputError
-from nemo_llm.storage.build_cache import write_json_atomically
+from nemo_llm.storage.atomic_files import UNFINISHED, write_json
 
 MANIFEST = "manifest.json"
 
@@ -43,9 +43,9 @@ class Publish(PipelineStep):
         report = _report(plan, steps)
         if not report["output"]["documents"]:
             raise InputError(f"no document is left: {_most_dropped(report)}; nothing is published. Loosen the rules")
-        write_json_atomically(plan.result / "report.json", report)
+        write_json(plan.result / "report.json", report)
         (plan.result / "report.html").write_text(report_page(report), encoding="utf-8")
-        write_json_atomically(plan.result / MANIFEST, {"key": plan.key(), "identity": plan.identity()})
+        write_json(plan.result / MANIFEST, {"key": plan.key(), "identity": plan.identity()})
         for left_over in (plan.result / "documents").glob(f".*{UNFINISHED}*"):
             left_over.unlink()
         if plan.output.exists():

@@ -1,18 +1,13 @@
 """Runs the stages of a plan, here or on Slurm, and goes on with an interrupted run."""
 
 import contextlib
-import errno
 import fcntl
-import json
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +18,10 @@ from nemo_llm.corpus.prepare.counts import StepCounts, check_stage
 from nemo_llm.corpus.prepare.pipeline import build_steps
 from nemo_llm.corpus.prepare.plan import PreparePlan, Stage
 from nemo_llm.corpus.prepare.publish import published
-from nemo_llm.errors import InputError, NemoLlmError
-from nemo_llm.processes import end_with
-from nemo_llm.storage.build_cache import write_json_atomically
-from nemo_llm.storage.build_lock import build_lock
+from nemo_llm.errors import InputError
+from nemo_llm.processes import worker_pool
+from nemo_llm.storage.locks import flock
+from nemo_llm.storage.unfinished_work import one_at_a_time, open_work
 
 _LOCK = "workers.lock"
 
@@ -51,66 +46,35 @@ def prepare(plan: PreparePlan, how: HowToRun, on_progress: OnProgress) -> dict[s
     Raises InputError for inputs, settings and folders that do not serve, and NemoLlmError when a worker was killed; in
     both cases what was done stays and the same command goes on from there.
     """
-    try:
-        plan.output.parent.mkdir(parents=True, exist_ok=True)
-        with build_lock(Path(f"{plan.output}.lock")):
+    with one_at_a_time("output", plan.output, how.workers):
+        report = published(plan)
+        if report is None:
+            empty = plan.output.is_dir() and not any(plan.output.iterdir())
+            if plan.output.exists() and not empty and not how.overwrite:
+                raise InputError(
+                    f"output = {plan.output}: exists already, made from other inputs or settings; pass overwrite=true "
+                    "to replace it, or choose another folder"
+                )
+            open_work(plan.work, plan.identity(), how.restart)
+            if how.slurm is not None:
+                _submit(plan, how.slurm)
+                return None
+            _run_here(plan, how.workers, on_progress)
             report = published(plan)
-            if report is None:
-                _open_work(plan, how)
-                if how.slurm is not None:
-                    _submit(plan, how.slurm)
-                    return None
-                _run_here(plan, how.workers, on_progress)
-                report = published(plan)
-                assert report is not None
-            if plan.work.exists():
-                shutil.rmtree(plan.work)
-            return report
-    except OSError as error:
-        raise InputError(_disk_message(plan, error)) from error
-    except BrokenProcessPool as error:
-        raise NemoLlmError(
-            "a worker was killed, most likely for want of memory; what is done is kept: run the same command again, "
-            f"with fewer workers than {how.workers} if it was memory"
-        ) from error
-
-
-def _open_work(plan: PreparePlan, how: HowToRun) -> None:
-    """Make the folder of a new run, or make sure that an interrupted one was the same."""
-    empty = plan.output.is_dir() and not any(plan.output.iterdir())
-    if plan.output.exists() and not empty and not how.overwrite:
-        raise InputError(
-            f"output = {plan.output}: exists already, made from other inputs or settings; pass overwrite=true to "
-            "replace it, or choose another folder"
-        )
-    if how.restart and plan.work.exists():
-        shutil.rmtree(plan.work)
-    path = plan.work / "plan.json"
-    identity = json.loads(json.dumps(plan.identity()))
-    if path.exists():
-        if json.loads(path.read_text(encoding="utf-8")) != identity:
-            raise InputError(
-                f"{plan.work} holds an interrupted run with other inputs or settings; rerun with those, or pass "
-                "restart=true to throw it away"
-            )
-        return
-    plan.work.mkdir(exist_ok=True)
-    write_json_atomically(path, identity)
+            assert report is not None
+        if plan.work.exists():
+            shutil.rmtree(plan.work)
+        return report
 
 
 def _run_here(plan: PreparePlan, workers: int, on_progress: OnProgress) -> None:
     with (plan.work / _LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for workers of a killed run to be gone
-        fcntl.flock(lock, fcntl.LOCK_UN)
+        flock(lock.fileno(), fcntl.LOCK_EX)  # waits for workers of a killed run to be gone
     with contextlib.ExitStack() as stack:
         pool = None
         if workers:
-            context = get_context(
-                "spawn"
-            )  # a forked process would inherit the libraries' threads as locks nobody opens
-            arguments = (plan, os.getpid())
             workers = min(workers, max(stage.tasks for stage in plan.stages()))
-            pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments)
+            pool = worker_pool(workers, _start_worker, plan)
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         steps: list[StepCounts] = []
         for stage in plan.stages():
@@ -142,11 +106,10 @@ def _run_task(plan: PreparePlan, stage: Stage, rank: int) -> None:
         _executor(plan, stage)._run_for_rank(rank, local_rank=1)
 
 
-def _start_worker(plan: PreparePlan, parent: int) -> None:
-    """Prepare a worker process; it ends when its parent does, and holds a lock that a rerun waits for."""
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+def _start_worker(plan: PreparePlan) -> None:
+    """Prepare a worker process, which holds a lock that a rerun waits for."""
     lock = os.open(plan.work / _LOCK, os.O_RDWR | os.O_CREAT)
-    fcntl.flock(lock, fcntl.LOCK_SH)  # never closed: it goes with the process
+    flock(lock, fcntl.LOCK_SH)  # never closed: it goes with the process
 
 
 def _submit(plan: PreparePlan, arguments: dict[str, Any]) -> None:
@@ -169,12 +132,3 @@ def _submit(plan: PreparePlan, arguments: dict[str, Any]) -> None:
         last.run()
     except FileNotFoundError as error:
         raise InputError("executor = slurm: there is no sbatch here; run on a login node, or executor=local") from error
-
-
-def _disk_message(plan: PreparePlan, error: OSError) -> str:
-    where = error.filename or plan.output.parent
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{where}: no space left ({error.strerror}). What is done is kept: free some and run the same command"
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return f"{where}: cannot be written ({error.strerror}); choose an output folder that you may write to"
-    return f"{where}: {error.strerror or error}"

@@ -27,14 +27,11 @@ from nemo_llm.config.commands.prepare import LanguageRule, LengthRule, MaskRule
 from nemo_llm.corpus.documents import BadRecord, BadRecordError, open_stream
 from nemo_llm.corpus.prepare.personal_data import Masker
 from nemo_llm.corpus.shards import Shard, TextFormat, read_shard
+from nemo_llm.storage.atomic_files import replacing
 
 EXAMPLES = 3
 _EXAMPLE_CHARACTERS = 400
 _BLOCK_OF_RUNS = 1 << 12
-
-
-UNFINISHED = ".tmp-"
-"""In the name of a task's documents while they are written; a killed task leaves such a file."""
 
 
 def task_file(folder: Path, rank: int, compression: str = "") -> Path:
@@ -143,19 +140,11 @@ class WriteStage(PipelineStep):
         """Write all documents."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = task_file(self._folder, rank, self._compression)
-        temporary = path.with_name(f".{path.name}{UNFINISHED}{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
-                with self._compressed(file) as stream:
-                    for document in data:
-                        self.stat_update("total", f"length_{len(document.text).bit_length()}")
-                        self.stat_update("characters", value=len(document.text))
-                        stream.write(self._line(document))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as file, self._compressed(file) as stream:
+            for document in data:
+                self.stat_update("total", f"length_{len(document.text).bit_length()}")
+                self.stat_update("characters", value=len(document.text))
+                stream.write(self._line(document))
 
     @staticmethod
     def _line(document: Document) -> bytes:

@@ -8,7 +8,6 @@ much more than the result: a shard's file goes as soon as it is appended.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -18,21 +17,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import nemo_llm
-from nemo_llm.corpus.documents import as_path
+from nemo_llm.corpus.documents import as_path, check_bad_share
 from nemo_llm.corpus.shards import Shard, read_shard
 from nemo_llm.data.index.format import token_dtype, write_index
 from nemo_llm.data.index.plan import IndexPlan, IndexSettings, make_plan
 from nemo_llm.data.index.worker import PoolJob, ShardReport, ShardTokeniser, run_in_worker, start_worker
-from nemo_llm.errors import InputError, NemoLlmError
-from nemo_llm.storage.build_cache import file_sha256, write_json_atomically
-from nemo_llm.storage.build_lock import build_lock
+from nemo_llm.errors import InputError
+from nemo_llm.processes import worker_pool
+from nemo_llm.storage.atomic_files import sync_stream, write_json
+from nemo_llm.storage.build_cache import file_sha256
+from nemo_llm.storage.unfinished_work import one_at_a_time, open_work
 from nemo_llm.tokenizers.document_encoder import build_encoder
 from nemo_llm.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
@@ -74,17 +73,8 @@ def build_index(job: IndexJob, on_progress: Callable[[Progress], None] | None = 
     """
     tokenizer = load_tokenizer(job.settings.tokenizer)
     plan = make_plan(job.inputs, job.settings, tokenizer.fingerprint)
-    try:
-        job.prefix.parent.mkdir(parents=True, exist_ok=True)
-        with build_lock(Path(f"{job.prefix}.lock")):
-            return _build(job, plan, tokenizer, on_progress)
-    except OSError as error:
-        raise InputError(_disk_message(job, error)) from error
-    except BrokenProcessPool as error:
-        raise NemoLlmError(
-            "a worker was killed, most likely for want of memory; what is done is kept: run the same command again, "
-            f"with fewer workers than {job.workers} if it was memory"
-        ) from error
+    with one_at_a_time("output_prefix", job.prefix, job.workers):
+        return _build(job, plan, tokenizer, on_progress)
 
 
 def _build(
@@ -104,7 +94,7 @@ def _build(
             f"{job.prefix} was made from other inputs or settings; pass overwrite=true to replace it, or choose "
             "another prefix"
         )
-    _prepare_partial(partial, identity, job.restart)
+    open_work(partial, identity, job.restart)
     if not (partial / "publish.json").exists():
         began = time.monotonic()
         journal = _Journal(partial)
@@ -119,7 +109,8 @@ def _build(
                 if on_progress is not None:
                     seconds = time.monotonic() - began
                     on_progress(Progress(journal.committed, len(plan.inputs.shards), journal.report, seconds))
-        _check_bad(journal.report, job.max_bad_fraction)
+        found = journal.report
+        check_bad_share(found.bad, found.documents, job.max_bad_fraction, found.bad_examples[:3])
         _write_manifest(partial, plan, tokenizer, journal, way)
     return _publish(job.prefix, partial)
 
@@ -154,9 +145,7 @@ def _start_pool(job: IndexJob, tasks: int, pool_job: PoolJob) -> ProcessPoolExec
     """Start the worker processes; None when this process is to do the work itself."""
     if job.workers == 0:
         return None
-    context = get_context("spawn")  # a forked process would inherit the libraries' threads as locks nobody opens
-    workers = min(job.workers, tasks)
-    pool = ProcessPoolExecutor(workers, context, start_worker, (pool_job, os.getpid()))
+    pool = worker_pool(min(job.workers, tasks), start_worker, pool_job)
     pool.submit(os.getpid)  # the processes start with the first task
     return pool
 
@@ -211,11 +200,10 @@ class _Journal:
                     stream.write(block)
                     if kind == "bin":
                         self._hash.update(block)
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync_stream(stream)
         self.report.add(report)
         self.committed += 1
-        write_json_atomically(
+        write_json(
             self._path,
             {
                 "committed": self.committed,
@@ -243,22 +231,6 @@ class _Journal:
         self.report = ShardReport(**note["report"])
 
 
-def _prepare_partial(partial: Path, identity: dict[str, Any], restart: bool) -> None:
-    """Make the folder of a new run, or make sure that an interrupted one was the same."""
-    plan_path = partial / "plan.json"
-    if restart and partial.exists():
-        shutil.rmtree(partial)
-    if plan_path.exists():
-        if json.loads(plan_path.read_text(encoding="utf-8")) != identity:
-            raise InputError(
-                f"{partial} holds an interrupted run with other inputs or settings; rerun with those, or pass "
-                "restart=true to throw it away"
-            )
-        return
-    partial.mkdir(exist_ok=True)
-    write_json_atomically(plan_path, identity)
-
-
 def _samples(plan: IndexPlan) -> list[str]:
     """Return some text from the beginning of several input files, to compare ids on."""
     texts: list[str] = []
@@ -274,19 +246,6 @@ def _samples(plan: IndexPlan) -> list[str]:
             if wanted <= 0:
                 break
     return texts
-
-
-def _check_bad(report: ShardReport, max_bad_fraction: float) -> None:
-    bad = sum(report.bad.values())
-    if bad > max_bad_fraction * (bad + report.documents):
-        counts = ", ".join(f"{count} x {reason}" for reason, count in report.bad.items())
-        raise InputError(
-            f"{bad} of {bad + report.documents} records are bad ({counts}), more than max_bad_fraction = "
-            f"{max_bad_fraction}; nothing is published. The first: {'; '.join(report.bad_examples[:3])}. Mend them, or "
-            "raise max_bad_fraction and run again (what is done is kept)"
-        )
-    if not report.documents:
-        raise InputError("the inputs hold no document")
 
 
 def _write_manifest(partial: Path, plan: IndexPlan, tokenizer: Tokenizer, journal: _Journal, way: str) -> None:
@@ -322,7 +281,7 @@ def _write_manifest(partial: Path, plan: IndexPlan, tokenizer: Tokenizer, journa
         ],
         "identity": plan.identity(),
     }
-    write_json_atomically(partial / "publish.json", manifest)
+    write_json(partial / "publish.json", manifest)
 
 
 def _publish(prefix: Path, partial: Path) -> dict[str, Any]:
@@ -337,7 +296,7 @@ def _publish(prefix: Path, partial: Path) -> dict[str, Any]:
     for suffix in (".bin", ".idx"):
         if (partial / f"data{suffix}").exists():
             (partial / f"data{suffix}").replace(f"{prefix}{suffix}")
-    write_json_atomically(Path(f"{prefix}.manifest.json"), manifest)
+    write_json(Path(f"{prefix}.manifest.json"), manifest)
     shutil.rmtree(partial)
     return manifest
 
@@ -350,14 +309,3 @@ def _published(prefix: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return manifest if whole and "identity" in manifest else None
-
-
-def _disk_message(job: IndexJob, error: OSError) -> str:
-    where = error.filename or job.prefix.parent
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (
-            f"{where}: no space left ({error.strerror}). What is done is kept: free some space and run the same command"
-        )
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return f"{where}: cannot be written ({error.strerror}); choose an output_prefix in a folder you may write to"
-    return f"{where}: {error.strerror or error}"

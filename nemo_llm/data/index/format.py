@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_llm.errors import InputError
+from nemo_llm.storage.atomic_files import sync_stream
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
@@ -227,8 +228,7 @@ class IndexedDatasetWriter:
     def finalize(self) -> None:
         """Write the index, sync both files and publish them by rename."""
         for stream in self._streams.values():
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync_stream(stream)
             stream.close()
         write_index(self._paths["idx"], self.dtype, self._paths["lengths"], self._paths["documents"])
         # An old index must not describe new tokens, even for a moment: it goes first and the new one comes last.
@@ -281,8 +281,7 @@ def write_index(path: Path, dtype: np.dtype, lengths_path: Path, documents_path:
         else:
             with documents_path.open("rb") as ends:
                 shutil.copyfileobj(ends, stream, 1 << 22)
-        stream.flush()
-        os.fsync(stream.fileno())
+        sync_stream(stream)
 
 
 def _write_pointers(stream: IO[bytes], lengths_path: Path, itemsize: int) -> None:

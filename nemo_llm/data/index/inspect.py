@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from nemo_llm.data.index.format import IndexedDataset, IndexedDatasetWriter
 from nemo_llm.errors import InputError
-from nemo_llm.storage.build_cache import file_sha256, write_json_atomically
+from nemo_llm.storage.atomic_files import write_json
+from nemo_llm.storage.build_cache import file_sha256
 from nemo_llm.tokenizers.tokenizer import Tokenizer
 
 _CHUNK = 1 << 20
@@ -170,7 +171,7 @@ def _write_manifest(output: str, manifests: Sequence[dict[str, Any]], sources: S
         path.suffix: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in (dataset.bin_path, dataset.idx_path)
     }
-    write_json_atomically(
+    write_json(
         Path(f"{output}.manifest.json"),
         {
             "format": 1,

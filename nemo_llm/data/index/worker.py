@@ -2,7 +2,6 @@
 
 import functools
 import os
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from nemo_llm.corpus.shards import Shard, is_stream, read_shard
 from nemo_llm.data.index.format import token_dtype
 from nemo_llm.data.index.plan import IndexSettings
 from nemo_llm.errors import InputError
-from nemo_llm.processes import end_with
+from nemo_llm.storage.atomic_files import replacing
 from nemo_llm.tokenizers.document_encoder import DocumentEncoder, build_encoder
 from nemo_llm.tokenizers.tokenizer import load_tokenizer
 
@@ -60,19 +59,14 @@ class ShardTokeniser:
     def run(self, shard: Shard, stem: Path) -> ShardReport:
         """Write ``stem.bin`` and ``stem.lengths``; they appear complete, or not at all."""
         report = ShardReport()
-        temporary = [Path(f"{stem}.{kind}.tmp-{os.getpid()}") for kind in ("bin", "lengths")]
-        try:
-            with temporary[0].open("wb") as tokens, temporary[1].open("wb") as lengths:
-                writer = _ShardWriter(tokens, lengths, self._dtype, self._eod, report)
-                if is_stream(shard, self._settings.text_format):
-                    self._stream(shard, writer, report)
-                else:
-                    self._documents(shard, writer, report)
-            temporary[0].replace(f"{stem}.bin")
-            temporary[1].replace(f"{stem}.lengths")
-        finally:
-            for path in temporary:
-                path.unlink(missing_ok=True)
+        # Not synced: the journal copies them and syncs the copy.
+        files = [replacing(stem.with_name(f"{stem.name}.{kind}"), sync=False) for kind in ("bin", "lengths")]
+        with files[0] as tokens, files[1] as lengths:
+            writer = _ShardWriter(tokens, lengths, self._dtype, self._eod, report)
+            if is_stream(shard, self._settings.text_format):
+                self._stream(shard, writer, report)
+            else:
+                self._documents(shard, writer, report)
         return report
 
     def _documents(self, shard: Shard, writer: "_ShardWriter", report: ShardReport) -> None:
@@ -180,10 +174,9 @@ class PoolJob:
         return hash(repr(self))
 
 
-def start_worker(job: PoolJob, parent: int) -> None:
-    """Prepare a worker process; it ends when its parent does, however that ends."""
+def start_worker(job: PoolJob) -> None:
+    """Prepare a worker process."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     _tokeniser(job)
 
 

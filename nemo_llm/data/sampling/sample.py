@@ -24,6 +24,12 @@ class Sample:
     padding: NDArray[np.bool_] | None = None
     """[s]: True where the sample holds nothing. None: it is full."""
 
+    @property
+    def learned_labels(self) -> NDArray:
+        """The labels that count for the loss: tokens, classes or scores."""
+        labels = self.tokens[1:] if self.labels is None else self.labels
+        return labels[self.loss_mask > 0]
+
 
 class SampleSource(Protocol):
     """Samples by number, a pure function of it; training sources never end, validation sources have a length."""

@@ -15,7 +15,8 @@ import numpy as np
 
 from nemo_llm.config.sections.data import parse_split
 from nemo_llm.config.sections.labelled import LabelledConfig
-from nemo_llm.corpus.documents import expand_inputs, read_records, text_of
+from nemo_llm.corpus.documents import expand_inputs
+from nemo_llm.corpus.records import read_records, text_of
 from nemo_llm.data.sources.chats import ChatStore, build_counted, in_words, write_documents
 from nemo_llm.errors import InputError
 from nemo_llm.storage.build_cache import content_key, file_sha256

@@ -11,21 +11,16 @@ from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
-if not isinstance(multi_latent_attention.TELinear, type):
-    # megatron-core 0.16.1 sets this wherever its own wrapper can be imported, and without Transformer Engine that makes
-    # its classes of mocks, of which nothing can be an instance. tests/models/test_megatron_contract.py fails when the
-    # flag is right.
-    multi_latent_attention.HAVE_TE = False
+from nemo_llm.megatron.models import become
 
 
 class _SummedGradient(torch.autograd.Function):
     """The input itself; its gradient is summed over the group.
 
-    Megatron's ``copy_to_tensor_model_parallel_region`` (megatron-core 0.16.1) sums a copy where the gradient is a
-    slice, as it is here, and hands on what it had.
+    Megatron's ``copy_to_tensor_model_parallel_region`` sums a copy where the gradient is a slice, as it is here, and
+    hands on what it had (megatron/patches.toml, `latent_projection`).
     """
 
     @staticmethod
@@ -65,13 +60,12 @@ class _LatentProjection(ColumnParallelLinear):
 class LatentAttention(MLASelfAttention):
     """Megatron's, whose local linear layers forget other ranks' heads in the gradient of the keys' rotated part.
 
-    megatron-core 0.16.1 knows the class of that layer and takes no other: it is changed afterwards. The parity tests of
-    deepseek_v2 under TP fail without.
+    Megatron knows the class of that layer and takes no other (megatron/patches.toml, `latent_projection`).
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        self.linear_kv_down_proj.__class__ = _LatentProjection
+        become(self.linear_kv_down_proj, _LatentProjection)
         self.linear_kv_down_proj.latent = self.config.kv_lora_rank
         self.rotary_pos_emb.forward = partial(self._angles, self.rotary_pos_emb.forward)
 

@@ -1,9 +1,6 @@
 """Weight gradients added straight into Megatron's fp32 gradient buffer, without a bf16 copy in between."""
 
-import types
-
 import torch
-from megatron.core.tensor_parallel import layers
 
 from nemo_llm.kernels.matmul import add_weight_gradient
 
@@ -32,19 +29,6 @@ def returned_gradient(weight: torch.Tensor, gradient: torch.Tensor | None, tied:
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
-def _accumulate(inputs: torch.Tensor, output_grad: torch.Tensor, buffer: torch.Tensor) -> None:
+def accumulate(inputs: torch.Tensor, output_grad: torch.Tensor, buffer: torch.Tensor) -> None:
+    """`add_weight_gradient` with the arguments of apex's kernel."""
     add_weight_gradient(buffer, output_grad, inputs)
-
-
-def offer_gradient_accumulation() -> None:
-    """Let Megatron's linear layers add weight gradients by `add_weight_gradient`; apex's kernel is kept where it is.
-
-    megatron-core 0.16.1 looks for apex's extension ``fused_weight_gradient_mlp_cuda`` by these two names of its module
-    and takes no other. tests/models/test_megatron_contract.py fails when they are gone.
-    """
-    if layers._grad_accum_fusion_available:
-        return
-    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(
-        wgrad_gemm_accum_fp32=_accumulate, wgrad_gemm_accum_fp16=_accumulate
-    )
-    layers._grad_accum_fusion_available = True

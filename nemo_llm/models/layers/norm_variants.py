@@ -96,8 +96,7 @@ class WholeWidthNorm(nn.Module):
 class ParallelResidualLayer(TransformerLayer):
     """Attention and MLP both read the layer's input, and both are added to it (GPT-J, GPT-NeoX).
 
-    Of megatron-core 0.16.1 `_forward_attention` is used, the half of `TransformerLayer.forward` that is kept.
-    tests/models/test_megatron_contract.py fails when it is gone.
+    Of Megatron's forward the half before the MLP is kept (megatron/patches.toml, `parallel_residual`).
     """
 
     def forward(self, hidden_states: torch.Tensor, *inputs: Any, **settings: Any) -> Any:

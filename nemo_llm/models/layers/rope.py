@@ -4,8 +4,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings import rope_utils
-from megatron.core.transformer import attention
 
 
 def rotate(t: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
@@ -34,17 +32,7 @@ def rotate_fused(t: torch.Tensor, freqs: torch.Tensor, interleaved: bool = False
     return _compiled_rotate()(t, freqs)
 
 
-def offer_fused_rope() -> None:
-    """Let Megatron's ``apply_rope_fusion`` use our kernel where Transformer Engine's is not installed.
-
-    megatron-core 0.16.1 takes the function from this name of its module. tests/models/test_megatron_contract.py fails
-    when it is gone.
-    """
-    if rope_utils.fused_apply_rotary_pos_emb is None:
-        rope_utils.fused_apply_rotary_pos_emb = rotate_fused
-
-
-def _split_and_rotate(
+def split_and_rotate(
     mixed: torch.Tensor, query_freqs: torch.Tensor, _key_freqs: torch.Tensor, sizes: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``mixed`` [s, b, G, (R + 2) D], ``query_freqs`` [s, 1, 1, r], ``sizes`` [R D, D, D]; keys turn as queries do.
@@ -59,13 +47,3 @@ def _split_and_rotate(
         mixed = mixed.transpose(0, 1)
     q, k, v = FusedQKV.apply(mixed, angles.cos(), angles.sin(), (sizes[0] // sizes[1], sizes[1]))
     return (q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)) if by_row else (q, k, v)
-
-
-def offer_fused_qkv() -> None:
-    """Let Megatron's ``fused_single_qkv_rope`` use our kernel, also where Transformer Engine's is installed.
-
-    megatron-core 0.16.1 takes the function from these names of its module. tests/models/test_megatron_contract.py fails
-    when they are gone.
-    """
-    attention.HAVE_FUSED_QKV_ROPE = True
-    attention.apply_fused_qkv_rotary_pos_emb = _split_and_rotate

@@ -6,8 +6,8 @@ is a mean over the positions of a micro-batch, so it enters that sum once for ev
     sum over micro-batches (cross-entropy of all tokens + coefficient x router's loss x learned tokens)
         / learned tokens of the global batch
 
-Padding is no position of any mean. Megatron-Core 0.16.1 multiplies by positions where this multiplies by learned
-tokens: under a loss mask its losses would weigh many times too much.
+Padding is no position of any mean. Megatron multiplies by positions where this multiplies by learned tokens: under a
+loss mask its losses would weigh many times too much.
 """
 
 from typing import Any
@@ -46,8 +46,8 @@ def use_own_router(block: TransformerBlockSubmodules) -> None:
 class Router(TopKRouter):
     """Megatron's top-k router. In place of its padding mask it takes `position_facts`, ``[s, b, 2]`` of this rank.
 
-    megatron-core 0.16.1 hands the mask through all layers and their recomputation, whatever its last dimension.
-    tests/models/test_megatron_contract.py fails when a method that is replaced here is gone.
+    Megatron hands the mask through all layers and their recomputation, whatever its last dimension
+    (megatron/patches.toml, `router`).
     """
 
     def is_aux_loss_enabled(self) -> bool:

@@ -1,0 +1,1 @@
+"""The one room where this project touches Megatron-Core's insides; patches.toml declares every touch."""

@@ -19,8 +19,7 @@ from nemo_llm.config.checks.code_paths import fused_chunk_tokens
 from nemo_llm.config.compose.load import compose
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.planner.activations import tokens_per_rank
-from nemo_llm.planner.loss import chunk_bytes
-from nemo_llm.planner.memory import GIB
+from nemo_llm.planner.memory import GIB, chunk_bytes
 from nemo_llm.training.check_only import estimate_run
 
 COMMON = [

@@ -17,8 +17,7 @@ _END, _RESET = "/quit", "/reset"
 
 def main(cfg: ChatConfig) -> None:
     """Load the model; then answer line after line until the input ends."""
-    from nemo_llm.conversation.history import ChatHistory
-    from nemo_llm.conversation.prompts import load_chat_prompts
+    from nemo_llm.conversation.prompts import ChatHistory, load_chat_prompts
     from nemo_llm.inference.loaded_model import load_model, open_checkpoint
     from nemo_llm.parallel.runtime import own_runtime
 

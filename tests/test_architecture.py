@@ -330,6 +330,17 @@ def names_of_changed(node: ast.AST) -> set[str]:
     return names
 
 
+def test_a_public_class_name_means_one_class() -> None:
+    places: dict[str, list[str]] = {}
+    for path in [*MODULES, *sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((ROOT / "tools").rglob("*.py"))]:
+        tree = TREES.get(path) or ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    assert len(places) > 100
+    assert not {name: modules for name, modules in places.items() if len(modules) > 1}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_annotations_are_complete(path: Path) -> None:
     """For mypy, which leaves the kernels out: Triton takes no Python type for a pointer. Their callers have types."""

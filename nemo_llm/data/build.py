@@ -18,7 +18,7 @@ from nemo_llm.data.sampling.blend_order import Blend
 from nemo_llm.data.sampling.blended_source import BlendedSource, Phase
 from nemo_llm.data.sampling.keyed_permutation import derive_key
 from nemo_llm.data.sampling.packed_documents import PackedDataset, build_packs
-from nemo_llm.data.sampling.token_windows import Source, TokenWindowDataset, VirtualTokenSource
+from nemo_llm.data.sampling.token_windows import EndlessSource, TokenWindowDataset, VirtualTokenSource
 from nemo_llm.data.sampling.window_to_sample import SampleRules
 from nemo_llm.data.sources.kind import OpenContext
 from nemo_llm.data.sources.registry import source_kind
@@ -131,7 +131,7 @@ class _Builder:
             return BlendedSource(sources, [Phase(0, tuple(weights))], seed, num_samples)
         return BlendedSource(sources, [Phase(0, tuple(weights)), *self._changes(sources)], seed)
 
-    def _source(self, entry: SourceSection, part: SourcePart, seed: int) -> Source:
+    def _source(self, entry: SourceSection, part: SourcePart, seed: int) -> EndlessSource:
         # Whole documents have their virtual tokens already.
         rules = self._rules if entry.packs else self._text_rules
         runs_on = self._config.packing == "concatenate" and not entry.packs
@@ -141,7 +141,7 @@ class _Builder:
         store, documents = kind.split(self._stores[entry.identity], part, rules.seq_length + 1 if runs_on else 1)
         key = derive_key("order", seed, entry.name)
         if runs_on:
-            source: Source = TokenWindowDataset(entry.name, store, rules, documents, key)
+            source: EndlessSource = TokenWindowDataset(entry.name, store, rules, documents, key)
         else:
             shape = (rules.seq_length, self._config.packing == "none")
             packs = build_packs(store, documents, shape, self._context.cache)
@@ -149,7 +149,7 @@ class _Builder:
         virtual_tokens = 0 if entry.packs else self._context.virtual_tokens
         return VirtualTokenSource(source, virtual_tokens) if virtual_tokens else source
 
-    def _weights(self, given: Sequence[float | None], sources: list[Source]) -> list[float]:
+    def _weights(self, given: Sequence[float | None], sources: list[EndlessSource]) -> list[float]:
         """Return the sources' shares of samples from what the configuration says they are shares of."""
         sizes = [float(source.num_tokens) for source in sources]
         weights = [weight for weight in given if weight is not None]
@@ -165,7 +165,7 @@ class _Builder:
         weights = weights or sizes  # shares of tokens: a source with more padding needs more samples for its share
         return [weight / source.tokens_per_sample for weight, source in zip(weights, sources, strict=True)]
 
-    def _changes(self, sources: list[Source]) -> list[Phase]:
+    def _changes(self, sources: list[EndlessSource]) -> list[Phase]:
         names = [source.name for source in sources]
         phases = []
         for number, change in enumerate(self._config.blend_changes):

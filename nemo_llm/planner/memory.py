@@ -13,7 +13,7 @@ from nemo_llm.config.checks.code_paths import fused_chunk_tokens
 from nemo_llm.config.sections.arithmetic import evenly_spread
 from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.parallel.layout import ParallelLayout
-from nemo_llm.parallel.stages import Stage, StagePlan, format_table, plan_stages
+from nemo_llm.parallel.stages import PipelineStage, StagePlan, format_table, plan_stages
 from nemo_llm.planner.activations import DTYPE_BYTES, boundary_bytes, gathered_bytes, layer_activations, tokens_per_rank
 from nemo_llm.planner.parameters import ModelParameters, count_parameters
 from nemo_llm.planner.state import StateBytes, state_bytes
@@ -175,7 +175,7 @@ def _chunks_in_flight(layout: ParallelLayout, pp_rank: int, num_microbatches: in
     return min(num_microbatches * layout.vp, ahead) / layout.vp
 
 
-def _kept(setting: ModelSetting, chunks: tuple[Stage, ...], in_flight: float) -> _Kept:
+def _kept(setting: ModelSetting, chunks: tuple[PipelineStage, ...], in_flight: float) -> _Kept:
     """Kept activations of all micro-batches in flight, and what the backward pass of one layer adds to them."""
     parallel = setting.parallelism
     full = parallel.recompute_granularity == "full"

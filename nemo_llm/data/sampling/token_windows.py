@@ -19,7 +19,7 @@ from nemo_llm.data.sources.token_store import TokenStore
 from nemo_llm.errors import InputError
 
 
-class Source(Protocol):
+class EndlessSource(Protocol):
     """Samples of one source, without end: epoch after epoch, each sample of an epoch once."""
 
     name: str
@@ -121,7 +121,7 @@ class VirtualTokenSource:
     ``inner`` gives samples shorter by their number.
     """
 
-    def __init__(self, inner: Source, num_tokens: int) -> None:
+    def __init__(self, inner: EndlessSource, num_tokens: int) -> None:
         self._inner = inner
         self._ids = -1 - np.arange(num_tokens, dtype=np.int64)
         self.name, self.place = inner.name, inner.place

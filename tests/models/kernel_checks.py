@@ -391,7 +391,7 @@ def all_cases(device: str, small: bool):
 
 def library_cases():
     """As `all_cases`, of what has no kernel of our own, on a GPU alone: FP8, FlexAttention, cuBLASLt."""
-    from nemo_llm.kernels.cublaslt import Shape
+    from nemo_llm.kernels.cublaslt import ProductShape
 
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         # A value on the edge between two FP8 numbers may fall to either side: the scale is a float32 rounding off.
@@ -403,7 +403,7 @@ def library_cases():
         yield name, torch.bfloat16, partial(flex_case, size, documents, window, cap)
     for rows, inner, columns in ((4096, 2048, 3072), (1000, 528, 24), (8, 8192, 8), (2048, 16384, 2048)):
         for flags in ((False, True, False), (False, False, False), (True, False, True)):
-            shape = Shape(rows, inner, columns, *flags)
+            shape = ProductShape(rows, inner, columns, *flags)
             yield f"product {rows}x{inner}x{columns} {flags}", torch.bfloat16, partial(product_case, shape)
 
 

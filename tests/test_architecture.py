@@ -1,6 +1,7 @@
 """The rules that keep the code readable: who may import whom, how long things may be, where state may live."""
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,24 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
 
 def test_package_has_modules() -> None:
     assert len(MODULES) > 30
+
+
+def test_the_page_and_the_picture_show_every_room_in_its_row() -> None:
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    commands = {path.stem for path in PACKAGE.glob("*.py") if '__name__ == "__main__"' in path.read_text("utf-8")}
+    rows = [LAYERS[layer] & rooms for layer in sorted(LAYERS, reverse=True)]
+    assert set().union(*rows) == rooms
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| ([\w ]+) \| `(\w+)/` \|", page, re.MULTILINE)
+    titles = list(dict.fromkeys(title for title, _ in named))
+    assert [{room for title, room in named if title == wanted} for wanted in titles] == rows
+    assert len(named) == len(rooms)
+    picture = (ROOT / "docs" / "images" / "rooms.svg").read_text(encoding="utf-8")
+    drawn = re.findall(r'y="(\d+)" class="n">(\w+)/<', picture)
+    heights = sorted({int(height) for height, _ in drawn})
+    assert [{name for at, name in drawn if int(at) == height} for height in heights] == rows
+    assert set(re.findall(r"(\w+)\.py", re.findall(r'class="n">([^<]+\.py)<', picture)[0])) == commands
+    assert re.findall(r'class="t">([\w ]+)</text>', picture) == ["commands", *titles]
 
 
 def test_a_folder_is_small_enough_to_be_read() -> None:

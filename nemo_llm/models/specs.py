@@ -68,11 +68,7 @@ class TorchBackend(LocalSpecProvider):
         return ModuleSpec(module=WholeWidthNorm, params={"heads": heads, "tp_group": tp_group})
 
     def core_attention(self) -> Any:
-        return partial(
-            CoreAttention,
-            logit_softcapping=self.model.attn_logit_softcapping,
-            flex_length=self.flex_length,
-        )
+        return partial(CoreAttention, logit_softcapping=self.model.attn_logit_softcapping, flex_length=self.flex_length)
 
 
 _NAMES_BEFORE_QKV = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}

@@ -7,7 +7,12 @@ from nemo_llm.tasks.pretrain import Pretrain
 from nemo_llm.tasks.score import Score
 from nemo_llm.tasks.sft import Sft
 
-TASKS: dict[str, type[Task]] = {"pretrain": Pretrain, "sft": Sft, "classification": Classification, "score": Score}
+TASKS: dict[str, type[Task]] = {
+    "pretrain": Pretrain,
+    "sft": Sft,
+    "classification": Classification,
+    "score": Score,
+}
 
 
 def build_task(section: TaskConfig) -> Task:

@@ -40,30 +40,13 @@ from nemo_llm.megatron.checkpoint import read_files_by
 _PYTORCH = "torch.distributed.checkpoint"
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 _METADATA_NAMES = {
-    "collections.defaultdict",
-    "builtins.slice",
-    "pathlib.PosixPath",
-    "pathlib.Path",
-    "pathlib.PurePosixPath",
-    "pathlib._local.PosixPath",
-    "torch.serialization._get_layout",
-    *(
-        f"{_PYTORCH}.metadata.{name}"
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-    *(
-        f"{_PYTORCH}.planner.{name}"
-        for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType", "BytesIOWriteData")
-    ),
+    *("collections.defaultdict", "builtins.slice", "torch.serialization._get_layout"),
+    *("pathlib.PosixPath", "pathlib.Path", "pathlib.PurePosixPath", "pathlib._local.PosixPath"),
+    *(f"{_PYTORCH}.metadata.{name}" for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata")),
+    *(f"{_PYTORCH}.metadata.{name}" for name in ("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+    *(f"{_PYTORCH}.metadata.{name}" for name in ("TensorProperties", "TensorStorageMetadata")),
+    *(f"{_PYTORCH}.planner.{name}" for name in ("SavePlan", "TensorWriteData", "WriteItem")),
+    *(f"{_PYTORCH}.planner.{name}" for name in ("WriteItemType", "BytesIOWriteData")),
     f"{_PYTORCH}.filesystem._StorageInfo",
     f"{_PYTORCH}.filesystem._StoragePrefix",
     f"{_MEGATRON}.MCoreMetadata",

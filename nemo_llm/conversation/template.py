@@ -67,11 +67,7 @@ class ChatTemplate(SandboxedTemplate):
     """
 
     def __init__(
-        self,
-        source: str,
-        origin: str,
-        variables: Mapping[str, str],
-        today: Callable[[], datetime] = datetime.now,
+        self, source: str, origin: str, variables: Mapping[str, str], today: Callable[[], datetime] = datetime.now
     ) -> None:
         """``today`` says what ``strftime_now`` formats.
 

@@ -181,11 +181,7 @@ def _header(infos: dict[str, TensorInfo]) -> bytes:
     position = 0
     for name, info in infos.items():
         end = position + info.num_bytes
-        header[name] = {
-            "dtype": DTYPE_NAMES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [position, end],
-        }
+        header[name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight

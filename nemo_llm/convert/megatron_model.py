@@ -12,13 +12,8 @@ from nemo_llm.convert.megatron_files import MegatronReader, canonical
 from nemo_llm.parallel.runtime import own_runtime
 
 _GPT_FIELDS = (
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_percent",
-    "rope_scaling",
-    "rope_scaling_factor",
-    "seq_len_interpolation_factor",
-    "share_embeddings_and_output_weights",
+    *("position_embedding_type", "rotary_base", "rotary_percent", "rope_scaling", "rope_scaling_factor"),
+    *("seq_len_interpolation_factor", "share_embeddings_and_output_weights"),
 )
 _CONFIG_FIELDS = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
@@ -54,9 +49,7 @@ def build_gpt_model(fields: Mapping[str, Any], vocab_size: int, groups: Any) -> 
         moe_token_dispatcher_type="alltoall",
     )
     spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts,
-        qk_layernorm=config.qk_layernorm,
-        normalization=config.normalization,
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
     length = fields.get("max_sequence_length") or fields["seq_length"]
     settings = {name: fields[name] for name in _GPT_FIELDS if fields.get(name) is not None}

@@ -7,12 +7,7 @@ from itertools import islice
 from nemo_llm.corpus.records import find_record_files, read_all_records, text_of
 from nemo_llm.data.sources.labelled_texts import text_ids
 from nemo_llm.errors import ConfigError, InputError, Problem
-from nemo_llm.evaluation.metrics import (
-    ClassificationFigures,
-    classification_figures,
-    holm_adjusted,
-    mcnemar_p_value,
-)
+from nemo_llm.evaluation.metrics import ClassificationFigures, classification_figures, holm_adjusted, mcnemar_p_value
 from nemo_llm.evaluation.scorer import Scorer
 from nemo_llm.evaluation.templates import Example, PromptTemplate, choose_shots
 from nemo_llm.tokenizers.tokenizer import Tokenizer

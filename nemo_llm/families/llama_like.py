@@ -10,12 +10,7 @@ _THEIRS = "model.layers.{layer}."
 OUTSIDE = (
     Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary"),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    Rule(
-        "output_layer.weight",
-        ("lm_head.weight",),
-        "vocabulary",
-        when=("not share_embeddings_and_output_weights",),
-    ),
+    Rule("output_layer.weight", ("lm_head.weight",), "vocabulary", when=("not share_embeddings_and_output_weights",)),
 )
 
 

@@ -5,7 +5,10 @@ as they are; Megatron-LM saves its command line (`fields_of_arguments`, `argumen
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from nemo_llm.errors import InputError
 from nemo_llm.families.spec import Family, Rule
@@ -73,81 +76,11 @@ LOCAL_NAMES = {
     f"{_LAYER}pre_mlp_layernorm.{part}": f"{_LAYER}mlp.linear_fc1.layer_norm_{part}" for part in ("weight", "bias")
 }
 
-# Fields that a model section has under the same name; a missing one is an error, since every default is a guess.
-NEEDED = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "normalization",
-    "layernorm_epsilon",
-    "gated_linear_unit",
-    "add_bias_linear",
-    "position_embedding_type",
-    "activation_func",
-)
-# The same, with the default that Megatron-Core has.
-SAME: Mapping[str, Any] = {
-    "num_query_groups": None,
-    "kv_channels": None,
-    "make_vocab_size_divisible_by": 128,
-    "rotary_base": 10000.0,
-    "rotary_percent": 1.0,
-    "layernorm_zero_centered_gamma": False,
-    "add_qkv_bias": False,
-    "share_embeddings_and_output_weights": False,
-    "qk_layernorm": False,
-    "hidden_dropout": 0.1,
-    "attention_dropout": 0.1,
-    "init_method_std": 0.02,
-    "softmax_scale": None,
-    "window_attn_skip_freq": None,
-}
-MOE_SAME: Mapping[str, Any] = {
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": None,
-    "moe_aux_loss_coeff": 0.0,
-    "moe_z_loss_coeff": None,
-    "moe_router_load_balancing_type": "aux_loss",
-    "moe_router_score_function": "softmax",
-    "moe_router_pre_softmax": False,
-}
+_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+NEEDED: list[str] = _TABLES["needed"]
+SAME, MOE_SAME, OURS_ALONE = (_TABLES[name] for name in ("same", "moe_same", "ours_alone"))
+_PLAIN: Mapping[str, list[Any]] = _TABLES["plain"]
 _FLOATS = {"layernorm_epsilon", "rotary_base", "rotary_percent", "hidden_dropout", "attention_dropout"}
-# What changes the result and is not built: any of the values given is fine, others are refused.
-_PLAIN: Mapping[str, tuple[Any, ...]] = {
-    "rotary_interleaved": (False, None),
-    "multi_latent_attention": (False, None),
-    "qk_l2_norm": (False, None),
-    "attention_output_gate": (False, None),
-    "apply_residual_connection_post_layernorm": (False, None),
-    "mtp_num_layers": (0, None),
-    "no_rope_freq": (None,),
-    "softmax_type": ("vanilla", None),
-    "glu_linear_offset": (0, 0.0, None),
-    "activation_func_clamp_value": (None,),
-    "moe_router_enable_expert_bias": (False, None),
-    "moe_router_num_groups": (0, None),
-    "moe_router_topk_scaling_factor": (1, 1.0, None),
-    "moe_shared_expert_intermediate_size": (0, None),
-    "moe_layer_freq": (1, [1], None),
-    "moe_latent_size": (None,),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-}
-# Keys of our model section that Megatron-Core has no field for.
-OURS_ALONE: Mapping[str, Any] = {
-    "norm_placement": "pre",
-    "parallel_residual": False,
-    "rotary_local_base": None,
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-    "embedding_multiplier": None,
-    "layer_spec": None,
-    "layer_spec_settings": {},
-    "mla": None,
-    "head": None,
-    "mcore_overrides": {},
-}
 # Llama 3.1's rotary scaling, whose other numbers are fixed in Megatron-Core.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 

@@ -31,20 +31,10 @@ PLAIN: Mapping[str, Any] = {
     "mcore_overrides": {},
 }
 # Keys that are not exported: they change training, speed or where things lie, and never what the model computes.
-NOT_EXPORTED = frozenset(
-    {
-        "name",
-        "family",
-        "hf_path",
-        "checkpoint_path",
-        "transformer_impl",
-        "make_vocab_size_divisible_by",
-        "depth_scaled_init",
-        "hidden_dropout",
-        "attention_dropout",
-        "moe.moe_grouped_gemm",
-    }
-)
+NOT_EXPORTED = {
+    *("name", "family", "hf_path", "checkpoint_path", "transformer_impl", "make_vocab_size_divisible_by"),
+    *("depth_scaled_init", "hidden_dropout", "attention_dropout", "moe.moe_grouped_gemm"),
+}
 
 FAMILIES = {
     family.model_type: family

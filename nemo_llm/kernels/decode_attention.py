@@ -94,15 +94,7 @@ def _attend_part(
 
 @triton.jit
 def _join_parts(
-    weighted,
-    largest,
-    total,
-    out,
-    parts,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    weighted, largest, total, out, parts, R: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     head = tl.program_id(0).to(tl.int64)
     query = tl.arange(0, BLOCK_R)

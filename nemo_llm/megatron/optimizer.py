@@ -70,9 +70,7 @@ def count_copies_once(part: Any, groups: Any) -> None:
 
 
 def connect_weights(
-    part: Any,
-    counts: Callable[[torch.Tensor], bool],
-    join: Callable[[list[torch.Tensor]], list[torch.Tensor]],
+    part: Any, counts: Callable[[torch.Tensor], bool], join: Callable[[list[torch.Tensor]], list[torch.Tensor]]
 ) -> None:
     """Tell an optimizer once where gradients and the model's 16-bit weights are; it writes the latter itself.
 

@@ -11,20 +11,14 @@ from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_decoder_block_spec,
-    get_mlp_module_spec_for_backend,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_mlp_module_spec_for_backend
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
@@ -74,11 +68,7 @@ class TorchBackend(LocalSpecProvider):
         return ModuleSpec(module=WholeWidthNorm, params={"heads": heads, "tp_group": tp_group})
 
     def core_attention(self) -> Any:
-        return partial(
-            CoreAttention,
-            logit_softcapping=self.model.attn_logit_softcapping,
-            flex_length=self.flex_length,
-        )
+        return partial(CoreAttention, logit_softcapping=self.model.attn_logit_softcapping, flex_length=self.flex_length)
 
 
 _NAMES_BEFORE_QKV = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}

@@ -1,25 +1,14 @@
 """One HTML file that needs nothing from elsewhere: headings, tables, notes and plots. What is text is escaped."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from nemo_llm.report.text import shown
 
-_PAGE = Markup("""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
-table {{ border-collapse: collapse; }} tr {{ border-bottom: 1px solid #e5e5e5; }}
-th, td {{ padding: .2rem 1.2rem .2rem 0; text-align: right; vertical-align: top; font-variant-numeric: tabular-nums; }}
-th:first-child, td:first-child {{ text-align: left; }}
-.note {{ background: #fff4d6; padding: .5rem .8rem; }} details {{ margin: .3rem 0; }}
-pre {{ white-space: pre-wrap; background: #f6f6f6; padding: .5rem; font-size: 12px; margin: .3rem 0; }}
-figure {{ display: inline-block; max-width: 100%; margin: .5rem 1rem .5rem 0; }} figcaption {{ font-size: 90%; }}
-svg {{ max-width: 100%; height: auto; }} svg text {{ font: 12px system-ui, sans-serif; }}
-</style><h1>{title}</h1>
-{body}</html>
-""")
+_PAGE = Markup(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 
 
 def page(title: str, parts: Iterable[Markup]) -> str:

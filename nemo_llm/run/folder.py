@@ -67,14 +67,12 @@ class RunDir:
         self._lock.release()
 
 
-def open_run_dir(
-    cfg: RunConfig, also_allowed: Sequence[str] = (), lock_wait_seconds: float = _LOCK_WAIT_SECONDS
-) -> RunDir:
+def open_run_dir(cfg: RunConfig, lock_wait_seconds: float = _LOCK_WAIT_SECONDS) -> RunDir:
     """Make or reopen the folder of a run, lock it, and write ``config.yaml``.
 
     ``run.dir: null`` makes a new folder ``runs/<name>-<timestamp>-<4 hex digits>``. In a folder with a complete
     checkpoint ``checkpoint.resume: never`` is refused, and otherwise the configuration must agree with the one saved
-    there, but for `CHANGEABLE_KEYS` and the patterns in `also_allowed`. Nothing is written before all that has passed.
+    there, but for `CHANGEABLE_KEYS`. Nothing is written before all that has passed.
 
     Raises:
         ConfigError: a key differs that a resume may not change.
@@ -86,7 +84,7 @@ def open_run_dir(
         path = _make_new_folder(cfg.run.name)
     else:
         path = Path(cfg.run.dir).expanduser().absolute()
-        changes = _check_present_run(path, cfg, config, also_allowed)
+        changes = _check_present_run(path, cfg, config)
         _make_folder(path)
     lock = RunLock(path, lock_wait_seconds)
     try:
@@ -129,9 +127,7 @@ def write_exit(run_dir: Path, code: ExitCode, reason: str, step: int | None) -> 
     write_atomic(run_dir / EXIT_FILE_NAME, json.dumps(content | holder_info(), indent=1) + "\n")
 
 
-def _check_present_run(
-    path: Path, cfg: RunConfig, config: Mapping[str, Any], also_allowed: Sequence[str]
-) -> list[Change]:
+def _check_present_run(path: Path, cfg: RunConfig, config: Mapping[str, Any]) -> list[Change]:
     if path.exists() and not path.is_dir():
         raise InputError(f"run.dir = {cfg.run.dir!r}: a file of that name exists.\n      fix: choose another run.dir")
     # Without a complete checkpoint nothing is resumed: a start that failed early may be mended and repeated here.
@@ -143,8 +139,7 @@ def _check_present_run(
             "two runs in one folder.\n      fix: choose another run.dir, or checkpoint.resume=auto to go on"
         )
     saved = SavedRun.at(path)
-    patterns = [*also_allowed, *_blend_keys(saved, cfg, config)]
-    return check_agreement(saved.mapping, config, path / CONFIG_FILE_NAME, patterns)
+    return check_agreement(saved.mapping, config, path / CONFIG_FILE_NAME, _blend_keys(saved, cfg, config))
 
 
 def _blend_keys(saved: SavedRun, cfg: RunConfig, config: Mapping[str, Any]) -> Sequence[str]:

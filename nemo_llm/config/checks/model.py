@@ -134,10 +134,4 @@ def check_rotary_local_base(setting: ModelSetting, _world_size: int) -> Iterator
             yield Problem(key, value, rule, "set model.rotary_local_base=null")
 
 
-MODEL_CHECKS = (
-    check_latent_attention,
-    check_mixture,
-    check_layer_spec,
-    check_rope_scaling,
-    check_rotary_local_base,
-)
+MODEL_CHECKS = (check_latent_attention, check_mixture, check_layer_spec, check_rope_scaling, check_rotary_local_base)

@@ -14,14 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge
 
 from nemo_llm.assets import ASSET_PREFIX, asset_names, resolve_path
-from nemo_llm.config.sections.fields import (
-    NonEmptyStr,
-    NonNegativeFloat,
-    PathStr,
-    PositiveInt,
-    Section,
-    TaggedBy,
-)
+from nemo_llm.config.sections.fields import NonEmptyStr, NonNegativeFloat, PathStr, PositiveInt, Section, TaggedBy
 from nemo_llm.errors import InputError, Problem
 
 SHORT_FORMS = {"prefix": "indexed", "text": "text", "chat": "chat", "labelled": "labelled", "mock": "mock"}

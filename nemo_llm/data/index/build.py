@@ -151,10 +151,7 @@ def _start_pool(job: IndexJob, tasks: int, pool_job: PoolJob) -> ProcessPoolExec
 
 
 def _in_order(
-    pool: ProcessPoolExecutor,
-    run: Callable[[Shard, Path], ShardReport],
-    work: list[tuple[Shard, Path]],
-    ahead: int,
+    pool: ProcessPoolExecutor, run: Callable[[Shard, Path], ShardReport], work: list[tuple[Shard, Path]], ahead: int
 ) -> Generator[ShardReport, None, None]:
     """Keep ``ahead`` shards in work: enough to be busy, few enough that finished ones do not fill the disk."""
     running: deque[Future[ShardReport]] = deque()

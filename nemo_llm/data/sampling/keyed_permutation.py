@@ -8,9 +8,6 @@ cycle-walking (apply it again until the value falls into ``[0, n)``) makes it on
 
 import hashlib
 
-import numpy as np
-from numpy.typing import NDArray
-
 _MASK64 = (1 << 64) - 1
 _ROUNDS = (
     6  # four already make a pseudo-random permutation (Luby and Rackoff); two more cost 2 us and cover small halves
@@ -34,17 +31,10 @@ def mix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _mix64_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
 class KeyedPermutation:
     """A bijection of ``range(size)`` chosen by ``key``; constant memory, about 10 us an element.
 
-    ``permutation(i)`` maps one index, ``permutation.map_array(indices)`` many at once (0.2 us each); both agree.
+    ``permutation(i)`` maps one index.
     """
 
     def __init__(self, size: int, key: int) -> None:
@@ -68,20 +58,6 @@ class KeyedPermutation:
             value = self._feistel(value)
         return value
 
-    def map_array(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Return the images of ``indices`` [n] as int64 [n]."""
-        values = np.asarray(indices, dtype=np.int64)
-        if values.size and (values.min() < 0 or values.max() >= self.size):
-            raise IndexError(f"indices must lie in [0, {self.size}), received {values.min()} to {values.max()}")
-        if self._table is not None:
-            return np.asarray(self._table, dtype=np.int64)[values]
-        result = self._feistel_array(values.astype(np.uint64))
-        outside = np.nonzero(result >= np.uint64(self.size))[0]
-        while outside.size:
-            result[outside] = self._feistel_array(result[outside])
-            outside = outside[result[outside] >= np.uint64(self.size)]
-        return result.astype(np.int64)
-
     def _feistel(self, value: int) -> int:
         left_bits, right_bits = self._left_bits, self._right_bits
         left, right = value >> right_bits, value & ((1 << right_bits) - 1)
@@ -89,15 +65,6 @@ class KeyedPermutation:
             left, right = right, left ^ (mix64(right ^ round_key) & ((1 << left_bits) - 1))
             left_bits, right_bits = right_bits, left_bits
         return (left << right_bits) | right
-
-    def _feistel_array(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        left_bits, right_bits = self._left_bits, self._right_bits
-        left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
-        for round_key in self._round_keys:
-            mixed = _mix64_array(right ^ np.uint64(round_key)) & np.uint64((1 << left_bits) - 1)
-            left, right = right, left ^ mixed
-            left_bits, right_bits = right_bits, left_bits
-        return (left << np.uint64(right_bits)) | right
 
     def _shuffled_table(self, key: int) -> list[int]:
         # Fisher-Yates on our own generator: numpy does not promise that its shuffles stay the same between versions.

@@ -228,12 +228,7 @@ class LocalRotaryAttention(SelfAttention):
 
 # On Hopper cuDNN's kernels are 1.5 times as fast as FlashAttention 2's (docs/benchmarks-gpu.md), and PyTorch 2.11 puts
 # the latter first where Transformer Engine is installed.
-_KERNELS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def prefers_cudnn(device: torch.device) -> bool:

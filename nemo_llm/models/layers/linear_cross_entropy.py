@@ -188,11 +188,7 @@ def _statistics(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _to_gradient(
-    logits: torch.Tensor,
-    lse: torch.Tensor,
-    row_scale: torch.Tensor,
-    label_share: torch.Tensor,
-    labels: torch.Tensor,
+    logits: torch.Tensor, lse: torch.Tensor, row_scale: torch.Tensor, label_share: torch.Tensor, labels: torch.Tensor
 ) -> None:
     columns = torch.arange(logits.shape[-1], device=logits.device)
     probabilities = torch.exp(logits.float() - lse[:, None]) * row_scale[:, None]

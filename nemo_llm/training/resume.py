@@ -6,7 +6,14 @@ import torch
 import torch.distributed as dist
 
 from nemo_llm.checkpoint.collective_errors import raise_together
-from nemo_llm.checkpoint.folder import TRAINING_FILE_NAME, find_checkpoints, is_complete, resolve_checkpoint, step_of
+from nemo_llm.checkpoint.folder import (
+    CONFIG_FILE_NAME,
+    TRAINING_FILE_NAME,
+    find_checkpoints,
+    is_complete,
+    resolve_checkpoint,
+    step_of,
+)
 from nemo_llm.checkpoint.manifest import verify
 from nemo_llm.checkpoint.saved_run import SavedRun
 from nemo_llm.checkpoint.weights import load_weights
@@ -66,7 +73,8 @@ def newest_good(cfg: RunConfig, runtime: ParallelRuntime, candidates: list[Path]
             with raise_together():
                 verify(folder, cfg.checkpoint.verify, (runtime.rank, runtime.world_size))
                 _check_step(folder)
-                SavedRun.at(folder)
+                if (folder / CONFIG_FILE_NAME).is_file():  # bare weights have none
+                    SavedRun.at(folder)
         except CheckpointDamagedError as error:
             damage.append(str(error))
             continue

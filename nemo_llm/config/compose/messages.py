@@ -121,8 +121,8 @@ def _of_other_member(path: Path, mapping: Mapping[str, Any], section: type) -> P
     names = [field.name for field in dataclasses.fields(member)]
     meant = nearest(str(path[-1]), names)
     group = _dotted(path[:-1])
-    other = f", or choose {group}={chosen} for all of its keys" if _is_file_of(group, chosen) else ""
-    listed = f"remove it{other}; the keys of {tag.key} {chosen} are {', '.join(names)}"
+    by_file = f", which {group}={chosen} chooses," if _is_file_of(group, chosen) else ""
+    listed = f"remove it; the keys of {tag.key} {chosen}{by_file} are {', '.join(names)}"
     rule = f"{tag.key} {chosen} has no such key"
     fix = f"did you mean {_dotted((*path[:-1], meant))}?" if meant else listed
     return Problem(_dotted(path), value[path[-1]], rule, fix)

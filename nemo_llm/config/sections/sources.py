@@ -176,7 +176,7 @@ def _long_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
         return given
     kind, value = kinds[short], given[short]
     own = value if kind == "mock" else {"path": value}
-    if not isinstance(own, Mapping) or own.keys() & given.keys():
+    if not isinstance(own, Mapping) or own.keys() & {"kind", *given}:
         return {"kind": kind, **given}
     return {"kind": kind, **own, **{key: value for key, value in given.items() if key != short}}
 

@@ -58,7 +58,7 @@ LONG = [
 
 
 @dataclass(frozen=True)
-class Row:
+class SpeedRow:
     """One line: what to run on how many GPUs, and the row that it is compared with."""
 
     command: list[str]
@@ -67,80 +67,80 @@ class Row:
 
 
 ROWS = {
-    "1b peer": Row([*PEER, "--micro-batch", "8", "--micro-batches", "2"]),
-    "1b peer mcore te": Row([*MEGATRON, "--model", "llama3_1b"]),
-    "1b peer mcore te fp8": Row([*MEGATRON, "--model", "llama3_1b", "--fp8"]),
-    "1b bf16": Row([*OURS, *SMALL, "model.transformer_impl=torch"], peer="1b peer"),
-    "1b bf16 te": Row([*OURS, *SMALL, "model.transformer_impl=transformer_engine"], peer="1b peer"),
-    "1b muon": Row([*OURS, *SMALL, "model.transformer_impl=torch", "optim=muon"], peer="1b bf16"),
-    "1b moments offloaded": Row(
+    "1b peer": SpeedRow([*PEER, "--micro-batch", "8", "--micro-batches", "2"]),
+    "1b peer mcore te": SpeedRow([*MEGATRON, "--model", "llama3_1b"]),
+    "1b peer mcore te fp8": SpeedRow([*MEGATRON, "--model", "llama3_1b", "--fp8"]),
+    "1b bf16": SpeedRow([*OURS, *SMALL, "model.transformer_impl=torch"], peer="1b peer"),
+    "1b bf16 te": SpeedRow([*OURS, *SMALL, "model.transformer_impl=transformer_engine"], peer="1b peer"),
+    "1b muon": SpeedRow([*OURS, *SMALL, "model.transformer_impl=torch", "optim=muon"], peer="1b bf16"),
+    "1b moments offloaded": SpeedRow(
         [*OURS, *SMALL, "model.transformer_impl=torch", "performance.offload_optimizer_moments=true"], peer="1b bf16"
     ),
     **{
-        f"1b {count} layers offloaded": Row(
+        f"1b {count} layers offloaded": SpeedRow(
             [*OURS, *SMALL, "model.transformer_impl=torch", f"performance.offload_activation_layers={count}"],
             peer="1b bf16",
         )
         for count in (2, 3, 4)
     },
-    "1b fp8": Row([*OURS, *SMALL, "model.transformer_impl=torch", "precision=fp8_tensorwise"], peer="1b peer mcore te fp8"),
-    "1b fp8 te": Row([*OURS, *SMALL, "precision=fp8_delayed"], peer="1b peer mcore te fp8"),
-    "gpt_1b peer": Row([*MEGATRON, "--model", "gpt_1b", "--seq", "2048", "--micro-batch", "8", "--micro-batches", "2"]),
-    "gpt_1b bf16": Row([*OURS, *GPT, "model.transformer_impl=torch"], peer="gpt_1b peer"),
-    "gpt_1b bf16, micro-batch 16": Row(
+    "1b fp8": SpeedRow([*OURS, *SMALL, "model.transformer_impl=torch", "precision=fp8_tensorwise"], peer="1b peer mcore te fp8"),
+    "1b fp8 te": SpeedRow([*OURS, *SMALL, "precision=fp8_delayed"], peer="1b peer mcore te fp8"),
+    "gpt_1b peer": SpeedRow([*MEGATRON, "--model", "gpt_1b", "--seq", "2048", "--micro-batch", "8", "--micro-batches", "2"]),
+    "gpt_1b bf16": SpeedRow([*OURS, *GPT, "model.transformer_impl=torch"], peer="gpt_1b peer"),
+    "gpt_1b bf16, micro-batch 16": SpeedRow(
         [*OURS, *GPT, "model.transformer_impl=torch", "trainer.micro_batch_size=16"], peer="gpt_1b peer"
     ),
-    "1b documents by matrix": Row([*OURS, *DOCUMENTS, *BY_MATRIX]),
-    "1b documents": Row([*OURS, *DOCUMENTS], peer="1b documents by matrix"),
-    "gemma2 x6 by matrix": Row([*OURS, *GEMMA, *BY_MATRIX]),
-    "gemma2 x6": Row([*OURS, *GEMMA], peer="gemma2 x6 by matrix"),
-    "moe peer": Row([*MEGATRON, "--model", "moe", "--micro-batch", "2", "--micro-batches", "4"]),
-    "moe bf16": Row([*OURS, *MOE, "model.transformer_impl=torch"], peer="moe peer"),
-    "moe bf16 te": Row(
+    "1b documents by matrix": SpeedRow([*OURS, *DOCUMENTS, *BY_MATRIX]),
+    "1b documents": SpeedRow([*OURS, *DOCUMENTS], peer="1b documents by matrix"),
+    "gemma2 x6 by matrix": SpeedRow([*OURS, *GEMMA, *BY_MATRIX]),
+    "gemma2 x6": SpeedRow([*OURS, *GEMMA], peer="gemma2 x6 by matrix"),
+    "moe peer": SpeedRow([*MEGATRON, "--model", "moe", "--micro-batch", "2", "--micro-batches", "4"]),
+    "moe bf16": SpeedRow([*OURS, *MOE, "model.transformer_impl=torch"], peer="moe peer"),
+    "moe bf16 te": SpeedRow(
         [*OURS, *MOE, "model.transformer_impl=transformer_engine", "model.moe.moe_grouped_gemm=true"], peer="moe peer"
     ),
-    "qwen3_30b x6 peer": Row([*TRANSFORMERS, *QWEN3_MOE]),
-    "qwen3_30b x6": Row([*OURS, *QWEN3_MOE, *TWICE], peer="qwen3_30b x6 peer"),
-    "qwen3_30b x6 one by one": Row([*OURS, *QWEN3_MOE, *TWICE, *ONE_BY_ONE], peer="qwen3_30b x6 peer"),
-    "deepseek_v2_lite x6 peer": Row([*TRANSFORMERS, *DEEPSEEK_V2]),
-    "deepseek_v2_lite x6": Row([*OURS, *DEEPSEEK_V2, *TWICE], peer="deepseek_v2_lite x6 peer"),
-    "1b bf16, two GPUs": Row([*OURS, *TWO], 2, "1b bf16"),
-    "1b fp8, two GPUs": Row([*OURS, *TWO, "precision=fp8_tensorwise"], 2, "1b bf16, two GPUs"),
-    "1b muon, two GPUs": Row([*OURS, *TWO, "optim=muon"], 2, "1b bf16, two GPUs"),
-    "1b 32k cp2": Row([*OURS, *LONG, "data.seq_length=32768", "trainer.global_batch_size=4"], 2),
-    "1b 128k cp2": Row(
+    "qwen3_30b x6 peer": SpeedRow([*TRANSFORMERS, *QWEN3_MOE]),
+    "qwen3_30b x6": SpeedRow([*OURS, *QWEN3_MOE, *TWICE], peer="qwen3_30b x6 peer"),
+    "qwen3_30b x6 one by one": SpeedRow([*OURS, *QWEN3_MOE, *TWICE, *ONE_BY_ONE], peer="qwen3_30b x6 peer"),
+    "deepseek_v2_lite x6 peer": SpeedRow([*TRANSFORMERS, *DEEPSEEK_V2]),
+    "deepseek_v2_lite x6": SpeedRow([*OURS, *DEEPSEEK_V2, *TWICE], peer="deepseek_v2_lite x6 peer"),
+    "1b bf16, two GPUs": SpeedRow([*OURS, *TWO], 2, "1b bf16"),
+    "1b fp8, two GPUs": SpeedRow([*OURS, *TWO, "precision=fp8_tensorwise"], 2, "1b bf16, two GPUs"),
+    "1b muon, two GPUs": SpeedRow([*OURS, *TWO, "optim=muon"], 2, "1b bf16, two GPUs"),
+    "1b 32k cp2": SpeedRow([*OURS, *LONG, "data.seq_length=32768", "trainer.global_batch_size=4"], 2),
+    "1b 128k cp2": SpeedRow(
         [*OURS, *LONG, "data.seq_length=131072", "trainer.global_batch_size=1", *FULL], 2,
     ),
-    "8b x12 peer 4096": Row(
+    "8b x12 peer 4096": SpeedRow(
         [*PEER, "--model", "llama3_8b", "--layers", "12", "--micro-batch", "2", "--micro-batches", "4"], 2
     ),
-    "8b x12 peer mcore te 4096": Row(
+    "8b x12 peer mcore te 4096": SpeedRow(
         [*MEGATRON, "--model", "llama3_8b", "--layers", "12", "--micro-batch", "1", "--micro-batches", "8"], 2
     ),
-    "8b x12 4096": Row(
+    "8b x12 4096": SpeedRow(
         [*OURS, *LARGE, "model.num_layers=12", "data.seq_length=4096", "trainer.micro_batch_size=2",
          "trainer.global_batch_size=16"], 2, "8b x12 peer 4096",
     ),
-    "8b x12 peer 8192": Row(
+    "8b x12 peer 8192": SpeedRow(
         [*PEER, "--model", "llama3_8b", "--layers", "12", "--seq", "8192", "--micro-batch", "1", "--micro-batches", "4"], 2
     ),
-    "8b x12 8192": Row(
+    "8b x12 8192": SpeedRow(
         [*OURS, *LARGE, "model.num_layers=12", "data.seq_length=8192", "trainer.micro_batch_size=1",
          "trainer.global_batch_size=8"], 2, "8b x12 peer 8192",
     ),
-    "8b peer 4096": Row([*PEER, "--model", "llama3_8b", "--micro-batch", "2", "--micro-batches", "8"], 2),
-    "8b 4096": Row(
+    "8b peer 4096": SpeedRow([*PEER, "--model", "llama3_8b", "--micro-batch", "2", "--micro-batches", "8"], 2),
+    "8b 4096": SpeedRow(
         [*OURS, *LARGE, "data.seq_length=4096", "trainer.micro_batch_size=1", "trainer.global_batch_size=32"], 2,
         "8b peer 4096",
     ),
-    "8b 4096, two H100": Row(
+    "8b 4096, two H100": SpeedRow(
         [*OURS, *LARGE, "data.seq_length=4096", "trainer.micro_batch_size=1", "trainer.global_batch_size=32",
          "performance.offload_optimizer_moments=true", *FULL], 2,
     ),
 }  # fmt: skip
 
 
-def run(name: str, row: Row, timeout: int, more: list[str]) -> dict:
+def run(name: str, row: SpeedRow, timeout: int, more: list[str]) -> dict:
     """The row's RESULT, or what went wrong."""
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(row.gpus)] if row.gpus > 1 else []
@@ -161,7 +161,7 @@ def run(name: str, row: Row, timeout: int, more: list[str]) -> dict:
     return {**json.loads(found[-1].removeprefix("RESULT ")), "name": name}
 
 
-def table(results: dict[str, dict], rows: dict[str, Row]) -> str:
+def table(results: dict[str, dict], rows: dict[str, SpeedRow]) -> str:
     """Markdown, with each row's ratio to its peer."""
     lines = ["| row | tokens/s a GPU | step ms | peak GiB | ratio |", "|---|--:|--:|--:|--:|"]
     for name, result in results.items():
@@ -187,7 +187,7 @@ def machine() -> str:
     return ", ".join(parts)
 
 
-def main(rows: dict[str, Row] = ROWS) -> int:
+def main(rows: dict[str, SpeedRow] = ROWS) -> int:
     """Run what is missing, print the table; 1 where a row failed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", nargs="*", default=list(rows), metavar="NAME")

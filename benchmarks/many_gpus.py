@@ -10,7 +10,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from benchmarks.gpu_table import FULL, OURS, Row, main
+from benchmarks.gpu_table import FULL, OURS, SpeedRow, main
 
 LOSSES = Path("parity_losses")
 SHARDED = [
@@ -38,21 +38,21 @@ def layout(**sizes: int) -> list[str]:
     return [f"parallelism.{SIZES[axis]}={size}" for axis, size in sizes.items()] + sequence
 
 
-def scaling() -> dict[str, Row]:
+def scaling() -> dict[str, SpeedRow]:
     """Weak and strong scaling of the 1B shape, weak scaling of the 8B shape, data parallel."""
     rows = {}
     small = [*OURS, "+model=llama3_1b", "trainer.micro_batch_size=8", *SHARDED]
     large = [*OURS, "+model=llama3_8b", "trainer.micro_batch_size=1", *SHARDED]
     for gpus in (1, 2, 4, 8):
         weak, strong = f"trainer.global_batch_size={16 * gpus}", "trainer.global_batch_size=64"
-        rows[f"1b weak {gpus}"] = Row([*small, weak], gpus, "1b weak 1")
-        rows[f"1b strong {gpus}"] = Row([*small, strong], gpus, "1b strong 1")
+        rows[f"1b weak {gpus}"] = SpeedRow([*small, weak], gpus, "1b weak 1")
+        rows[f"1b strong {gpus}"] = SpeedRow([*small, strong], gpus, "1b strong 1")
         if gpus > 1:
-            rows[f"8b weak {gpus}"] = Row([*large, f"trainer.global_batch_size={8 * gpus}"], gpus, "8b weak 2")
+            rows[f"8b weak {gpus}"] = SpeedRow([*large, f"trainer.global_batch_size={8 * gpus}"], gpus, "8b weak 2")
     return rows
 
 
-def large() -> dict[str, Row]:
+def large() -> dict[str, SpeedRow]:
     """The 8B shape at 8192 tokens on eight GPUs, and as many layers of the 70B shape as 80 GB hold (24 of 80)."""
     eight = [
         *OURS,
@@ -63,14 +63,14 @@ def large() -> dict[str, Row]:
     ]
     seventy = [*OURS, "+model=llama3_70b", "model.num_layers=24", "trainer.micro_batch_size=1", *SHARDED, *FULL]
     return {
-        "8b 8192 bf16": Row([*eight, *SHARDED], 8),
-        "8b 8192 fp8": Row([*eight, *SHARDED, "precision=fp8_tensorwise"], 8, "8b 8192 bf16"),
-        "70b x24 tp8": Row([*seventy, *layout(tp=8), "trainer.global_batch_size=16"], 8),
-        "70b x24 tp4 pp2": Row([*seventy, *layout(tp=4, pp=2), "trainer.global_batch_size=16"], 8, "70b x24 tp8"),
+        "8b 8192 bf16": SpeedRow([*eight, *SHARDED], 8),
+        "8b 8192 fp8": SpeedRow([*eight, *SHARDED, "precision=fp8_tensorwise"], 8, "8b 8192 bf16"),
+        "70b x24 tp8": SpeedRow([*seventy, *layout(tp=8), "trainer.global_batch_size=16"], 8),
+        "70b x24 tp4 pp2": SpeedRow([*seventy, *layout(tp=4, pp=2), "trainer.global_batch_size=16"], 8, "70b x24 tp8"),
     }
 
 
-def parity() -> dict[str, Row]:
+def parity() -> dict[str, SpeedRow]:
     """Fifty steps of each layout of eight, and of one GPU: 4 layers of the 8B shape, a Mixtral-like and a fine-grained MoE."""
     groups = {
         "dense": (FOUR_LAYERS, {"tp8": {"tp": 8}, "tp4 pp2": {"tp": 4, "pp": 2}, "tp2 pp2 cp2": {"tp": 2, "pp": 2, "cp": 2}}),
@@ -82,15 +82,15 @@ def parity() -> dict[str, Row]:
         for name, sizes in {"one GPU": {}, **layouts}.items():
             command = [*OURS, *model, *SHARDED, *layout(**sizes), "--warm", "5", "--steps", "45"]
             row = f"parity {group} {name}"
-            rows[row] = Row(
+            rows[row] = SpeedRow(
                 [*command, "--losses", str(LOSSES / f"{row}.json")], 8 if sizes else 1, f"parity {group} one GPU"
             )
     long = [*OURS, "+model=llama3_1b", "data.seq_length=131072", "data.split=null", *SHARDED, *FULL, *layout(cp=8)]
-    rows["1b 128k cp8"] = Row([*long, "trainer.micro_batch_size=1", "trainer.global_batch_size=2"], 8)
+    rows["1b 128k cp8"] = SpeedRow([*long, "trainer.micro_batch_size=1", "trainer.global_batch_size=2"], 8)
     return rows
 
 
-def layouts_of_8b() -> dict[str, Row]:
+def layouts_of_8b() -> dict[str, SpeedRow]:
     """Every layout of eight GPUs of the 8B shape at a global batch of 128, without and with full recomputation."""
     rows = {}
     for tp, pp, cp in product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2)):
@@ -100,7 +100,7 @@ def layouts_of_8b() -> dict[str, Row]:
             name = f"8b tp{tp} pp{pp} cp{cp}" + (" full recompute" if recompute else "")
             batch = ["trainer.micro_batch_size=1", "trainer.global_batch_size=128", "--warm", "2", "--steps", "4"]
             command = [*OURS, "+model=llama3_8b", *SHARDED, *layout(tp=tp, pp=pp, cp=cp), *recompute, *batch]
-            rows[name] = Row(command, 8)
+            rows[name] = SpeedRow(command, 8)
     return rows
 
 

@@ -19,8 +19,7 @@ from nemo_llm.config.checks.code_paths import fused_chunk_tokens
 from nemo_llm.config.compose.load import compose
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.planner.activations import tokens_per_rank
-from nemo_llm.planner.loss import chunk_bytes
-from nemo_llm.planner.memory import GIB
+from nemo_llm.planner.memory import GIB, chunk_bytes
 from nemo_llm.training.check_only import estimate_run
 
 COMMON = [
@@ -69,7 +68,7 @@ _FULL = [
 
 
 @dataclass(frozen=True)
-class Row:
+class MemoryRow:
     """One configuration.
 
     Attributes:
@@ -92,8 +91,8 @@ class Row:
     second_chunk: bool = True
 
 
-def _row(overrides: list[str], gib: float, measured: tuple[str, str], gpus: int = 1, card: str = "h100") -> Row:
-    return Row(overrides, gib, card, *measured, gpus)
+def _row(overrides: list[str], gib: float, measured: tuple[str, str], gpus: int = 1, card: str = "h100") -> MemoryRow:
+    return MemoryRow(overrides, gib, card, *measured, gpus)
 
 
 _NOV_23 = ("2026-11-23", "f29180e")
@@ -107,9 +106,9 @@ _H200 = ("2026-11-29", "a577ccb")
 _ONE_CHUNK = ("2026-11-29", "230dbbc")
 
 
-def _again(overrides: list[str], gib: float) -> Row:
+def _again(overrides: list[str], gib: float) -> MemoryRow:
     """Measured since the fused loss holds one chunk of logits."""
-    return Row(overrides, gib, "h200", *_ONE_CHUNK, second_chunk=False)
+    return MemoryRow(overrides, gib, "h200", *_ONE_CHUNK, second_chunk=False)
 
 
 # Single-GPU rows first, those that say most first: this is the order in which they are measured again.
@@ -123,18 +122,18 @@ ROWS = {
     "deepseek v2 lite x6": _again(_DEEPSEEK, 63.5),
     "qwen3 30b x6, one by one": _row([*_QWEN3_MOE, _ONE_BY_ONE], 81.3, _H200, card="h200"),
     "deepseek v2 lite x6, one by one": _row([*_DEEPSEEK, _ONE_BY_ONE], 65.9, _H200, card="h200"),
-    "1b full recomputation": Row([*_SMALL, *_FULL], card="h200"),
-    "olmo2 1b": Row(["+model=olmo2_1b", _TORCH, *_batch(4, 8)], card="h200"),
-    "1b fp16": Row([*_SMALL, *_batch(4, 8), "precision=fp16"], card="h200"),
+    "1b full recomputation": MemoryRow([*_SMALL, *_FULL], card="h200"),
+    "olmo2 1b": MemoryRow(["+model=olmo2_1b", _TORCH, *_batch(4, 8)], card="h200"),
+    "1b fp16": MemoryRow([*_SMALL, *_batch(4, 8), "precision=fp16"], card="h200"),
     "1b documents by matrix": _row([*_DOCUMENTS, _BY_MATRIX], 43.5, _FLEX),
     "gemma2 x6": _row(_GEMMA, 34.6, _FLEX),
-    "1b, MLP recomputed": Row(
+    "1b, MLP recomputed": MemoryRow(
         [*_SMALL, "parallelism.recompute_granularity=selective", "parallelism.recompute_modules=[mlp]"], card="h200"
     ),
-    "moe": Row([*_MOE, _TORCH, "trainer.global_batch_size=8"], card="h200"),
+    "moe": MemoryRow([*_MOE, _TORCH, "trainer.global_batch_size=8"], card="h200"),
     "moe, one by one": _row([*_MOE, _TORCH, "trainer.global_batch_size=8", _ONE_BY_ONE], 46.5, _BESIDE),
     "qlora 8b": _row([*_LORA, *_batch(2, 8), "peft.base_weights=nf4"], 42.6, _BESIDE),
-    "dora 8b x8": Row([*_LORA, "model.num_layers=8", *_batch(2, 2), "peft.kind=dora"], card="h200"),
+    "dora 8b x8": MemoryRow([*_LORA, "model.num_layers=8", *_batch(2, 2), "peft.kind=dora"], card="h200"),
     "1b muon": _row([*_SMALL, "optim=muon"], 56.6, _MUON),
     "1b moments offloaded": _row([*_SMALL, _OFFLOADED], 51.8, _MUON),
     "1b 2 layers offloaded": _row([*_SMALL, "performance.offload_activation_layers=2"], 55.7, _OFFLOAD),
@@ -187,12 +186,12 @@ class Planned:
     total: float
 
 
-def configuration(row: Row) -> RunConfig:
+def configuration(row: MemoryRow) -> RunConfig:
     """The row's, with the memory of its card."""
     return compose([*COMMON, *row.overrides, f"cluster={row.card}"])
 
 
-def plan(row: Row, cfg: RunConfig) -> Planned:
+def plan(row: MemoryRow, cfg: RunConfig) -> Planned:
     """The estimate for a row."""
     estimate, setting, before = estimate_run(cfg, row.gpus, GPT2_TOKENS), cfg.model_setting, 0.0
     peak, rows = estimate.peak, estimate.parameters.word_embeddings // cfg.model.hidden_size
@@ -229,7 +228,7 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def measure(name: str, row: Row, timeout: float) -> dict:
+def measure(name: str, row: MemoryRow, timeout: float) -> dict:
     """The row's RESULT of `benchmarks.step_speed` in a process of its own, or what went wrong."""
     command = [
         sys.executable, "-W", "ignore", "-m", "benchmarks.step_speed", *COMMON, *row.overrides,

@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--warm", type=int, default=5)
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--name", default="peer", help="of the row, which benchmarks.gpu_table gives")
     arguments, overrides = parser.parse_known_args()
 
     from transformers import AutoConfig, AutoModelForCausalLM

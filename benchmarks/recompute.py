@@ -37,7 +37,7 @@ _WIDE_LATENT = "model.mla={q_lora_rank:256,kv_lora_rank:256,qk_head_dim:64,qk_po
 
 
 @dataclass(frozen=True)
-class Row:
+class RecomputeRow:
     """A model and a setting by their names, and the whole configuration."""
 
     model: str
@@ -46,10 +46,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RecomputeOutcome:
     """What a row gave: why it failed, the largest relative difference of loss and norm to no recomputation, peak memory."""
 
-    row: Row
+    row: RecomputeRow
     error: str | None
     difference: float
     gib: float
@@ -120,17 +120,17 @@ def models(on_gpu: bool) -> dict[str, tuple[str, ...]]:
     return {name: (*base, f"precision={fp8[name]}", *arguments) for name, arguments in found.items()}
 
 
-def rows(on_gpu: bool, only: Collection[str]) -> Iterator[Row]:
+def rows(on_gpu: bool, only: Collection[str]) -> Iterator[RecomputeRow]:
     """The rows, each model's without recomputation first: every combination that no check refuses."""
     for model, arguments in models(on_gpu).items():
         if only and model not in only:
             continue
         cfg = compose(list(arguments))
-        yield Row(model, "none", cfg)
+        yield RecomputeRow(model, "none", cfg)
         for setting, keys in settings().items():
             changed = replace(cfg, parallelism=replace(cfg.parallelism, **keys))
             if not find_problems(changed, 1):
-                yield Row(model, setting, changed)
+                yield RecomputeRow(model, setting, changed)
 
 
 def two_steps(cfg: RunConfig, runtime: ParallelRuntime) -> Steps:
@@ -157,7 +157,7 @@ def two_steps(cfg: RunConfig, runtime: ParallelRuntime) -> Steps:
     return Steps(figures, calls, torch.cuda.max_memory_allocated() - before if on_gpu else 0)
 
 
-def measure(on_gpu: bool, only: Collection[str] = ()) -> Iterator[Outcome]:
+def measure(on_gpu: bool, only: Collection[str] = ()) -> Iterator[RecomputeOutcome]:
     """Run the rows of these models, else of all, in the layout of one process."""
     plain, runtime = Steps([], 0, 0), None
     for row in rows(on_gpu, only):
@@ -173,10 +173,10 @@ def measure(on_gpu: bool, only: Collection[str] = ()) -> Iterator[Outcome]:
                 error = "recomputes nothing"
         except Exception as failure:  # a row that raises is what this looks for
             error = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
-        yield Outcome(row, error, difference, memory / 2**30, time.perf_counter() - began)
+        yield RecomputeOutcome(row, error, difference, memory / 2**30, time.perf_counter() - began)
 
 
-def _tolerance(row: Row, on_gpu: bool) -> float:
+def _tolerance(row: RecomputeRow, on_gpu: bool) -> float:
     """A residual that is added before it is rounded, not after, differs by bf16's steps, which FP8 makes larger."""
     if not on_gpu:
         return 1e-5

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class Block(nn.Module):
+class ReferenceBlock(nn.Module):
     """One pre-norm GPT-2 layer."""
 
     def __init__(self, hidden: int, heads: int, ffn: int) -> None:
@@ -51,7 +51,8 @@ class PlainGPT(nn.Module):
         self.tokens = nn.Embedding(vocab_rows, model.hidden_size)
         self.positions = nn.Embedding(model.max_position_embeddings, model.hidden_size)
         self.blocks = nn.ModuleList(
-            Block(model.hidden_size, model.num_attention_heads, model.ffn_hidden_size) for _ in range(model.num_layers)
+            ReferenceBlock(model.hidden_size, model.num_attention_heads, model.ffn_hidden_size)
+            for _ in range(model.num_layers)
         )
         self.norm = nn.LayerNorm(model.hidden_size)
 

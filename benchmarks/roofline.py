@@ -23,7 +23,7 @@ _BF16, _FP32 = 2, 4
 
 
 @dataclass(frozen=True)
-class Part:
+class RooflinePart:
     """Floating-point operations and bytes of one part in a step of one GPU."""
 
     name: str
@@ -35,7 +35,7 @@ class Part:
         return max(self.flops / tflops, self.bytes / terabytes) / 1e9
 
 
-def parts_of_step(cfg: RunConfig, gpus: int, vocab_size: int) -> list[Part]:
+def parts_of_step(cfg: RunConfig, gpus: int, vocab_size: int) -> list[RooflinePart]:
     """Everything that one of ``gpus`` data-parallel GPUs does in a step, without recomputation."""
     model, length = cfg.model, cfg.data.seq_length
     tokens = cfg.trainer.global_batch_size * length // gpus
@@ -43,19 +43,19 @@ def parts_of_step(cfg: RunConfig, gpus: int, vocab_size: int) -> list[Part]:
     parameters = count_parameters(model, vocabulary).total
     micro_batches = tokens // length // cfg.trainer.micro_batch_size
     return [
-        Part("matrix products", 6.0 * matmul_weights(model, vocabulary) * tokens, _product_bytes(model, tokens, vocabulary, micro_batches)),
+        RooflinePart("matrix products", 6.0 * matmul_weights(model, vocabulary) * tokens, _product_bytes(model, tokens, vocabulary, micro_batches)),
         _attention(model, length, tokens, vocabulary),
-        Part("norms, and adding residuals", 0.0, _norm_bytes(model, tokens)),
-        Part("activation of the MLP", 0.0, _activation_bytes(model, tokens)),
-        Part("split and rotation of QKV", 0.0, 4.0 * _BF16 * _qkv_width(model) * tokens * model.num_layers),
-        Part("tokens to experts and back", 0.0, _routing_bytes(model, tokens)),
-        Part("loss from logits", 0.0, 2.0 * _BF16 * vocabulary * tokens),
+        RooflinePart("norms, and adding residuals", 0.0, _norm_bytes(model, tokens)),
+        RooflinePart("activation of the MLP", 0.0, _activation_bytes(model, tokens)),
+        RooflinePart("split and rotation of QKV", 0.0, 4.0 * _BF16 * _qkv_width(model) * tokens * model.num_layers),
+        RooflinePart("tokens to experts and back", 0.0, _routing_bytes(model, tokens)),
+        RooflinePart("loss from logits", 0.0, 2.0 * _BF16 * vocabulary * tokens),
         # Looked up and written; on the way back read, and added to a row each of which is there at most once a token.
-        Part("embedding", 0.0, (3 * _BF16 + 2 * _FP32) * model.hidden_size * tokens),
+        RooflinePart("embedding", 0.0, (3 * _BF16 + 2 * _FP32) * model.hidden_size * tokens),
         # Read: weight, gradient, two moments. Written: weight, two moments, the weight in bf16. Over GPUs a part each.
-        Part("AdamW", 0.0, (7 * _FP32 + _BF16) * parameters / gpus),
-        Part("norm of gradients, and zeroing", 0.0, _FP32 * parameters / gpus + _FP32 * parameters),
-        Part("(gradients to fp32, in the products)", 0.0, 2.0 * _FP32 * parameters * micro_batches),
+        RooflinePart("AdamW", 0.0, (7 * _FP32 + _BF16) * parameters / gpus),
+        RooflinePart("norm of gradients, and zeroing", 0.0, _FP32 * parameters / gpus + _FP32 * parameters),
+        RooflinePart("(gradients to fp32, in the products)", 0.0, 2.0 * _FP32 * parameters * micro_batches),
     ]  # fmt: skip
 
 
@@ -81,13 +81,13 @@ def _product_bytes(model: ModelConfig, tokens: int, vocabulary: int, micro_batch
     return _BF16 * (3.0 * widths * tokens + 2.0 * matmul_weights(model, vocabulary) * micro_batches)
 
 
-def _attention(model: ModelConfig, length: int, tokens: int, vocabulary: int) -> Part:
+def _attention(model: ModelConfig, length: int, tokens: int, vocabulary: int) -> RooflinePart:
     """With the scores computed again on the way back (FlashAttention, arXiv:2205.14135): 14 operations for 12."""
     causal = flops_per_token(model, length, vocabulary).causal - 6.0 * matmul_weights(model, vocabulary)
     inner = model.num_attention_heads * model.head_dim
     # q, k and v twice, and their gradients; the output written, then read with its gradient.
     moved = 3 * _qkv_width(model) + 3 * inner
-    return Part("attention", causal * tokens * 14 / 12, float(_BF16 * moved * tokens * model.num_layers))
+    return RooflinePart("attention", causal * tokens * 14 / 12, float(_BF16 * moved * tokens * model.num_layers))
 
 
 def _norm_bytes(model: ModelConfig, tokens: int) -> float:

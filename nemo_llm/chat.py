@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from nemo_llm.config.commands.entry import run_tool
-from nemo_llm.config.commands.generate import ChatConfig, SamplingConfig
+from nemo_llm.config.commands.generate import ChatToolConfig, SamplingConfig
 from nemo_llm.errors import InputError
 from nemo_llm.log import is_first_rank, launched_world_size
 
 _END, _RESET = "/quit", "/reset"
 
 
-def main(cfg: ChatConfig) -> None:
+def main(cfg: ChatToolConfig) -> None:
     """Load the model; then answer line after line until the input ends."""
-    from nemo_llm.conversation.history import ChatHistory
-    from nemo_llm.conversation.prompts import load_chat_prompts
+    from nemo_llm.conversation.prompts import ChatHistory, load_chat_prompts
     from nemo_llm.inference.loaded_model import load_model, open_checkpoint
     from nemo_llm.parallel.runtime import own_runtime
 
@@ -73,4 +72,4 @@ def agree(line: str | None, world_size: int) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool("chat", ChatConfig, main))
+    sys.exit(run_tool("chat", ChatToolConfig, main))

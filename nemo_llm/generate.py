@@ -17,8 +17,8 @@ from nemo_llm.storage.atomic_files import write_output
 
 def main(cfg: GenerateConfig) -> None:
     """Load the model, continue every prompt, print or write what came."""
+    from nemo_llm.conversation.prompts import read_prompts
     from nemo_llm.inference.loaded_model import load_model, open_checkpoint
-    from nemo_llm.inference.prompts import read_prompts
 
     if cfg.text_file is not None:
         texts = read_prompts(cfg.text_file)
@@ -60,8 +60,7 @@ def encode(cfg: GenerateConfig, opened: Any, texts: list[str]) -> tuple[list[lis
     Raises:
         ConfigError: a chat template for prompts that are put into none, or one that there is not.
     """
-    from nemo_llm.conversation.prompts import load_chat_prompts
-    from nemo_llm.inference.prompts import encode_prompt
+    from nemo_llm.conversation.prompts import encode_prompt, load_chat_prompts
 
     if not cfg.chat:
         if cfg.chat_template is not None:

@@ -41,7 +41,7 @@ def main(cfg: RunConfig) -> ExitCode:
 def check_only(cfg: RunConfig) -> ExitCode:
     """Print what the run would read, its plan and whether it fits; starts nothing."""
     from nemo_llm.config.sections.batch_ramp import build_batch_ramp
-    from nemo_llm.data.check import describe_data
+    from nemo_llm.data.build import describe_data
     from nemo_llm.tokenizers.tokenizer import load_tokenizer
     from nemo_llm.training.check_only import report
 

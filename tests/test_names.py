@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +26,13 @@ TEXTS = [
 PATH = re.compile(
     rf"(?<![\w./{{}}-])((?:nemo_llm|tools|tests|benchmarks|slurm)/[\w/]+\.(?:py|sh)|(?:{'|'.join(ROOMS)})/[\w/]+\.py)\b"
 )
+# Files that the examples in docs/develop/ would make.
+NEW_FILES = {
+    path
+    for page in (ROOT / "docs" / "develop").glob("*.md")
+    for path in re.findall(r"^--- /dev/null\n\+\+\+ b/(.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+}
+NEW_MODULES = {path.removesuffix(".py").replace("/", ".") for path in NEW_FILES}
 MODULE = re.compile(r"(?<![\w./_-])nemo_llm(?:\.[a-z_0-9]+)+")
 NOT_OURS = {
     "slurm/site.sh",  # the user's own
@@ -52,8 +60,17 @@ def test_every_path_and_module_that_is_named_exists() -> None:
         text = file.read_text(encoding="utf-8")
         missing = {path for path in PATH.findall(text) if not _exists(path)}
         missing |= {name for name in MODULE.findall(text) if not _is_module(name)}
-        wrong += [f"{file.relative_to(ROOT)}: {name}" for name in missing - NOT_OURS]
+        wrong += [f"{file.relative_to(ROOT)}: {name}" for name in missing - NOT_OURS - NEW_FILES - NEW_MODULES]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "develop").glob("add-*.md")), ids=lambda page: page.stem)
+def test_the_example_of_a_page_fits_the_files_as_they_are(page: Path) -> None:
+    """What it adds stands in the page alone, so nothing else would show that it has become old."""
+    (example,) = re.findall(r"^```diff\n(.+?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    command = ["git", "apply", "--check", "-C1"]
+    done = subprocess.run(command, input=example, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{page.name}: carry the example out by hand, and write it anew: {done.stderr}"
 
 
 def test_a_module_under_its_old_name_is_found_with_a_warning() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nemo_llm.config.commands.data import IndexConfig
 from nemo_llm.config.commands.entry import run_tool
-from nemo_llm.data.index.build import IndexJob, Progress, build_index
+from nemo_llm.data.index.build import IndexJob, IndexProgress, build_index
 from nemo_llm.data.index.plan import IndexSettings
 from nemo_llm.storage.build_cache import cache_folder
 
@@ -64,7 +64,7 @@ class _Printer:
     def __init__(self) -> None:
         self._printed = time.monotonic()
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: IndexProgress) -> None:
         if time.monotonic() - self._printed > 5:
             self._printed = time.monotonic()
             rate = progress.report.tokens / max(progress.seconds, 1e-9)

@@ -3,7 +3,7 @@
 `nemo_llm.config.compose.load` composes and decodes; the dataclasses are importable from here.
 """
 
-# ruff: noqa: E402 (what is missing is said before the imports that need it)
+# ruff: noqa: E402, F401 (what is missing is said before the imports that need it; they are for others)
 
 from nemo_llm.environment import require_packages
 
@@ -16,33 +16,6 @@ from nemo_llm.config.sections.parallelism import ParallelismConfig
 from nemo_llm.config.sections.peft import PeftConfig
 from nemo_llm.config.sections.precision import Fp8Config, PrecisionConfig
 from nemo_llm.config.sections.run import RunConfig
-from nemo_llm.config.sections.run_services import (
-    CheckpointConfig,
-    ClusterConfig,
-    ExpManagerConfig,
-    SampleConfig,
-)
+from nemo_llm.config.sections.run_services import CheckpointConfig, ClusterConfig, ExpManagerConfig, SampleConfig
 from nemo_llm.config.sections.task import TaskConfig
 from nemo_llm.config.sections.trainer import RampupBatchSize, RunSection, TrainerConfig
-
-__all__ = [
-    "CheckpointConfig",
-    "ClusterConfig",
-    "DataConfig",
-    "ExpManagerConfig",
-    "Fp8Config",
-    "ModelConfig",
-    "MoeConfig",
-    "OptimConfig",
-    "ParallelismConfig",
-    "PeftConfig",
-    "PrecisionConfig",
-    "RampupBatchSize",
-    "RopeScaling",
-    "RunConfig",
-    "RunSection",
-    "SampleConfig",
-    "SchedConfig",
-    "TaskConfig",
-    "TrainerConfig",
-]

@@ -3,7 +3,7 @@
 from nemo_llm.config.commands.convert import ConvertConfig
 from nemo_llm.convert.hf import hf_to_ours, ours_to_hf
 from nemo_llm.convert.megatron import megatron_to_ours, ours_to_megatron
-from nemo_llm.convert.write_checkpoint import Outcome, begin_or_continue, forget_beginning, paths_of
+from nemo_llm.convert.write_checkpoint import ConversionOutcome, begin_or_continue, forget_beginning, paths_of
 from nemo_llm.errors import InputError
 
 WAYS = {
@@ -14,7 +14,7 @@ WAYS = {
 }
 
 
-def convert(cfg: ConvertConfig) -> Outcome:
+def convert(cfg: ConvertConfig) -> ConversionOutcome:
     """Convert as asked; the output folder appears when everything in it is written and compared.
 
     Raises:

@@ -25,7 +25,7 @@ from nemo_llm.convert.logit_check import GateReport, GateSettings, compare, save
 from nemo_llm.convert.mapping import Mapped
 from nemo_llm.convert.reach import Reach
 from nemo_llm.convert.write_checkpoint import (
-    Outcome,
+    ConversionOutcome,
     ahead,
     appear,
     check_room,
@@ -56,7 +56,7 @@ _TEXTS = (
 _DTYPE_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def hf_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
+def hf_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> ConversionOutcome:
     """A Hugging Face folder, or a GGUF file, becomes a committed checkpoint of weights alone."""
     if source.suffix == ".gguf" and source.is_file():
         with tempfile.TemporaryDirectory(dir=temporary.parent, prefix=f".{output.name}.gguf.") as unpacked:
@@ -78,7 +78,7 @@ def hf_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
     return written.commit(cfg, mapped, report, output)
 
 
-def ours_to_hf(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
+def ours_to_hf(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> ConversionOutcome:
     """A checkpoint of ours becomes a folder that plain transformers loads."""
     saved = SavedRun.open(source)
     folder, model = saved.folder, asdict(saved_model(saved))
@@ -103,7 +103,7 @@ def ours_to_hf(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
         report = replace(report, texts=compare_token_ids(temporary, folder / "tokenizer", beginning=False))
     write_report(temporary, cfg, mapped, report)
     appear(temporary, output)
-    return Outcome(output, total, seconds, report)
+    return ConversionOutcome(output, total, seconds, report)
 
 
 def _their_tensors(mapped: Mapped, reader: NativeReader, done: set[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nemo_llm.checkpoint.state_files import TensorInfo
-from nemo_llm.convert.transforms import TRANSFORMS, Shape
+from nemo_llm.convert.transforms import TRANSFORMS, AttentionShape
 from nemo_llm.errors import InputError
 from nemo_llm.families.shapes import our_shape
 from nemo_llm.families.spec import Family, Link, links
@@ -22,13 +22,13 @@ class Mapped:
 
     family: Family
     model: Mapping[str, Any]
-    shape: Shape
+    shape: AttentionShape
     links: tuple[Link, ...]
 
     @classmethod
     def of(cls, family: Family, model: Mapping[str, Any]) -> "Mapped":
         """For a model section whose vocabulary is known."""
-        return cls(family, model, Shape.of(model), tuple(links(family, model)))
+        return cls(family, model, AttentionShape.of(model), tuple(links(family, model)))
 
     def to_ours(self, link: Link, tensors: list[torch.Tensor]) -> torch.Tensor:
         """The slice of our tensor."""

@@ -18,11 +18,11 @@ from nemo_llm.config.shipped import completed_model
 from nemo_llm.convert.layer_subset import write_our_sample
 from nemo_llm.convert.logit_check import GateReport, GateSettings, Sides, compare_sides, run_ours, saved_model
 from nemo_llm.convert.mapping import Mapped
-from nemo_llm.convert.megatron_files import Source, open_megatron, write_megatron
+from nemo_llm.convert.megatron_files import MegatronSource, open_megatron, write_megatron
 from nemo_llm.convert.megatron_model import run_megatron
 from nemo_llm.convert.reach import Reach
 from nemo_llm.convert.write_checkpoint import (
-    Outcome,
+    ConversionOutcome,
     appear,
     check_room,
     finish_ours,
@@ -38,7 +38,7 @@ from nemo_llm.families.mcore import LOCAL_NAMES, MCORE, fields_of_section
 from nemo_llm.tokenizers.tokenizer import load_tokenizer
 
 
-def megatron_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
+def megatron_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> ConversionOutcome:
     """A checkpoint of Megatron's kind becomes a committed checkpoint of weights alone."""
     given = None if cfg.tokenizer is None else Path(cfg.tokenizer).expanduser()
     if given is not None and not (given / "tokenizer.json").is_file():
@@ -59,7 +59,7 @@ def megatron_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: 
     return written.commit(cfg, mapped, report, output)
 
 
-def ours_to_megatron(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
+def ours_to_megatron(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> ConversionOutcome:
     """A checkpoint of ours becomes a folder that Megatron-LM's ``--load`` takes."""
     saved = SavedRun.open(source)
     folder, model = saved.folder, asdict(saved_model(saved))
@@ -80,7 +80,7 @@ def ours_to_megatron(cfg: ConvertConfig, source: Path, temporary: Path, output: 
         report = _compare(cfg, mapped, opened, folder, temporary)
     write_report(temporary, cfg, mapped, report)
     appear(temporary, output)
-    return Outcome(output, total, seconds, report)
+    return ConversionOutcome(output, total, seconds, report)
 
 
 def _slices(mapped: Mapped, reader: NativeReader, dtype: torch.dtype | None, bar: Any) -> Iterator[tuple]:
@@ -94,7 +94,9 @@ def _slices(mapped: Mapped, reader: NativeReader, dtype: torch.dtype | None, bar
         bar.update(slice_.numel() * slice_.element_size())
 
 
-def _compare(cfg: ConvertConfig, mapped: Mapped, theirs: Source, ours: Path, written: Path) -> GateReport | None:
+def _compare(
+    cfg: ConvertConfig, mapped: Mapped, theirs: MegatronSource, ours: Path, written: Path
+) -> GateReport | None:
     """The gate between Megatron-Core's own model and ours."""
 
     def run(layers: list[int] | None, settings: GateSettings, scratch: Path) -> GateReport:

@@ -117,7 +117,7 @@ def canonical(name: str, with_experts: bool) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class MegatronSource:
     """An opened checkpoint of Megatron's kind.
 
     Attributes:
@@ -136,7 +136,7 @@ class Source:
 
 
 @contextmanager
-def open_megatron(path: Path, vocab_size: int | None, scratch: Path) -> Iterator[Source]:
+def open_megatron(path: Path, vocab_size: int | None, scratch: Path) -> Iterator[MegatronSource]:
     """Open whatever of Megatron's kinds lies at ``path``.
 
     Args:
@@ -185,7 +185,7 @@ def _unpack(path: Path, folder: Path) -> None:
                 shutil.copyfileobj(source, file, 16 << 20)
 
 
-def _open_folder(folder: Path, vocab_size: int | None, named: Path) -> Source:
+def _open_folder(folder: Path, vocab_size: int | None, named: Path) -> MegatronSource:
     if (folder / "model_config.yaml").is_file():
         return _open_nemo1(folder, vocab_size, named)
     if (folder / "context").is_dir() and (folder / "weights").is_dir():
@@ -218,7 +218,7 @@ def _newest(folder: Path, named: Path) -> Path:
     )
 
 
-def _open_nemo2(folder: Path, vocab_size: int | None, named: Path) -> Source:
+def _open_nemo2(folder: Path, vocab_size: int | None, named: Path) -> MegatronSource:
     path = folder / "context" / "model.yaml"
     if not path.is_file():
         raise InputError(f"{named}: context/model.yaml is missing, which says what the model is")
@@ -227,7 +227,7 @@ def _open_nemo2(folder: Path, vocab_size: int | None, named: Path) -> Source:
     source = _source("NeMo 2", NativeReader(folder / "weights"), fields, vocab_size)
     if not (tokenizer / "tokenizer.json").is_file():
         return source
-    return Source(source.kind, source.reader, source.model, source.fields, tokenizer)
+    return MegatronSource(source.kind, source.reader, source.model, source.fields, tokenizer)
 
 
 def _fields_of_yaml(path: Path, section: str) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def _fields_of_yaml(path: Path, section: str) -> dict[str, Any]:
     return {**fields, "activation_func": activation}
 
 
-def _open_nemo1(folder: Path, vocab_size: int | None, named: Path) -> Source:
+def _open_nemo1(folder: Path, vocab_size: int | None, named: Path) -> MegatronSource:
     model = completed_model(import_nemo_model(folder / "model_config.yaml"))
     states = [path.parent for path in folder.rglob(".metadata")]
     single = folder / "model_weights.ckpt"
@@ -277,7 +277,7 @@ def _tensors_by_name(path: Path) -> dict[str, torch.Tensor]:
 
 def _source(
     kind: str, tensors: Any, fields: dict[str, Any] | None, vocab_size: int | None, model: Any = None
-) -> Source:
+) -> MegatronSource:
     section: dict[str, Any] = model if fields is None else section_of_fields(fields, kind)
     probe = MegatronReader(tensors)
     if _VOCABULARIES[0] not in probe.infos:
@@ -286,7 +286,7 @@ def _source(
     said = None if fields is None else fields.get("vocab_size")
     section = {**section, "vocab_size": said if said and said <= rows else vocab_size or rows}
     reader = MegatronReader(tensors, section["vocab_size"])
-    return Source(kind, reader, section, fields or fields_of_section(section))
+    return MegatronSource(kind, reader, section, fields or fields_of_section(section))
 
 
 def write_megatron(folder: Path, model: Mapping[str, Any], tensors: Any) -> None:

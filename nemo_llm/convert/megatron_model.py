@@ -21,26 +21,11 @@ _GPT_FIELDS = (
     "share_embeddings_and_output_weights",
 )
 _CONFIG_FIELDS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "normalization",
-    "layernorm_epsilon",
-    "gated_linear_unit",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "softmax_scale",
-    "window_size",
-    "window_attn_skip_freq",
-    "num_moe_experts",
-    "moe_router_topk",
-    "moe_ffn_hidden_size",
-    "moe_router_score_function",
-    "moe_router_pre_softmax",
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("kv_channels", "normalization", "layernorm_epsilon", "gated_linear_unit", "add_bias_linear"),
+    *("add_qkv_bias", "qk_layernorm", "softmax_scale", "window_size", "window_attn_skip_freq"),
+    *("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size"),
+    *("moe_router_score_function", "moe_router_pre_softmax"),
 )
 
 

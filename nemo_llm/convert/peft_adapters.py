@@ -34,7 +34,7 @@ from nemo_llm.convert.logit_check import (
     load_theirs,
     saved_model,
 )
-from nemo_llm.convert.write_checkpoint import Outcome, appear, paths_of, write_report
+from nemo_llm.convert.write_checkpoint import ConversionOutcome, appear, paths_of, write_report
 from nemo_llm.errors import InputError
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.parallel.runtime import own_runtime
@@ -44,7 +44,7 @@ from nemo_llm.peft.hf_format import export_adapter, load_hf_adapter, section_of_
 from nemo_llm.peft.state import load_adapter, write_description
 
 
-def convert_adapter(cfg: ConvertConfig) -> Outcome:
+def convert_adapter(cfg: ConvertConfig) -> ConversionOutcome:
     """Convert between a checkpoint of a run with ``peft`` and a folder of Hugging Face's peft.
 
     Raises:
@@ -62,7 +62,7 @@ def convert_adapter(cfg: ConvertConfig) -> Outcome:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _to_peft(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
+def _to_peft(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> ConversionOutcome:
     saved = SavedRun.open(source)
     folder, run = saved.folder, saved.sections
     if run.peft is None:
@@ -83,10 +83,10 @@ def _to_peft(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) ->
     num_bytes = sum(path.stat().st_size for path in temporary.iterdir())
     write_report(temporary, cfg, None, report)
     appear(temporary, output)
-    return Outcome(output, num_bytes, seconds, report)
+    return ConversionOutcome(output, num_bytes, seconds, report)
 
 
-def _to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> Outcome:
+def _to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) -> ConversionOutcome:
     if cfg.base is None:
         raise InputError("base: needed; name the checkpoint of ours that the adapter stands on")
     saved = SavedRun.open(Path(cfg.base).expanduser())
@@ -112,7 +112,7 @@ def _to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) ->
     write_report(temporary, cfg, None, report)
     num_bytes = sum(path.stat().st_size for path in (temporary / "state").iterdir())
     commit(temporary, output)
-    return Outcome(output, num_bytes, seconds, report)
+    return ConversionOutcome(output, num_bytes, seconds, report)
 
 
 def merge_checkpoint(checkpoint: Path, output: Path) -> Path:

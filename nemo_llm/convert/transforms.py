@@ -15,7 +15,7 @@ Tensors = list[torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class AttentionShape:
     """Sizes that transforms need."""
 
     heads: int
@@ -25,7 +25,7 @@ class Shape:
     padded_vocabulary: int
 
     @classmethod
-    def of(cls, model: Mapping[str, Any]) -> "Shape":
+    def of(cls, model: Mapping[str, Any]) -> "AttentionShape":
         """Of a model section whose vocabulary is known."""
         return cls(
             heads=model["num_attention_heads"],
@@ -40,32 +40,32 @@ class Shape:
 class Transform:
     """``to_ours`` makes one tensor of theirs; ``to_theirs`` is its inverse."""
 
-    to_ours: Callable[[Tensors, Shape], torch.Tensor]
-    to_theirs: Callable[[torch.Tensor, Shape], Tensors]
+    to_ours: Callable[[Tensors, AttentionShape], torch.Tensor]
+    to_theirs: Callable[[torch.Tensor, AttentionShape], Tensors]
 
 
-def _pad(tensors: Tensors, shape: Shape) -> torch.Tensor:
+def _pad(tensors: Tensors, shape: AttentionShape) -> torch.Tensor:
     """[v, ...] -> [padded v, ...]; the rows in addition are zero."""
     (weight,) = tensors
     missing = shape.padded_vocabulary - weight.shape[0]
     return weight if missing <= 0 else torch.cat((weight, weight.new_zeros(missing, *weight.shape[1:])))
 
 
-def _join_qkv(tensors: Tensors, shape: Shape) -> torch.Tensor:
+def _join_qkv(tensors: Tensors, shape: AttentionShape) -> torch.Tensor:
     """Rows [n*d], [g*d], [g*d] -> [(n + 2g)*d]: Megatron keeps each group's queries before its key and value."""
     rest = tensors[0].shape[1:]
     parts = [part.reshape(shape.groups, -1, *rest) for part in tensors]
     return torch.cat(parts, 1).reshape(-1, *rest)
 
 
-def _split_qkv(weight: torch.Tensor, shape: Shape) -> Tensors:
+def _split_qkv(weight: torch.Tensor, shape: AttentionShape) -> Tensors:
     rest = weight.shape[1:]
     queries = shape.heads // shape.groups * shape.channels
     parts = weight.reshape(shape.groups, -1, *rest).split([queries, shape.channels, shape.channels], 1)
     return [part.reshape(-1, *rest) for part in parts]
 
 
-def _stack_qkv(tensors: Tensors, shape: Shape) -> torch.Tensor:
+def _stack_qkv(tensors: Tensors, shape: AttentionShape) -> torch.Tensor:
     """As `_join_qkv`, of one tensor whose rows are all queries, then all keys, then all values."""
     sizes = [shape.heads * shape.channels, shape.groups * shape.channels, shape.groups * shape.channels]
     return _join_qkv(list(tensors[0].split(sizes)), shape)

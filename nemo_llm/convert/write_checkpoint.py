@@ -51,7 +51,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ConversionOutcome:
     """What a conversion did."""
 
     output: Path
@@ -69,11 +69,11 @@ class Written:
     seconds: float
     entries: Mapping[str, dict[str, Any]]
 
-    def commit(self, cfg: ConvertConfig, mapped: Mapped, report: GateReport | None, output: Path) -> Outcome:
+    def commit(self, cfg: ConvertConfig, mapped: Mapped, report: GateReport | None, output: Path) -> ConversionOutcome:
         """Let the checkpoint appear."""
         write_report(self.temporary, cfg, mapped, report)
         commit(self.temporary, output, dict(self.entries))
-        return Outcome(output, self.num_bytes, self.seconds, report)
+        return ConversionOutcome(output, self.num_bytes, self.seconds, report)
 
 
 def paths_of(cfg: ConvertConfig) -> tuple[Path, Path]:

@@ -1,8 +1,14 @@
-"""From the ``data`` section of the configuration to training and validation sources."""
+"""From the ``data`` section of the configuration to training and validation sources.
+
+``trainer.check_only=true`` shows what `describe_data` says: sources are opened as a run opens them where that is quick.
+"""
 
 import dataclasses
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from nemo_llm.config.sections.data import DataConfig
 from nemo_llm.config.sections.model import ModelConfig
@@ -12,8 +18,7 @@ from nemo_llm.data.sampling.blend_order import Blend
 from nemo_llm.data.sampling.blended_source import BlendedSource, Phase
 from nemo_llm.data.sampling.keyed_permutation import derive_key
 from nemo_llm.data.sampling.packed_documents import PackedDataset, build_packs
-from nemo_llm.data.sampling.token_windows import Source, TokenWindowDataset
-from nemo_llm.data.sampling.virtual_tokens import VirtualTokenSource
+from nemo_llm.data.sampling.token_windows import EndlessSource, TokenWindowDataset, VirtualTokenSource
 from nemo_llm.data.sampling.window_to_sample import SampleRules
 from nemo_llm.data.sources.kind import OpenContext
 from nemo_llm.data.sources.registry import source_kind
@@ -126,7 +131,7 @@ class _Builder:
             return BlendedSource(sources, [Phase(0, tuple(weights))], seed, num_samples)
         return BlendedSource(sources, [Phase(0, tuple(weights)), *self._changes(sources)], seed)
 
-    def _source(self, entry: SourceSection, part: SourcePart, seed: int) -> Source:
+    def _source(self, entry: SourceSection, part: SourcePart, seed: int) -> EndlessSource:
         # Whole documents have their virtual tokens already.
         rules = self._rules if entry.packs else self._text_rules
         runs_on = self._config.packing == "concatenate" and not entry.packs
@@ -136,7 +141,7 @@ class _Builder:
         store, documents = kind.split(self._stores[entry.identity], part, rules.seq_length + 1 if runs_on else 1)
         key = derive_key("order", seed, entry.name)
         if runs_on:
-            source: Source = TokenWindowDataset(entry.name, store, rules, documents, key)
+            source: EndlessSource = TokenWindowDataset(entry.name, store, rules, documents, key)
         else:
             shape = (rules.seq_length, self._config.packing == "none")
             packs = build_packs(store, documents, shape, self._context.cache)
@@ -144,7 +149,7 @@ class _Builder:
         virtual_tokens = 0 if entry.packs else self._context.virtual_tokens
         return VirtualTokenSource(source, virtual_tokens) if virtual_tokens else source
 
-    def _weights(self, given: Sequence[float | None], sources: list[Source]) -> list[float]:
+    def _weights(self, given: Sequence[float | None], sources: list[EndlessSource]) -> list[float]:
         """Return the sources' shares of samples from what the configuration says they are shares of."""
         sizes = [float(source.num_tokens) for source in sources]
         weights = [weight for weight in given if weight is not None]
@@ -160,7 +165,7 @@ class _Builder:
         weights = weights or sizes  # shares of tokens: a source with more padding needs more samples for its share
         return [weight / source.tokens_per_sample for weight, source in zip(weights, sources, strict=True)]
 
-    def _changes(self, sources: list[Source]) -> list[Phase]:
+    def _changes(self, sources: list[EndlessSource]) -> list[Phase]:
         names = [source.name for source in sources]
         phases = []
         for number, change in enumerate(self._config.blend_changes):
@@ -172,3 +177,32 @@ class _Builder:
             weights = self._weights([change.weights.get(name, 0.0) for name in names], sources)
             phases.append(Phase(change.from_sample, tuple(weights)))
         return phases
+
+
+_MOST_BYTES = 1 << 24  # 16 MiB of text take some seconds the first time, and nothing once they are in the cache
+
+
+def describe_data(config: DataConfig, setting: ModelSetting, tokenizer: Tokenizer, num_train_samples: int) -> str:
+    """A table of the sources, with the samples and epochs of a run of this length; or why they were not opened.
+
+    Nothing is left behind where the cache cannot be written, as on a machine that is not the run's.
+
+    Raises:
+        ConfigError, InputError: what the run itself would refuse: too little text, another tokenizer, bad records.
+    """
+    unread = sum(source_kind(entry).unread_bytes() for blend in config.blends().values() for entry in blend)
+    if unread > _MOST_BYTES:
+        return (
+            f"data: not opened by this check, which would have to read {unread / 2**20:,.0f} MiB of text, or of "
+            "datasets without a manifest, first; text that tools/index_dataset.py has indexed is checked here"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        if not _writable(cache_folder(config.cache_dir)):
+            config = dataclasses.replace(config, cache_dir=folder)
+        return open_data(config, setting, tokenizer).describe(num_train_samples)
+
+
+def _writable(folder: Path) -> bool:
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK)

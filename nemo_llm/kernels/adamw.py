@@ -20,7 +20,7 @@ _VECTOR = 4  # elements that a thread reads at once where every tensor allows it
 
 
 @dataclass(frozen=True)
-class Rule:
+class AdamWRule:
     """What an update does: settings of AdamW, and ``divisor``, by which gradients are divided as they are read."""
 
     step: int
@@ -63,7 +63,7 @@ class AdamWPass:
         # [1 + lists, chunks]: how many elements a chunk has, and where it begins behind each list's first tensor.
         self._chunks = torch.cat(pieces, 1).to(self._firsts[0].device)
 
-    def run(self, rule: Rule) -> None:
+    def run(self, rule: AdamWRule) -> None:
         """Update the tensors; the gradients are only read."""
         count = self._chunks.shape[1]
         _adamw[(count,)](

@@ -76,7 +76,7 @@ def _handle(_device: torch.device) -> c_void_p:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ProductShape:
     """``left @ right`` -> [rows, columns], both contiguous, each given as it is or as the transpose of what is given.
 
     ``inner`` is the length of the sums. With ``accumulate`` the product is added to the output, which is float32 then;
@@ -114,7 +114,7 @@ class Shape:
 class Product:
     """Products of one shape by any of cuBLASLt's kernels for it."""
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
+    def __init__(self, shape: ProductShape, device: torch.device) -> None:
         self.shape = shape
         self._handle = _handle(device)
         self._operation = c_void_p()

@@ -14,7 +14,7 @@ from functools import cache, partial
 
 import torch
 
-from nemo_llm.kernels.cublaslt import Product, Shape
+from nemo_llm.kernels.cublaslt import Product, ProductShape
 
 _MARGIN = 0.985  # of PyTorch's time; what is nearer is noise
 _FINALISTS = 3
@@ -25,7 +25,7 @@ _LEAST_FLOPS = 2e10  # below that it is not the product that takes the time
 
 
 @cache
-def _chosen_kernels(_device: torch.device) -> dict[Shape, Product]:
+def _chosen_kernels(_device: torch.device) -> dict[ProductShape, Product]:
     """What `choose_kernels` has kept for a device."""
     return {}
 
@@ -74,7 +74,7 @@ def add_weight_gradient(buffer: torch.Tensor, output_grad: torch.Tensor, inputs:
         buffer.addmm_(output_grad.t().to(buffer.dtype), inputs.to(buffer.dtype), beta=beta)
 
 
-def shapes_of_linear(tokens: int, weight: torch.Tensor) -> list[Shape]:
+def shapes_of_linear(tokens: int, weight: torch.Tensor) -> list[ProductShape]:
     """The products of a layer with this weight ``[o, i]``; without its gradient where it is frozen."""
     shapes = [_projection(tokens, weight), _input_gradient(tokens, weight)]
     return [*shapes, _weight_gradient(tokens, weight)] if weight.requires_grad else shapes
@@ -84,12 +84,12 @@ def shapes_of_linear(tokens: int, weight: torch.Tensor) -> list[Shape]:
 class Choice:
     """Milliseconds of one product by PyTorch's choice of kernel and by the one that was kept."""
 
-    shape: Shape
+    shape: ProductShape
     before: float
     after: float
 
 
-def choose_kernels(shapes: Iterable[Shape], device: torch.device) -> list[Choice]:
+def choose_kernels(shapes: Iterable[ProductShape], device: torch.device) -> list[Choice]:
     """Time the kernels for these shapes and use the fastest from now on; returns where that is not PyTorch's.
 
     Raises:
@@ -102,19 +102,19 @@ def choose_kernels(shapes: Iterable[Shape], device: torch.device) -> list[Choice
     return choices
 
 
-def _projection(tokens: int, weight: torch.Tensor) -> Shape:
-    return Shape(tokens, weight.shape[1], weight.shape[0], right_transposed=True)
+def _projection(tokens: int, weight: torch.Tensor) -> ProductShape:
+    return ProductShape(tokens, weight.shape[1], weight.shape[0], right_transposed=True)
 
 
-def _input_gradient(tokens: int, weight: torch.Tensor) -> Shape:
-    return Shape(tokens, weight.shape[0], weight.shape[1])
+def _input_gradient(tokens: int, weight: torch.Tensor) -> ProductShape:
+    return ProductShape(tokens, weight.shape[0], weight.shape[1])
 
 
-def _weight_gradient(tokens: int, weight: torch.Tensor) -> Shape:
-    return Shape(weight.shape[0], tokens, weight.shape[1], left_transposed=True, accumulate=True)
+def _weight_gradient(tokens: int, weight: torch.Tensor) -> ProductShape:
+    return ProductShape(weight.shape[0], tokens, weight.shape[1], left_transposed=True, accumulate=True)
 
 
-def _find(shape: Shape, left: torch.Tensor, right: torch.Tensor, *out: torch.Tensor) -> Product | None:
+def _find(shape: ProductShape, left: torch.Tensor, right: torch.Tensor, *out: torch.Tensor) -> Product | None:
     product = _chosen_kernels(left.device).get(shape)
     if product is None or left.dtype != torch.bfloat16 or right.dtype != torch.bfloat16:
         return None
@@ -126,7 +126,7 @@ def _run(product: Product, left: torch.Tensor, right: torch.Tensor, out: torch.T
     return out
 
 
-def _choose(shape: Shape, device: torch.device) -> Choice | None:
+def _choose(shape: ProductShape, device: torch.device) -> Choice | None:
     """Keep the fastest kernel for this shape, if it is not PyTorch's own choice."""
     product = Product(shape, device)
     left, right = (torch.randn(*size, device=device).bfloat16() for size in (shape.left_size, shape.right_size))
@@ -154,7 +154,7 @@ def _choose(shape: Shape, device: torch.device) -> Choice | None:
     return Choice(shape, before, after)
 
 
-def _by_pytorch(shape: Shape, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+def _by_pytorch(shape: ProductShape, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
     a, b = left.t() if shape.left_transposed else left, right.t() if shape.right_transposed else right
     if shape.accumulate:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)

@@ -135,11 +135,12 @@ class FusedNorm(torch.autograd.Function):
             the normed sum and the sum, both ``[..., h]``; without ``residual`` the sum is ``x`` itself.
         """
         eps, zero_centered = rule
-        x = x.contiguous()
+        given, x = x, x.contiguous()
         columns = x.shape[-1]
         rows = x.numel() // columns
         y = torch.empty_like(x)
-        total = x if residual is None else torch.empty_like(x)
+        # Kept as it was given: heads that are views of a projection's output are not kept twice.
+        total = given if residual is None else torch.empty_like(x)
         scale = torch.empty(rows, dtype=torch.float32, device=x.device)
         mean = torch.empty_like(scale) if bias is not None else scale
         block = triton.next_power_of_2(columns)
@@ -150,7 +151,7 @@ class FusedNorm(torch.autograd.Function):
             weight,
             weight if bias is None else bias,
             y,
-            total,
+            x if residual is None else total,
             mean,
             scale,
             rows,
@@ -166,12 +167,13 @@ class FusedNorm(torch.autograd.Function):
         ctx.save_for_backward(total, weight, mean, scale)
         ctx.rule = (residual is not None, bias is not None, zero_centered)
         ctx.set_materialize_grads(False)
-        return y, x.view_as(x) if residual is None else total
+        return y, given.view_as(given) if residual is None else total
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor, dtotal: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """One gradient for both addends, and those of weight and bias."""
         total, weight, mean, scale = ctx.saved_tensors
+        total = total.contiguous()
         had_residual, layer, zero_centered = ctx.rule
         columns = total.shape[-1]
         rows = total.numel() // columns

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_llm.config.compose.catalog import known_keys, nearest
 from nemo_llm.errors import InputError
 from nemo_llm.migrate.arguments import mentions
-from nemo_llm.migrate.rows import Imported, Row, short
+from nemo_llm.migrate.rows import Imported, ImportRow, short
 from nemo_llm.migrate.schedule import MEGATRON_SCHEDULE, NEMO_SCHEDULE, megatron_schedule, nemo_schedule
 from nemo_llm.migrate.tables import Tables, tables_of
 from nemo_llm.migrate.yaml import check_yaml, flatten, read_yaml
@@ -210,7 +210,7 @@ def _import_nemo(given: Mapping[str, Any]) -> Imported:
         activation = "gelu"
     keys["model.activation_func"], keys["model.gated_linear_unit"] = activation, gated
     became = "mapped" if _FUSION in given else "default"
-    result.rows.append(Row(_FUSION, fused, became, f"model.activation_func = {activation}"))
+    result.rows.append(ImportRow(_FUSION, fused, became, f"model.activation_func = {activation}"))
     if keys.get("model.normalization") == "LayerNorm1p":
         keys["model.normalization"], keys["model.layernorm_zero_centered_gamma"] = "LayerNorm", True
     if "data.seq_length" not in keys and "model.encoder_seq_length" in given:
@@ -233,7 +233,7 @@ def _import_megatron(mentioned: Iterable[tuple[str, Any]]) -> Imported:
     for name, value in mentioned:
         if given.setdefault(name, value) != value:
             rule = f"given before as {short(given[name])}, which was taken"
-            result.rows.append(Row(name, value, "unmapped", rule))
+            result.rows.append(ImportRow(name, value, "unmapped", rule))
     rest = {key: value for key, value in given.items() if key not in _TOGETHER}
     _translate(result, rest, megatron)
     defaults = dict(megatron.defaults["always"])
@@ -246,7 +246,7 @@ def _import_megatron(mentioned: Iterable[tuple[str, Any]]) -> Imported:
     _fill(result, given, defaults, megatron)
     for key in megatron.required.split():
         if key not in given:
-            result.rows.append(Row(key, None, "unmapped", "not given, and Megatron-LM needs it"))
+            result.rows.append(ImportRow(key, None, "unmapped", "not given, and Megatron-LM needs it"))
     _precision(result, given)
     _shape(result, given)
     _batch(result, given)
@@ -260,7 +260,7 @@ def _precision(result: Imported, given: Mapping[str, Any]) -> None:
     name = named or "fp32"
     if "fp8-format" in given and named != "bf16":
         rule = f"precision: FP8 is built beside bf16 alone, and the parameters are in {name}"
-        result.rows.append(Row("fp8-format", given["fp8-format"], "unmapped", rule))
+        result.rows.append(ImportRow("fp8-format", given["fp8-format"], "unmapped", rule))
     elif "fp8-format" in given:
         name = f"fp8_{result.keys['precision.fp8.fp8_recipe']}"
     if "fp8-format" not in given:
@@ -268,7 +268,7 @@ def _precision(result: Imported, given: Mapping[str, Any]) -> None:
             del result.keys[key]
     result.groups["precision"] = name
     became = "default" if named is None else "mapped"
-    result.rows.append(Row(named or "bf16", named is not None, became, f"precision = {name}"))
+    result.rows.append(ImportRow(named or "bf16", named is not None, became, f"precision = {name}"))
 
 
 def _shape(result: Imported, given: Mapping[str, Any]) -> None:
@@ -277,32 +277,34 @@ def _shape(result: Imported, given: Mapping[str, Any]) -> None:
     grouped, groups = bool(given.get("group-query-attention")), given.get("num-query-groups", 1)
     if grouped:
         keys["model.num_query_groups"] = groups
-        rows.append(Row("group-query-attention", True, "mapped", f"model.num_query_groups = {groups}"))
+        rows.append(ImportRow("group-query-attention", True, "mapped", f"model.num_query_groups = {groups}"))
     if "num-query-groups" in given and not grouped:
         text = "Megatron-LM reads it beside --group-query-attention alone"
-        rows.append(Row("num-query-groups", groups, "left", text))
+        rows.append(ImportRow("num-query-groups", groups, "left", text))
     scaling, factor = given.get("use-rope-scaling", False), given.get("rope-scaling-factor", 8.0)
     if scaling and keys.get("model.rope_scaling") is None and isinstance(factor, int | float):
         keys["model.rope_scaling"] = llama3_rope(True, factor)
         rows.append(
-            Row("use-rope-scaling", True, "mapped", f"model.rope_scaling = {short(keys['model.rope_scaling'])}")
+            ImportRow("use-rope-scaling", True, "mapped", f"model.rope_scaling = {short(keys['model.rope_scaling'])}")
         )
         became = "mapped" if "rope-scaling-factor" in given else "default"
-        rows.append(Row("rope-scaling-factor", factor, became, f"model.rope_scaling.factor = {factor}"))
+        rows.append(ImportRow("rope-scaling-factor", factor, became, f"model.rope_scaling.factor = {factor}"))
     elif scaling:
-        rows.append(Row("use-rope-scaling", True, "unmapped", "model.rope_scaling: beside another scaling"))
+        rows.append(ImportRow("use-rope-scaling", True, "unmapped", "model.rope_scaling: beside another scaling"))
     elif "rope-scaling-factor" in given:
-        rows.append(Row("rope-scaling-factor", factor, "left", "read beside --use-rope-scaling alone"))
+        rows.append(ImportRow("rope-scaling-factor", factor, "left", "read beside --use-rope-scaling alone"))
     bias = keys["model.add_bias_linear"]
     if "model.activation_func" not in keys:
         fused = bias and "no-bias-gelu-fusion" not in given
         keys["model.activation_func"] = "gelu_tanh" if fused else "gelu"
         why = "GELU, in the fused kernel its tanh form" if fused else "GELU"
-        rows.append(Row("swiglu", False, "default", f"model.activation_func = {keys['model.activation_func']} ({why})"))
+        rows.append(
+            ImportRow("swiglu", False, "default", f"model.activation_func = {keys['model.activation_func']} ({why})")
+        )
     keys.setdefault("model.gated_linear_unit", False)
     if "no-bias-gelu-fusion" in given:
         text = f"model.activation_func = {keys['model.activation_func']}"
-        rows.append(Row("no-bias-gelu-fusion", True, "mapped", text))
+        rows.append(ImportRow("no-bias-gelu-fusion", True, "mapped", text))
     if "num-layers-per-virtual-pipeline-stage" in given:
         _virtual(result, given["num-layers-per-virtual-pipeline-stage"])
 
@@ -315,11 +317,11 @@ def _virtual(result: Imported, layers: Any) -> None:
         stages * layers
     ):
         rule = f"{key}: {total} layers on {stages} stages are no whole number of pieces of {layers}"
-        result.rows.append(Row(name, layers, "unmapped", rule))
+        result.rows.append(ImportRow(name, layers, "unmapped", rule))
         return
     size = total // (stages * layers)
     keys[key] = size if size > 1 else None
-    result.rows.append(Row(name, layers, "mapped", f"{key} = {keys[key]}"))
+    result.rows.append(ImportRow(name, layers, "mapped", f"{key} = {keys[key]}"))
 
 
 def _batch(result: Imported, given: Mapping[str, Any]) -> None:
@@ -337,11 +339,11 @@ def _batch(result: Imported, given: Mapping[str, Any]) -> None:
         rule = (
             "trainer.global_batch_size: not given; its default (micro-batch size x data-parallel size) needs processes"
         )
-        result.rows.append(Row("global-batch-size", None, "unmapped", rule))
+        result.rows.append(ImportRow("global-batch-size", None, "unmapped", rule))
         return
     batch = numbers[1] * (numbers[0] * numbers[2] // math.prod(model))
     keys["trainer.global_batch_size"] = batch
-    result.rows.append(Row("global-batch-size", batch, "default", f"trainer.global_batch_size = {batch}"))
+    result.rows.append(ImportRow("global-batch-size", batch, "default", f"trainer.global_batch_size = {batch}"))
 
 
 def _finish(result: Imported, mlp_factor: float) -> None:
@@ -372,7 +374,7 @@ def _finish(result: Imported, mlp_factor: float) -> None:
 
 def _derive(result: Imported, key: str, value: Any) -> None:
     result.keys[key] = value
-    result.rows.append(Row(key, value, "default", f"{key} = {value}"))
+    result.rows.append(ImportRow(key, value, "default", f"{key} = {value}"))
 
 
 def _translate(result: Imported, given: Mapping[str, Any], known: Tables) -> None:
@@ -386,15 +388,15 @@ def _translate(result: Imported, given: Mapping[str, Any], known: Tables) -> Non
         elif key in as_here:
             fits = value is None or str(value) in as_here[key].split()
             text = "what is done here anyway" if fits else f"{as_here[key].replace(' ', ' or ')} is built here alone"
-            result.rows.append(Row(key, value, "left" if fits else "unmapped", text))
+            result.rows.append(ImportRow(key, value, "left" if fits else "unmapped", text))
         elif section in reasons:
-            result.rows.append(Row(key, value, "left", reasons[section]))
+            result.rows.append(ImportRow(key, value, "left", reasons[section]))
         elif value is None:
-            result.rows.append(Row(key, value, "left", "not set"))
+            result.rows.append(ImportRow(key, value, "left", "not set"))
         else:
             meant = nearest(key, table)
             hint = f"; nearest known: {meant}" if meant else ""
-            result.rows.append(Row(key, value, "unmapped", f"no counterpart is known{hint}"))
+            result.rows.append(ImportRow(key, value, "unmapped", f"no counterpart is known{hint}"))
 
 
 def _fill(result: Imported, given: Mapping[str, Any], defaults: Mapping[str, Any], known: Tables) -> None:
@@ -402,25 +404,25 @@ def _fill(result: Imported, given: Mapping[str, Any], defaults: Mapping[str, Any
     for key, value in defaults.items():
         if key not in given and not any(target in result.keys for target in known.keys[key][0].split(", ")):
             row = _map(result.keys, key, value, known.keys[key])
-            result.rows.append(Row(key, value, "default", row.text))
+            result.rows.append(ImportRow(key, value, "default", row.text))
 
 
-def _map(keys: dict[str, Any], key: str, value: Any, entry: tuple[str, str]) -> Row:
+def _map(keys: dict[str, Any], key: str, value: Any, entry: tuple[str, str]) -> ImportRow:
     """Put the translated value into ``keys``, unless there is none or another key says otherwise."""
     target, codec = entry
     if "$" in str(value):
-        return Row(key, value, "unmapped", f"{target}: refers to what this file does not set")
+        return ImportRow(key, value, "unmapped", f"{target}: refers to what this file does not set")
     try:
         decoded = codec.removeprefix("flag:") if codec.startswith("flag:") else CODECS[codec](value)
     except (_NotTakenError, ValueError, TypeError, AttributeError) as error:
-        return Row(key, value, "unmapped", f"{target}: {error}")
+        return ImportRow(key, value, "unmapped", f"{target}: {error}")
     targets = target.split(", ")
     parts = dict(zip(targets, decoded if len(targets) > 1 else [decoded], strict=True))
     for name, part in parts.items():
         if part is not None and keys.get(name) not in (None, part):
-            return Row(key, value, "unmapped", f"{name}: another key of this file says {short(keys[name])}")
+            return ImportRow(key, value, "unmapped", f"{name}: another key of this file says {short(keys[name])}")
     keys.update({name: part for name, part in parts.items() if part is not None or name not in keys})
-    return Row(key, value, "mapped", f"{target} = {short(decoded)}")
+    return ImportRow(key, value, "mapped", f"{target} = {short(decoded)}")
 
 
 def model_file(result: Imported, name: str, source: str) -> str:

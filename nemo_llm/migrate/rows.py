@@ -5,7 +5,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ImportRow:
     """What became of one foreign key."""
 
     key: str
@@ -25,7 +25,7 @@ class Imported:
 
     keys: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, str] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ImportRow] = field(default_factory=list)
 
 
 def short(value: Any) -> str:

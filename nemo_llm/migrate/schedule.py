@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_llm.config.sections.batch_ramp import BatchRamp, build_batch_ramp
 from nemo_llm.config.sections.trainer import RampupBatchSize
-from nemo_llm.migrate.rows import Row
+from nemo_llm.migrate.rows import ImportRow
 
 MAX, DECAY, WARMUP, WSD = (
     "trainer.max_steps",
@@ -28,7 +28,7 @@ NEMO_SCHEDULE = frozenset(
 _LARGEST_DIFFERENCE = 0.01
 
 
-def megatron_schedule(given: Mapping[str, Any], keys: dict[str, Any]) -> Iterator[Row]:
+def megatron_schedule(given: Mapping[str, Any], keys: dict[str, Any]) -> Iterator[ImportRow]:
     """Put max_steps and the schedule's steps into ``keys``; yields what became of each argument.
 
     Args:
@@ -37,7 +37,7 @@ def megatron_schedule(given: Mapping[str, Any], keys: dict[str, Any]) -> Iterato
     """
     wanted = {name: given[name] for name in MEGATRON_SCHEDULE if given.get(name) is not None}
     bad = {name: value for name, value in wanted.items() if isinstance(value, bool) or not _is_number(value)}
-    yield from (Row(name, value, "unmapped", "no number that this file sets") for name, value in bad.items())
+    yield from (ImportRow(name, value, "unmapped", "no number that this file sets") for name, value in bad.items())
     if bad:
         return
     if "train-samples" in wanted:
@@ -46,41 +46,41 @@ def megatron_schedule(given: Mapping[str, Any], keys: dict[str, Any]) -> Iterato
         yield from _by_iterations(wanted, keys)
     else:
         rule = "neither --train-iters nor --train-samples is given, and Megatron-LM needs one"
-        yield Row("train-iters", None, "unmapped", f"{MAX}: {rule}")
-        yield from (Row(name, value, "unmapped", f"needs {MAX}") for name, value in wanted.items())
+        yield ImportRow("train-iters", None, "unmapped", f"{MAX}: {rule}")
+        yield from (ImportRow(name, value, "unmapped", f"needs {MAX}") for name, value in wanted.items())
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and value >= 0
 
 
-def _by_iterations(wanted: Mapping[str, Any], keys: dict[str, Any]) -> Iterator[Row]:
+def _by_iterations(wanted: Mapping[str, Any], keys: dict[str, Any]) -> Iterator[ImportRow]:
     for name in sorted(_SAMPLES & wanted.keys()):
-        yield Row(name, wanted[name], "unmapped", "Megatron-LM takes no samples beside --train-iters")
+        yield ImportRow(name, wanted[name], "unmapped", "Megatron-LM takes no samples beside --train-iters")
     total = int(wanted["train-iters"])
     decay = int(wanted.get("lr-decay-iters", total))
     fraction = wanted.get("lr-warmup-fraction")
     warmup = wanted.get("lr-warmup-iters", 0) if fraction is None else fraction * decay
     keys |= {MAX: total, DECAY: decay, WARMUP: math.ceil(warmup)}
-    yield Row("train-iters", total, "mapped", f"{MAX} = {total}")
+    yield ImportRow("train-iters", total, "mapped", f"{MAX} = {total}")
     yield _row(wanted, "lr-decay-iters", decay, f"{DECAY} = {decay}")
     yield _row(
         wanted, "lr-warmup-iters" if fraction is None else "lr-warmup-fraction", warmup, _rounded(WARMUP, warmup)
     )
     if "lr-wsd-decay-iters" in wanted:
         keys[WSD] = int(wanted["lr-wsd-decay-iters"])
-        yield Row("lr-wsd-decay-iters", keys[WSD], "mapped", f"{WSD} = {keys[WSD]}")
+        yield ImportRow("lr-wsd-decay-iters", keys[WSD], "mapped", f"{WSD} = {keys[WSD]}")
 
 
-def _by_samples(wanted: Mapping[str, Any], keys: dict[str, Any]) -> Iterator[Row]:
+def _by_samples(wanted: Mapping[str, Any], keys: dict[str, Any]) -> Iterator[ImportRow]:
     for name in sorted(_ITERATIONS & wanted.keys()):
-        yield Row(name, wanted[name], "unmapped", "Megatron-LM takes no iterations beside --train-samples")
+        yield ImportRow(name, wanted[name], "unmapped", "Megatron-LM takes no iterations beside --train-samples")
     batch, rampup = keys.get("trainer.global_batch_size"), keys.get("trainer.rampup_batch_size")
     try:
         ramp = build_batch_ramp(int(batch or 0) or _refuse(), None if rampup is None else RampupBatchSize(**rampup))
     except ValueError as error:
         for name in sorted(wanted.keys() - _ITERATIONS):
-            yield Row(name, wanted[name], "unmapped", f"samples cannot be turned into steps: {error}")
+            yield ImportRow(name, wanted[name], "unmapped", f"samples cannot be turned into steps: {error}")
         return
     total, ramp_samples = int(wanted["train-samples"]), 0 if rampup is None else rampup["ramp_samples"]
     decay = int(wanted.get("lr-decay-samples", total))
@@ -91,18 +91,18 @@ def _by_samples(wanted: Mapping[str, Any], keys: dict[str, Any]) -> Iterator[Row
         _steps(ramp, total) if rampup is None else max(_steps(ramp, total), _steps(ramp, min(total, ramp_samples)) + 1)
     )
     keys |= {MAX: steps, DECAY: _steps(ramp, decay, whole=False), WARMUP: _steps(ramp, warmup, whole=False)}
-    yield Row("train-samples", total, "mapped", f"{MAX} = {steps}")
+    yield ImportRow("train-samples", total, "mapped", f"{MAX} = {steps}")
     yield _row(wanted, "lr-decay-samples", decay, f"{DECAY} = {keys[DECAY]}")
     name = "lr-warmup-samples" if fraction is None else "lr-warmup-fraction"
     yield _row(wanted, name, warmup, f"{WARMUP} = {keys[WARMUP]}")
     if "lr-wsd-decay-samples" in wanted:
         wsd = wanted["lr-wsd-decay-samples"]
         keys[WSD] = keys[DECAY] - _steps(ramp, decay - wsd, whole=False)
-        yield Row("lr-wsd-decay-samples", wsd, "mapped", f"{WSD} = {keys[WSD]}")
+        yield ImportRow("lr-wsd-decay-samples", wsd, "mapped", f"{WSD} = {keys[WSD]}")
     share, step = _largest_difference(ramp, (float(warmup), float(decay)), (keys[WARMUP], keys[DECAY]))
     if share > _LARGEST_DIFFERENCE:
         key = "rampup-batch-size" if rampup is not None else "global-batch-size"
-        yield Row(
+        yield ImportRow(
             key,
             given_ramp(rampup) if rampup is not None else batch,
             "unmapped",
@@ -145,8 +145,8 @@ def _share(position: float, warmup: float, decay: float) -> tuple[float, float]:
     return done, min(1.0, max(0.0, position - warmup) / (decay - warmup)) if decay > warmup else 1.0
 
 
-def _row(wanted: Mapping[str, Any], name: str, value: Any, text: str) -> Row:
-    return Row(name, value, "mapped" if name in wanted else "default", text)
+def _row(wanted: Mapping[str, Any], name: str, value: Any, text: str) -> ImportRow:
+    return ImportRow(name, value, "mapped" if name in wanted else "default", text)
 
 
 def _rounded(target: str, value: float) -> str:
@@ -154,14 +154,14 @@ def _rounded(target: str, value: float) -> str:
     return f"{target} = {steps}" + ("" if steps == value else f" (rounded up from {value:g})")
 
 
-def nemo_schedule(given: Mapping[str, Any], keys: dict[str, Any]) -> Iterator[Row]:
+def nemo_schedule(given: Mapping[str, Any], keys: dict[str, Any]) -> Iterator[ImportRow]:
     """As `megatron_schedule`, for ``model.optim.sched`` of NeMo (nemo/core/optim/lr_scheduler.py)."""
     start = "model.optim.sched."
     wanted = {key.removeprefix(start): given[key] for key in NEMO_SCHEDULE if given.get(key) is not None}
     name = given.get(f"{start}name")
     if name is None:
         keys |= {"optim.sched.name": "constant", WARMUP: 0}
-        yield Row(f"{start}name", None, "default", "optim.sched.name = constant")
+        yield ImportRow(f"{start}name", None, "default", "optim.sched.name = constant")
     total: Any = wanted.get("max_steps", keys.get(MAX))
     constant, ratio = wanted.get("constant_steps"), wanted.get("constant_ratio")
     misplaced = ratio is not None or constant if name != "CosineAnnealing" else False
@@ -169,13 +169,13 @@ def nemo_schedule(given: Mapping[str, Any], keys: dict[str, Any]) -> Iterator[Ro
     if name not in ("CosineAnnealing", "WarmupAnnealing") or not _is_number(total) or not numbers or misplaced:
         if wanted:
             rule = f"needs a schedule that is known (CosineAnnealing, WarmupAnnealing) and {MAX}; this one is {name}"
-            yield from (Row(f"{start}{key}", value, "unmapped", rule) for key, value in sorted(wanted.items()))
+            yield from (ImportRow(f"{start}{key}", value, "unmapped", rule) for key, value in sorted(wanted.items()))
         return
     warmup = wanted.get("warmup_steps", int(wanted.get("warmup_ratio", 0) * total))
     hold = constant if constant is not None else int((ratio or 0) * total)
     if total - hold <= warmup:
         rule = f"of {total} steps, {warmup:g} of warm-up and {hold} at the end leave none to decay over"
-        yield from (Row(f"{start}{key}", value, "unmapped", rule) for key, value in sorted(wanted.items()))
+        yield from (ImportRow(f"{start}{key}", value, "unmapped", rule) for key, value in sorted(wanted.items()))
         return
     if hold:  # up from 0 in `warmup` steps, down to min_lr in what is left, then min_lr for `hold` steps
         keys |= {WARMUP: math.ceil(warmup), DECAY: int(total - hold)}
@@ -185,11 +185,11 @@ def nemo_schedule(given: Mapping[str, Any], keys: dict[str, Any]) -> Iterator[Ro
     for key, value in sorted({"warmup_steps": None, **wanted}.items()):
         became = "default" if value is None else "mapped"
         if value is not None or "warmup_ratio" not in wanted:
-            yield Row(
+            yield ImportRow(
                 f"{start}{key}",
                 warmup if value is None else value,
                 became,
                 text.get(key.split("_")[0], text["constant"]),
             )
     if "max_steps" not in wanted and not any(key.startswith("constant") for key in wanted):
-        yield Row(f"{start}max_steps", total, "default", text["constant"])
+        yield ImportRow(f"{start}max_steps", total, "default", text["constant"])

@@ -17,10 +17,14 @@ from nemo_llm.config.sections.arithmetic import padded_vocab_size
 from nemo_llm.megatron.models import become
 from nemo_llm.models.layers.classification_head import ScoreHead, head_losses
 from nemo_llm.models.layers.embedding import Embedding
-from nemo_llm.models.layers.linear_cross_entropy import LinearCrossEntropy, LossInputs, LossRule
+from nemo_llm.models.layers.linear_cross_entropy import (
+    LinearCrossEntropy,
+    LossInputs,
+    LossRule,
+    VocabParallelCrossEntropy,
+)
 from nemo_llm.models.layers.rope_scaling import LocalRotaryEmbedding, ScaledRotaryEmbedding
 from nemo_llm.models.layers.router import Router, position_facts
-from nemo_llm.models.layers.vocab_parallel_cross_entropy import VocabParallelCrossEntropy
 
 
 class OutputLayer(ColumnParallelLinear):

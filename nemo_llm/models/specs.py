@@ -39,11 +39,10 @@ from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.layers.attention import CoreAttention, LocalRotaryAttention
 from nemo_llm.models.layers.experts import experts_spec
 from nemo_llm.models.layers.fp8 import LINEARS
-from nemo_llm.models.layers.fused_residual_layer import FusedLayer
 from nemo_llm.models.layers.latent_attention import LatentAttention
 from nemo_llm.models.layers.linear import WholeColumnLinear, WholeRowLinear
 from nemo_llm.models.layers.norm import Norm
-from nemo_llm.models.layers.norm_variants import ParallelResidualLayer, WholeWidthNorm, with_post_norm
+from nemo_llm.models.layers.norm_variants import FusedLayer, ParallelResidualLayer, WholeWidthNorm, with_post_norm
 from nemo_llm.models.layers.router import use_own_router
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from nemo_llm.config import ModelConfig, ParallelismConfig, PrecisionConfig
@@ -18,7 +19,6 @@ from nemo_llm.megatron.config_fields import UNFUSED_ACTIVATION
 from nemo_llm.models.layers.main_grad import accumulate
 from nemo_llm.models.layers.rope import rotate_fused, split_and_rotate
 from nemo_llm.models.layers.rope_scaling import attention_factor
-from nemo_llm.models.layers.swiglu import swiglu
 from nemo_llm.models.specs import choose_backend
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -210,3 +210,12 @@ def _precision_fields(precision: PrecisionConfig, backend: str) -> dict[str, Any
             fp8_param=precision.fp8.fp8_param,
         )
     return fields
+
+
+def swiglu(x: torch.Tensor, bias: torch.Tensor | None, *storage: Any) -> torch.Tensor:
+    """``[..., 2f]`` and ``[2f]`` -> ``[..., f]``; ``storage``: Megatron's ways to keep the input, its own here too."""
+    if any(storage) or not x.is_cuda:
+        return bias_swiglu_impl(x, bias, *storage)
+    from nemo_llm.kernels.norm_swiglu import FusedSwiGLU
+
+    return FusedSwiGLU.apply(x.flatten(0, -2), bias).view(*x.shape[:-1], -1)

@@ -25,7 +25,7 @@ from nemo_llm.config.checks.code_paths import (
 )
 from nemo_llm.config.sections.arithmetic import padded_vocab_size
 from nemo_llm.config.sections.model_setting import ModelSetting
-from nemo_llm.kernels.cublaslt import Shape
+from nemo_llm.kernels.cublaslt import ProductShape
 from nemo_llm.kernels.matmul import choose_kernels, shapes_of_linear
 from nemo_llm.log import get_logger
 from nemo_llm.models.language_model import LanguageModel
@@ -87,7 +87,7 @@ def why_no_choice(setting: ModelSetting, device: torch.device) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _product_shapes(setting: ModelSetting, chunk: LanguageModel) -> Iterator[Shape]:
+def _product_shapes(setting: ModelSetting, chunk: LanguageModel) -> Iterator[ProductShape]:
     """Of the linear layers whose number of tokens is known, and of the fused loss."""
     tokens = setting.seq_length // setting.parallelism.context_parallel_size * setting.micro_batch_size
     for weight in weights_with_product(chunk, WholeLinear.product):  # layers in FP8 have a product of their own
@@ -280,8 +280,8 @@ def _run_embedding(setting: ModelSetting, tokens: int, like: dict) -> None:
 
 
 def _run_adamw(like: dict) -> None:
-    from nemo_llm.kernels.adamw import AdamWPass, Rule
+    from nemo_llm.kernels.adamw import AdamWPass, AdamWRule
 
     lists = list(torch.zeros(4, 1, 64, dtype=torch.float32, device=like["device"]).unbind())
     halves = [] if like["dtype"] == torch.float32 else [torch.zeros(1, 64, **like)]
-    AdamWPass([*lists, *halves]).run(Rule(1, 0.0, (0.9, 0.95), 1e-8, 0.0))
+    AdamWPass([*lists, *halves]).run(AdamWRule(1, 0.0, (0.9, 0.95), 1e-8, 0.0))

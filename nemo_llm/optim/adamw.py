@@ -101,7 +101,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
     def _launch(self, number: int) -> None:
         """Update the group with this number by the kernel, the parameters with 16-bit copies apart."""
-        from nemo_llm.kernels.adamw import AdamWPass, Rule
+        from nemo_llm.kernels.adamw import AdamWPass, AdamWRule
 
         group = self.param_groups[number]
         gradients = [parameter.grad for parameter in group["params"]]
@@ -115,7 +115,7 @@ class FusedAdamW(torch.optim.Optimizer):
             self._launches[number] = known = _Launches(self.state, gradients, passes)
         settings = {name: group[name] for name in ("step", "lr", "betas", "eps", "weight_decay")}
         for one in known.passes:
-            one.run(Rule(**settings, divisor=1.0 / self.gradient_factor))
+            one.run(AdamWRule(**settings, divisor=1.0 / self.gradient_factor))
 
     def _by_adamw(self, _parameter: torch.Tensor, /) -> bool:
         return True

@@ -8,7 +8,7 @@ from nemo_llm.config.sections.pipeline_layout import parse_pipeline_layout
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class PipelineStage:
     """One model chunk: its layers (global numbers from 0), and whether it embeds tokens or computes the loss."""
 
     pp_rank: int
@@ -24,13 +24,13 @@ class StagePlan:
 
     pp: int
     vp: int
-    stages: tuple[Stage, ...]
+    stages: tuple[PipelineStage, ...]
 
-    def stage(self, pp_rank: int, vp_rank: int = 0) -> Stage:
+    def stage(self, pp_rank: int, vp_rank: int = 0) -> PipelineStage:
         """The chunk `vp_rank` of pipeline stage `pp_rank`."""
         return self.stages[vp_rank * self.pp + pp_rank]
 
-    def chunks(self, pp_rank: int) -> tuple[Stage, ...]:
+    def chunks(self, pp_rank: int) -> tuple[PipelineStage, ...]:
         """All chunks of pipeline stage `pp_rank`."""
         return tuple(self.stage(pp_rank, vp_rank) for vp_rank in range(self.vp))
 
@@ -72,7 +72,7 @@ def plan_stages(num_layers: int, parallelism: ParallelismConfig) -> StagePlan:
     for place, count in enumerate(counts):
         vp_rank, pp_rank = divmod(place, pp)
         first = sum(counts[:place])
-        stages.append(Stage(pp_rank, vp_rank, range(first, first + count), place == embedding, place == loss))
+        stages.append(PipelineStage(pp_rank, vp_rank, range(first, first + count), place == embedding, place == loss))
     return StagePlan(pp, vp, tuple(stages))
 
 
@@ -87,7 +87,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _describe(chunk: Stage) -> str:
+def _describe(chunk: PipelineStage) -> str:
     layers = {0: [], 1: [f"{chunk.layers.start}"]}.get(
         len(chunk.layers), [f"{chunk.layers.start}-{chunk.layers.stop - 1}"]
     )

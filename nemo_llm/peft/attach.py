@@ -16,7 +16,7 @@ from nemo_llm.errors import ConfigError, Problem
 from nemo_llm.models.initialize import fill_normal
 from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.peft.adapter import Adapter, adapted_modules, adapter_state, heads, put_on_embedding, put_on_linear
-from nemo_llm.peft.linear import LinearPlace, Part, find_linears
+from nemo_llm.peft.linear import LinearPart, LinearPlace, find_linears
 from nemo_llm.peft.linear_adapter import BottleneckAdapter, Ia3Adapter, LinearAdapter
 from nemo_llm.peft.lora import LoraAdapter
 from nemo_llm.peft.prompt import PromptAdapter
@@ -70,7 +70,7 @@ def _attach_to_linears(peft: LinearMethod, chunks: list[torch.nn.Module], runtim
                 put_on_linear(place.linear, _make_adapter(peft, place, parts))
 
 
-def _make_adapter(peft: LinearMethod, place: LinearPlace, parts: tuple[Part, ...]) -> LinearAdapter:
+def _make_adapter(peft: LinearMethod, place: LinearPlace, parts: tuple[LinearPart, ...]) -> LinearAdapter:
     if peft.kind == "ia3":
         return Ia3Adapter(place, parts)
     if peft.kind == "adapter":
@@ -86,7 +86,7 @@ def _make_adapter(peft: LinearMethod, place: LinearPlace, parts: tuple[Part, ...
     return LoraAdapter(place, peft, {part: _rank_of(peft, place, part) for part in parts})
 
 
-def _chosen_parts(place: LinearPlace, patterns: Iterable[str]) -> tuple[Part, ...]:
+def _chosen_parts(place: LinearPlace, patterns: Iterable[str]) -> tuple[LinearPart, ...]:
     """Parts that some pattern names, directly or with the whole layer."""
     return tuple(
         part
@@ -95,7 +95,7 @@ def _chosen_parts(place: LinearPlace, patterns: Iterable[str]) -> tuple[Part, ..
     )
 
 
-def _rank_of(peft: LoraConfig, place: LinearPlace, part: Part) -> int:
+def _rank_of(peft: LoraConfig, place: LinearPlace, part: LinearPart) -> int:
     matching = [
         rank
         for pattern, rank in peft.ranks.items()

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 @dataclass(frozen=True)
-class Part:
+class LinearPart:
     """One part: its leaf name and its rows on this rank."""
 
     leaf: str
@@ -35,7 +35,7 @@ class LinearPlace:
     linear: Any
     name: str
     """Dotted name with the number of the layer (and expert) in the whole model."""
-    parts: tuple[Part, ...]
+    parts: tuple[LinearPart, ...]
     groups: int
     """Blocks in which the parts' rows alternate: key-value groups of ``linear_qkv``, otherwise 1."""
     pg_collection: Any
@@ -67,7 +67,7 @@ class LinearPlace:
     def sequence_parallel(self) -> bool:
         return bool(self.linear.sequence_parallel) and not self.tokens_exchanged and self.group.size() > 1
 
-    def part_name(self, part: Part) -> str:
+    def part_name(self, part: LinearPart) -> str:
         """Full name of a part."""
         return f"{self.name.rpartition('.')[0]}.{part.leaf}"
 
@@ -151,14 +151,14 @@ def _global_expert(local: str, layer: Any, pg_collection: Any) -> str:
     return f"{head}{first + int(number)}.{rest}"
 
 
-def _parts(leaf: str, module: Any, config: TransformerConfig) -> tuple[tuple[Part, ...], int]:
+def _parts(leaf: str, module: Any, config: TransformerConfig) -> tuple[tuple[LinearPart, ...], int]:
     rows = module.weight.shape[0]
     if leaf == "linear_qkv":
         head = config.kv_channels
         per_group = config.num_attention_heads // config.num_query_groups
         groups = rows // ((per_group + 2) * head)
         q, kv = groups * per_group * head, groups * head
-        return (Part("linear_q", q), Part("linear_k", kv), Part("linear_v", kv)), groups
+        return (LinearPart("linear_q", q), LinearPart("linear_k", kv), LinearPart("linear_v", kv)), groups
     if leaf == "linear_fc1" and config.gated_linear_unit:
-        return (Part("linear_gate", rows // 2), Part("linear_up", rows // 2)), 1
-    return (Part(leaf, rows),), 1
+        return (LinearPart("linear_gate", rows // 2), LinearPart("linear_up", rows // 2)), 1
+    return (LinearPart(leaf, rows),), 1

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
 from nemo_llm.peft.adapter import Adapter, Placement
-from nemo_llm.peft.linear import LinearPlace, Part
+from nemo_llm.peft.linear import LinearPart, LinearPlace
 
 
 class LinearAdapter(Adapter, abc.ABC):
@@ -68,7 +68,7 @@ class Ia3Adapter(LinearAdapter):
         parts: parts whose outputs are scaled.
     """
 
-    def __init__(self, place: LinearPlace, parts: tuple[Part, ...]) -> None:
+    def __init__(self, place: LinearPlace, parts: tuple[LinearPart, ...]) -> None:
         super().__init__(place)
         self.parts = parts
         self.on_inputs = place.name.endswith("linear_fc2")

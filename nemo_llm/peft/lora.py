@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
 from nemo_llm.config.sections.peft import LoraConfig
 from nemo_llm.peft.adapter import Placement
-from nemo_llm.peft.linear import LinearPlace, Part
+from nemo_llm.peft.linear import LinearPart, LinearPlace
 from nemo_llm.peft.linear_adapter import LinearAdapter
 
 
@@ -28,7 +28,7 @@ class LoraAdapter(LinearAdapter):
         ranks: rank of each part that is adapted.
     """
 
-    def __init__(self, place: LinearPlace, config: LoraConfig, ranks: dict[Part, int]) -> None:
+    def __init__(self, place: LinearPlace, config: LoraConfig, ranks: dict[LinearPart, int]) -> None:
         super().__init__(place)
         self.config, self.ranks, self.dora = config, ranks, config.kind == "dora"
         weight = place.linear.weight

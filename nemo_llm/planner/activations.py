@@ -148,8 +148,7 @@ def _attention_bytes(setting: ModelSetting, projection: Linear | None) -> float:
         if model.qk_layernorm and model.qk_layernorm_scope == "all":
             kept += (q + kv) * (4 + element + (element if rotated else 0))
         elif model.qk_layernorm:
-            read = q + kv if setting.performance.fused_kernels else copied  # the norm's kernel reads copies
-            kept += (read + q + kv) * element
+            kept += (copied + q + kv) * element
         else:
             kept += (q + kv if rotated else copied) * element
     kept += q * element  # the output, which the projection behind reads too

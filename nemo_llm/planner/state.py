@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from nemo_llm.config.sections.model_setting import ModelSetting
 from nemo_llm.parallel.layout import ParallelLayout
-from nemo_llm.parallel.stages import Stage
+from nemo_llm.parallel.stages import PipelineStage
 from nemo_llm.planner.activations import DTYPE_BYTES, uses_transformer_engine
 from nemo_llm.planner.adapters import trained_parameters
 from nemo_llm.planner.parameters import ModelParameters
@@ -39,7 +39,11 @@ class StateBytes:
 
 
 def state_bytes(
-    setting: ModelSetting, muon: bool, layout: ParallelLayout, chunks: tuple[Stage, ...], counted: ModelParameters
+    setting: ModelSetting,
+    muon: bool,
+    layout: ParallelLayout,
+    chunks: tuple[PipelineStage, ...],
+    counted: ModelParameters,
 ) -> StateBytes:
     """Bytes on a rank that holds `chunks`; `muon` is the optimizer of the layers' matrices."""
     tied = setting.model.share_embeddings_and_output_weights and setting.model.head is None
@@ -88,7 +92,7 @@ def _master_and_moments(setting: ModelSetting, muon: bool, weights: float, outsi
 
 
 def local_parameters(
-    layout: ParallelLayout, chunks: tuple[Stage, ...], counted: ModelParameters, tied: bool
+    layout: ParallelLayout, chunks: tuple[PipelineStage, ...], counted: ModelParameters, tied: bool
 ) -> tuple[float, float]:
     """Dense and expert parameters on one rank that holds `chunks`."""
     dense = experts = 0.0

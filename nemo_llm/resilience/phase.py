@@ -26,7 +26,7 @@ class StepPhase(StrEnum):
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """Where this rank is. The main thread calls `enter`; anybody may read.
 
     Attributes:

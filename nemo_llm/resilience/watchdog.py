@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from nemo_llm.config import RunConfig
 from nemo_llm.errors import ExitCode
-from nemo_llm.resilience.phase import Progress, StepPhase
+from nemo_llm.resilience.phase import RunProgress, StepPhase
 from nemo_llm.resilience.stop_signals import StopSignals
 from nemo_llm.run.folder import write_exit
 
@@ -149,7 +149,7 @@ class Watchdog:
         signals: what tells this rank to stop; it must have done so within ``trainer.stop_deadline_minutes``.
     """
 
-    def __init__(self, progress: Progress, run_dir: Path, cfg: RunConfig, signals: StopSignals) -> None:
+    def __init__(self, progress: RunProgress, run_dir: Path, cfg: RunConfig, signals: StopSignals) -> None:
         self._progress, self._run_dir, self._signals = progress, run_dir, signals
         self._limits = time_limits(cfg)
         self._stop_minutes = cfg.trainer.stop_deadline_minutes
@@ -305,7 +305,7 @@ def _dump_flight_recorder(run_dir: Path, rank: int) -> None:
 
 
 def straggler_report(seconds: dict[str, float], steps: int) -> str | None:
-    """One line on the slowest rank of each phase, from every rank's `Progress.take_seconds`; a collective.
+    """One line on the slowest rank of each phase, from every rank's `RunProgress.take_seconds`; a collective.
 
     The time in a phase with collectives includes waiting for others; a phase without (``data``) shows who is slow.
     """

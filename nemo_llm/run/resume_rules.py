@@ -2,10 +2,11 @@
 
 A key may change when it leaves three things alone: the meaning of the saved state (model, optimizer moments), the order
 of the data (a pure function of data, seed and batch sizes), and what is optimised. Everything else may change, and
-every change is listed for the user. A key that is named nowhere here is refused, and a test finds it.
+every change is listed for the user. A key that resume_rules.toml does not name is refused, and a test finds it.
 """
 
 import os
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,99 +15,9 @@ from typing import Any
 
 from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 
-# Patterns of dotted keys; * matches dots too.
-CHANGEABLE_KEYS = (
-    # A label, in logs and in the loggers. (run.dir is where the run lies and is not compared: folders move.)
-    "run.name",
-    # How long the run goes and how often it reports. The learning rate does not follow max_steps.
-    "trainer.max_steps",
-    "trainer.max_time_minutes",
-    "trainer.val_interval",
-    "trainer.val_steps",
-    "trainer.log_interval",
-    "trainer.warmup_log_steps",
-    "trainer.check_only",
-    "trainer.check_memory",
-    "trainer.first_step_timeout_minutes",
-    "trainer.step_timeout_minutes",
-    "trainer.stop_deadline_minutes",
-    "trainer.straggler_interval",
-    # What happens to a bad step; good ones do not see it.
-    "trainer.bad_step_policy",
-    "trainer.max_bad_steps",
-    "trainer.spike_sigmas",
-    "trainer.spike_window",
-    # Where and how the same computation is done: checkpoints hold no layout, the data order knows samples and not
-    # micro-batches. Sums are taken in another order, so results agree within rounding and not bit by bit. (A router's
-    # loss is a mean over a micro-batch: where there is one, `_fixed_by_router` takes its size out of this list.)
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.micro_batch_size",
-    "trainer.deterministic",
-    "parallelism.*",
-    "performance.*",
-    "cluster.*",
-    "model.transformer_impl",
-    "model.moe.moe_token_dispatcher_type",
-    "model.moe.moe_grouped_gemm",
-    # The optimizer's state means the same whatever these are, and each applies from the next step on: lowering the
-    # learning rate after a spike, or decaying a WSD run early, is why people resume. The betas and epsilon are not
-    # here: the saved moments are averages that were taken with them.
-    "optim.lr",
-    "optim.weight_decay",
-    "optim.clip_grad",
-    "optim.sched.*",
-    # Arithmetic of one step, without state of its own; params_dtype and fp8_param decide what the state is.
-    "precision.name",
-    "precision.grad_reduce_in_fp32",
-    "precision.initial_loss_scale",
-    "precision.min_loss_scale",
-    "precision.loss_scale_window",
-    "precision.hysteresis",
-    "precision.fp8.fp8",
-    "precision.fp8.fp8_recipe",
-    "precision.fp8.fp8_amax_*",
-    # How data is fetched, not which.
-    "data.name",
-    "data.cache_dir",
-    "data.prefetch",
-    # What is measured and written on the side.
-    "data.validation.*",
-    "evaluation.*",
-    "checkpoint.*",
-    "exp_manager.*",
-    "sample.*",
-)
-
-# The rest of `RunConfig`: a test holds every key to one of the lists. A key with a pattern in both may change.
-FIXED_KEYS = (
-    # What the saved weights are, and what they are trained for.
-    "model.*",
-    "peft.*",
-    "task.*",
-    "precision.params_dtype",
-    "precision.fp8.fp8_param",
-    # What the optimizer's state means.
-    "optim.name",
-    "optim.adam_*",
-    "optim.muon.*",
-    # Which samples come in which order, and how many make a step.
-    "trainer.seed",
-    "trainer.global_batch_size",
-    "trainer.rampup_batch_size*",
-    "data.tokenizer.*",
-    "data.blend*",
-    "data.split",
-    "data.seq_length*",
-    "data.packing",
-    "data.chat*",
-    "data.labelled*",
-    "data.fim*",
-    "data.reset_*",
-    "data.eod_mask_loss",
-    "data.text_key",
-)
+_RULES: dict[str, list[str]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+CHANGEABLE_KEYS, FIXED_KEYS = _RULES["changeable"], _RULES["fixed"]
+"""Patterns of dotted keys. A test holds every key to one of the lists; a key with a pattern in both may change."""
 
 _NOT_COMPARED = ("run.dir",)
 

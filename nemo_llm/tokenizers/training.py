@@ -35,14 +35,14 @@ _BYTES = TokenizerConfig(
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class TextSample:
     """Text of one source: documents to train on, and others to measure on."""
 
     train: list[str]
     held_out: list[str]
 
 
-def take_samples(config: TrainTokenizerConfig) -> dict[str, Sample]:
+def take_samples(config: TrainTokenizerConfig) -> dict[str, TextSample]:
     """Return a sample of each source; raises InputError for a source without text."""
     samples = {}
     for name, place in config.input.items():
@@ -51,11 +51,11 @@ def take_samples(config: TrainTokenizerConfig) -> dict[str, Sample]:
         train = [text for number, text in enumerate(texts, start=1) if number % _HELD_OUT_EVERY] or texts
         if not texts:
             raise InputError(f"source {name}: {place} holds no text")
-        samples[name] = Sample(train, held_out)
+        samples[name] = TextSample(train, held_out)
     return samples
 
 
-def train_tokenizer(config: TrainTokenizerConfig, samples: Mapping[str, Sample]) -> Tokenizer:
+def train_tokenizer(config: TrainTokenizerConfig, samples: Mapping[str, TextSample]) -> Tokenizer:
     """Train on the samples, save to ``config.output`` and return the tokenizer as it loads from there."""
     folder = Path(config.output).expanduser()
     if (folder / "report.json").exists():
@@ -75,7 +75,7 @@ def train_tokenizer(config: TrainTokenizerConfig, samples: Mapping[str, Sample])
     return load_tokenizer_from_folder(folder)
 
 
-def report(tokenizer: Tokenizer, samples: Mapping[str, Sample]) -> dict[str, Any]:
+def report(tokenizer: Tokenizer, samples: Mapping[str, TextSample]) -> dict[str, Any]:
     """Return figures by source on held-out text, and write nothing.
 
     ``tokens_per_word`` is the fertility (words are runs between white space), ``bytes_per_token`` the compression,

@@ -1,5 +1,12 @@
-"""From a configuration to a `TrainingRun`: model, optimizer, schedule, data."""
+"""From a configuration to a `TrainingRun`: model, optimizer, schedule, data.
 
+The gradients of the step before are forgotten without a pass over all of them. The gradient of a linear layer's weight
+is a sum of our matrix products, straight in Megatron's fp32 buffer. Zeros are not written there only for the first
+product to add to them: that one overwrites what is left of the step before (`kernels.matmul.take_stale`). Everything
+else is zeroed.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +18,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_model_config, unwrap_model
 
 from nemo_llm.checkpoint.fingerprint import weights_fingerprint
 from nemo_llm.checkpoint.folder import resolve_checkpoint
@@ -19,13 +26,17 @@ from nemo_llm.checkpoint.new_tokens import new_tokens
 from nemo_llm.checkpoint.saved_run import SavedRun
 from nemo_llm.config import RunConfig
 from nemo_llm.config.sections.batch_ramp import build_batch_ramp
+from nemo_llm.kernels.matmul import take_stale
 from nemo_llm.log import get_logger
 from nemo_llm.megatron.optimizer import skip_empty_walk
 from nemo_llm.models.build import build_model_chunks
 from nemo_llm.models.describe_backend import describe_choices
+from nemo_llm.models.language_model import LanguageModel
+from nemo_llm.models.layers.experts import GroupedExperts
+from nemo_llm.models.layers.fp8 import Fp8Linear
+from nemo_llm.models.layers.linear import WholeLinear, weights_with_product
 from nemo_llm.models.warm_kernels import choose_products, warm_kernels
 from nemo_llm.optim.build import build_optimizer
-from nemo_llm.optim.gradients import mark_overwritten, zero_untouched
 from nemo_llm.parallel.runtime import ParallelRuntime
 from nemo_llm.peft.attach import attach_peft, count_parameters
 from nemo_llm.peft.four_bit import quantize_base
@@ -149,3 +160,33 @@ def _sum_gradients(model: list[torch.nn.Module], _num_tokens: torch.Tensor | Non
     for chunk in model:
         zero_untouched(chunk)
     finalize_model_grads(model, None, **settings)
+
+
+def mark_overwritten(chunk: DistributedDataParallel) -> None:
+    """Mark the weights of this chunk whose gradients nothing writes but our products.
+
+    Experts tell nobody that a weight's gradient is there where gradients are summed over ranks at the end alone.
+    """
+    for module in unwrap_model(chunk).modules():
+        if isinstance(module, GroupedExperts):
+            module.announces_gradients = chunk.ddp_config.overlap_grad_reduce
+    for weight in _written_by_products(unwrap_model(chunk)):
+        if hasattr(weight, "main_grad"):  # not frozen
+            weight.overwrites_gradient = True
+
+
+def zero_untouched(chunk: DistributedDataParallel) -> None:
+    """Zero what is still stale after the last backward pass: weights that this step did not use."""
+    for parameter in chunk.params_with_grad:
+        if take_stale(parameter.main_grad):
+            parameter.main_grad.zero_()
+
+
+def _written_by_products(model: LanguageModel) -> Iterator[torch.nn.Parameter]:
+    yield from weights_with_product(model, WholeLinear.product, Fp8Linear.product)
+    for module in model.modules():
+        if isinstance(module, GroupedExperts) and module.is_plain():
+            yield from module.weights()
+    # One that is the embedding too gets gradients from both.
+    if model.fuses_loss and not model.share_embeddings_and_output_weights:
+        yield model.output_weight

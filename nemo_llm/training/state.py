@@ -11,7 +11,7 @@ from nemo_llm.config import RunConfig
 from nemo_llm.config.sections.batch_ramp import BatchRamp
 from nemo_llm.data.build import DataSets
 from nemo_llm.parallel.runtime import ParallelRuntime
-from nemo_llm.resilience.phase import Progress
+from nemo_llm.resilience.phase import RunProgress
 from nemo_llm.tasks import Task
 from nemo_llm.tokenizers.tokenizer import Tokenizer
 from nemo_llm.training.batches import DeviceBatches
@@ -73,7 +73,7 @@ class TrainingRun:
     ramp: BatchRamp
     state: TrainState
     sum_names: dict[bool, list[str]] = field(default_factory=dict)  # of the task, in evaluation and in training
-    progress: Progress = field(default_factory=Progress)
+    progress: RunProgress = field(default_factory=RunProgress)
     saver: Any = None  # training.checkpoint makes it at the first save
     base_fingerprint: str = ""  # of the frozen weights, with peft
     run_dir: Path = Path()  # closing.open_run names it, once everything else could be built

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from nemo_llm.config.commands.convert import ConvertConfig, ImportConfig
 from nemo_llm.config.commands.data import IndexConfig, TrainTokenizerConfig, compose_mapping, compose_tool
 from nemo_llm.config.commands.evaluate import EvaluateConfig
-from nemo_llm.config.commands.generate import ChatConfig, GenerateConfig
+from nemo_llm.config.commands.generate import ChatToolConfig, GenerateConfig
 from nemo_llm.config.commands.prepare import PrepareConfig
 from nemo_llm.config.compose.arguments import Texts, as_hydra
 from nemo_llm.config.compose.catalog import conf_dir, group_choices, known_keys, union_members
@@ -27,7 +27,7 @@ from nemo_llm.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS: dict[str, type] = {
     "generate": GenerateConfig,
-    "chat": ChatConfig,
+    "chat": ChatToolConfig,
     "evaluate": EvaluateConfig,
     "convert_checkpoint": ConvertConfig,
     "index_dataset": IndexConfig,

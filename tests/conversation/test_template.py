@@ -11,10 +11,9 @@ from tokenizers import Tokenizer as Backend
 
 from nemo_llm.config.commands.data import compose_tool
 from nemo_llm.config.commands.generate import GenerateConfig
-from nemo_llm.conversation.history import ChatHistory
 from nemo_llm.conversation.masks import ChatEncoder
 from nemo_llm.conversation.messages import ChatRecord
-from nemo_llm.conversation.prompts import load_chat_prompts
+from nemo_llm.conversation.prompts import ChatHistory, load_chat_prompts
 from nemo_llm.conversation.template import ChatTemplate, fixed_day, load_template, save_template, saved_source
 from nemo_llm.conversation.template_checks import answer_end, content_form, control_text_problems
 from nemo_llm.conversation.template_tokens import TemplateEncoder

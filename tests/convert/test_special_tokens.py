@@ -14,11 +14,11 @@ from transformers import AutoTokenizer
 from nemo_llm.checkpoint.saved_run import TOKENIZER_FILE_NAME
 from nemo_llm.config.commands.generate import SamplingConfig
 from nemo_llm.config.compose.load import compose
+from nemo_llm.conversation.prompts import encode_prompt
 from nemo_llm.data.sources.labelled_texts import text_ids
 from nemo_llm.errors import CheckpointError
 from nemo_llm.evaluation.classification import encode_pair
 from nemo_llm.inference.decoder import stop_ids
-from nemo_llm.inference.prompts import encode_prompt
 from nemo_llm.tokenizers.tokenizer import load_tokenizer, load_tokenizer_from_folder
 from tests.convert.cases import CASES, SMALL, make_hf_model
 from tests.convert.test_families import convert_with

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nemo_llm.config.compose.load import compose
-from nemo_llm.data import check
+from nemo_llm.data import build
 from nemo_llm.data.index.build import build_index
 from nemo_llm.errors import InputError
 from nemo_llm.train import check_only
@@ -45,7 +45,7 @@ def test_what_a_run_would_refuse_is_refused(tmp_path: Path) -> None:
 def test_much_text_is_left_to_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(build, "_MOST_BYTES", 1000)
     checked("{name: plays, text: 'asset:shakespeare'}", tmp_path / "cache")
     assert "not opened by this check" in capsys.readouterr().out
     assert not (tmp_path / "cache").exists()

@@ -12,13 +12,13 @@ import pytest
 
 from nemo_llm.config.sections.labelled import LabelledConfig
 from nemo_llm.conversation.masks import ChatEncoder
+from nemo_llm.conversation.prompts import read_prompts
 from nemo_llm.corpus.documents import BadRecord, read_documents
 from nemo_llm.corpus.records import read_all_records, read_records
 from nemo_llm.data.sources.labelled_texts import LabelRules
 from nemo_llm.errors import InputError
 from nemo_llm.evaluation.classification import read_examples
 from nemo_llm.evaluation.harness import find_task_files
-from nemo_llm.inference.prompts import read_prompts
 from nemo_llm.tokenizers.tokenizer import Tokenizer
 from tests.data.conftest import CHAT
 from tools.extend_vocabulary import _read as read_tokens

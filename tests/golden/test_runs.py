@@ -154,13 +154,13 @@ def chat(at: str, model: str) -> tuple[int | None, str]:
     """``python -m nemo_llm.chat``, on a rank: exit code, and the answer to one message."""
     from nemo_llm.chat import main
     from nemo_llm.config.commands.entry import run_tool
-    from nemo_llm.config.commands.generate import ChatConfig
+    from nemo_llm.config.commands.generate import ChatToolConfig
 
     keys = [f"checkpoint={model}", "chat_template=plain.jinja", "sampling.max_new_tokens=3", "accelerator=cpu"]
     before, sys.stdin = sys.stdin, io.StringIO("1+2?\n")
     try:
         with contextlib.chdir(at), contextlib.redirect_stdout(io.StringIO()) as said:
-            return run_tool("chat", ChatConfig, main, keys), said.getvalue()
+            return run_tool("chat", ChatToolConfig, main, keys), said.getvalue()
     finally:
         sys.stdin = before
 

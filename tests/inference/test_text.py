@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 
 from nemo_llm.config.sections.data import TokenizerConfig
-from nemo_llm.conversation.prompts import load_chat_prompts
+from nemo_llm.conversation.prompts import load_chat_prompts, read_prompts
 from nemo_llm.conversation.template import ChatTemplate
 from nemo_llm.conversation.template_tokens import TemplateEncoder
 from nemo_llm.errors import InputError
 from nemo_llm.inference.decoder import check_prompts
 from nemo_llm.inference.detokenize import TextStream
-from nemo_llm.inference.prompts import read_prompts
 from nemo_llm.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 TEXT = "The whale — 🐋 — breached; naïve café, 日本語 text. Stop here, stop there."

@@ -21,6 +21,8 @@ def _names_are_there() -> None:
     from megatron.core.transformer.transformer_layer import TransformerLayer
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+    from nemo_llm.megatron.models import define_missing_names
+
     assert callable(megatron_random._get_cuda_rng_state)
     assert callable(megatron_random._set_cuda_rng_state)
     assert hasattr(layers, "_grad_accum_fusion_available")
@@ -28,6 +30,7 @@ def _names_are_there() -> None:
     assert hasattr(attention, "HAVE_FUSED_QKV_ROPE")
     assert "apply_fused_qkv_rotary_pos_emb(" in inspect.getsource(attention.Attention.forward)
     assert list(inspect.signature(mlp.bias_swiglu_impl).parameters)[:2] == ["input", "bias"]
+    define_missing_names()
     assert hasattr(moe_utils, "te_general_gemm")
     assert hasattr(clip_grads, "l2_norm_impl")
     for mixed in (optimizer.Float16OptimizerWithFloat16Params, distrib_optimizer.DistributedOptimizer):

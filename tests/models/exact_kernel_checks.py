@@ -31,7 +31,7 @@ def adamw_case(sizes: list[int], half: torch.dtype | None, divisor: float, devic
 
     ``sizes``: elements of each tensor. Gradients and 16-bit weights lie one behind the other, as in Megatron's buffers.
     """
-    from nemo_llm.kernels.adamw import AdamWPass, Rule
+    from nemo_llm.kernels.adamw import AdamWPass, AdamWRule
 
     def apart(scale: float) -> list[torch.Tensor]:
         return [torch.randn(size, device=device) * scale for size in sizes]
@@ -44,7 +44,7 @@ def adamw_case(sizes: list[int], half: torch.dtype | None, divisor: float, devic
     one = AdamWPass([*lists, *halves])
     different = 0
     for step, decay in ((1, 0.1), (2, 0.0), (1000, 0.1)):
-        rule = Rule(step, 3e-4, (0.9, 0.95), 1e-8, decay, divisor)
+        rule = AdamWRule(step, 3e-4, (0.9, 0.95), 1e-8, decay, divisor)
         wanted = _adamw_of_pytorch(lists, rule) if device == "cuda" else _adamw_of_numpy(lists, rule)
         gradients = [x.clone() for x in lists[1]]
         one.run(rule)

@@ -65,6 +65,21 @@ def norm_case(shape: tuple[int, ...], dtype: torch.dtype, device: str, kind: tup
     return compare(lambda *t: FusedNorm.apply(*parts(t), (1e-5, zero_centered)), reference, inputs)
 
 
+def heads_norm_case(dtype: torch.dtype, device: str) -> float:
+    """The norm of heads that lie apart in a projection's output, of which it keeps no copy."""
+    from nemo_llm.kernels.norm_swiglu import FusedNorm
+
+    inputs = [torch.randn(50, 2, 3, 96, device=device, dtype=dtype), torch.randn(24, device=device, dtype=dtype)]
+
+    def ours(mixed, weight):
+        normed, _ = FusedNorm.apply(mixed[..., 24:48], None, weight, None, (1e-5, False))
+        kept = {tensor.data_ptr() for tensor in normed.grad_fn.saved_tensors}
+        assert mixed[..., 24:48].data_ptr() in kept
+        return (normed,)
+
+    return compare(ours, lambda mixed, weight: (F.rms_norm(mixed[..., 24:48], (24,), weight, 1e-5),), inputs)
+
+
 def swiglu_case(rows: int, units: int, dtype: torch.dtype, device: str, bias: bool) -> float:
     """SwiGLU with and without a bias."""
     from nemo_llm.kernels.norm_swiglu import FusedSwiGLU
@@ -344,6 +359,7 @@ def all_cases(device: str, small: bool):
         yield f"qkv {size} turned {turned}", dtype, partial(qkv_case, size, turned, dtype, device)
     for dtype in dtypes:
         yield "qkv by row", dtype, partial(rotation_by_row_case, (5, 2, 3, 16), dtype, device)
+        yield "norm of heads", dtype, partial(heads_norm_case, dtype, device)
     sizes = [(5, 64, 59), (3, 130, 130)] + ([] if small else [(700, 50304, 50257), (300, 128256, 128256), (9, 1000, 7)])
     for size, z_coeff, dtype in itertools.product(sizes, (0.0, 1e-2), dtypes):
         yield f"loss {size} z {z_coeff}", dtype, partial(loss_case, size, z_coeff, dtype, device)
@@ -375,7 +391,7 @@ def all_cases(device: str, small: bool):
 
 def library_cases():
     """As `all_cases`, of what has no kernel of our own, on a GPU alone: FP8, FlexAttention, cuBLASLt."""
-    from nemo_llm.kernels.cublaslt import Shape
+    from nemo_llm.kernels.cublaslt import ProductShape
 
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         # A value on the edge between two FP8 numbers may fall to either side: the scale is a float32 rounding off.
@@ -387,7 +403,7 @@ def library_cases():
         yield name, torch.bfloat16, partial(flex_case, size, documents, window, cap)
     for rows, inner, columns in ((4096, 2048, 3072), (1000, 528, 24), (8, 8192, 8), (2048, 16384, 2048)):
         for flags in ((False, True, False), (False, False, False), (True, False, True)):
-            shape = Shape(rows, inner, columns, *flags)
+            shape = ProductShape(rows, inner, columns, *flags)
             yield f"product {rows}x{inner}x{columns} {flags}", torch.bfloat16, partial(product_case, shape)
 
 

@@ -22,4 +22,4 @@ def test_kernels_agree_with_float64() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ok  ") == 66
+    assert done.stdout.count("ok  ") == 67

@@ -9,8 +9,15 @@ from nemo_llm.config import RunConfig
 from nemo_llm.config.compose.load import compose
 from nemo_llm.errors import ConfigError
 from nemo_llm.planner.activations import boundary_bytes, layer_activations, layer_tensors, tokens_per_rank
-from nemo_llm.planner.loss import chunk_bytes, logits_bytes, loss_bytes
-from nemo_llm.planner.memory import COMMUNICATOR_BYTES, CONTEXT_BYTES, GIB, RESERVE
+from nemo_llm.planner.memory import (
+    COMMUNICATOR_BYTES,
+    CONTEXT_BYTES,
+    GIB,
+    RESERVE,
+    chunk_bytes,
+    logits_bytes,
+    loss_bytes,
+)
 from nemo_llm.planner.parameters import count_parameters
 from nemo_llm.training.check_only import check_card, estimate_run, report
 

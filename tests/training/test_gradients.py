@@ -90,9 +90,8 @@ def _untouched() -> list[float]:
 
     from nemo_llm.config.compose.load import compose
     from nemo_llm.megatron.optimizer import forget_gradients
-    from nemo_llm.optim.gradients import zero_untouched
     from nemo_llm.parallel.runtime import start_runtime
-    from nemo_llm.training.setup import build_training_run
+    from nemo_llm.training.setup import build_training_run, zero_untouched
 
     cfg = compose(["+model=gpt_tiny", "trainer.accelerator=cpu", "exp_manager.enabled=false"])
     (chunk,) = build_training_run(cfg, start_runtime(cfg.runtime_setting)).model

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nemo_llm.config.compose.load import compose
-from nemo_llm.resilience.phase import Progress, StepPhase
+from nemo_llm.resilience.phase import RunProgress, StepPhase
 from nemo_llm.resilience.watchdog import RankState, Watchdog, name_late_rank, straggler_report, time_limits
 from tests.ranks import RankPool
 from tests.test_architecture import ROOT
@@ -116,14 +116,14 @@ FROZEN = """
 import os, sys, time
 import torch, torch.distributed as dist
 from nemo_llm.config.compose.load import compose
-from nemo_llm.resilience.phase import StepPhase, Progress
+from nemo_llm.resilience.phase import StepPhase, RunProgress
 from nemo_llm.resilience.stop_signals import StopSignals
 from nemo_llm.resilience.watchdog import Watchdog
 
 dist.init_process_group("gloo")
 rank, folder = dist.get_rank(), __import__("pathlib").Path(sys.argv[1])
 cfg = compose(["+model=gpt_tiny", "trainer.step_timeout_minutes=0.05", "trainer.first_step_timeout_minutes=0.2"])
-progress = Progress()
+progress = RunProgress()
 with StopSignals(None, None) as signals, Watchdog(progress, folder, cfg, signals):
     for step in range(1, 1000):
         progress.enter(StepPhase.DATA, step)
@@ -196,13 +196,13 @@ import sys, time
 from pathlib import Path
 from nemo_llm.config.compose.load import compose
 import torch.distributed as dist
-from nemo_llm.resilience.phase import StepPhase, Progress
+from nemo_llm.resilience.phase import StepPhase, RunProgress
 from nemo_llm.resilience.stop_signals import StopSignals
 from nemo_llm.resilience.watchdog import Watchdog
 
 dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1] + "/store", 1), rank=0, world_size=1)
 limits = ["trainer.step_timeout_minutes=0.02", "evaluation.timeout_minutes=" + sys.argv[2]]
-progress = Progress()
+progress = RunProgress()
 cfg = compose(["+model=gpt_tiny", *limits])
 with StopSignals(None, None) as signals, Watchdog(progress, Path(sys.argv[1]), cfg, signals):
     progress.enter(StepPhase[sys.argv[3]], 1)
@@ -243,7 +243,7 @@ def _watch_with_an_error(folder: str) -> bool:
     """Whether the thread still watches after an error in it."""
     cfg = compose(["+model=gpt_tiny", "trainer.step_timeout_minutes=0.02"])
     signals: Any = _BrokenSignals()
-    with Watchdog(Progress(), Path(folder), cfg, signals) as watchdog:
+    with Watchdog(RunProgress(), Path(folder), cfg, signals) as watchdog:
         time.sleep(0.5)
         return watchdog._thread.is_alive()
 
@@ -254,7 +254,7 @@ def test_an_error_in_the_watchdog_does_not_end_it(ranks: RankPool, tmp_path: Pat
 
 def _slow_data_on_rank_2() -> str | None:
     rank = int(os.environ["RANK"])
-    progress = Progress()
+    progress = RunProgress()
     for step in range(2):
         progress.enter(StepPhase.DATA, step)
         time.sleep(0.5 if rank == 2 else 0.0)

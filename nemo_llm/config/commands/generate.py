@@ -69,7 +69,7 @@ class GenerateConfig(ModelPlace):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ChatConfig(ModelPlace):
+class ChatToolConfig(ModelPlace):
     """``python -m nemo_llm.chat``."""
 
     checkpoint: PathStr

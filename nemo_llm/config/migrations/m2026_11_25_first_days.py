@@ -1,55 +1,7 @@
 """Keys of the first three days, before any run was recorded: what they switch on was not there."""
 
-from typing import Any
+from pathlib import Path
 
-ADDED: dict[str, Any] = {
-    "data.blend_changes": [],
-    "data.packing": "concatenate",
-    "data.fim": None,
-    "data.seq_length_ramp": None,
-    "performance": {
-        "fused_linear_cross_entropy": False,
-        "cross_entropy_chunk_tokens": 4096,
-        "gradient_accumulation_fusion": False,
-        "fused_rope": False,
-        "compile_layers": False,
-    },
-    "performance.ddp_bucket_size": None,
-    "performance.fused_kernels": False,
-    "checkpoint.init_from": None,
-    "checkpoint.verify": "full",
-    "checkpoint.async_save": False,
-    "checkpoint.keep_best": None,
-    "checkpoint.keep_every": None,
-    "checkpoint.writer_threads": 2,
-    "trainer.bad_step_policy": "skip",
-    "trainer.max_bad_steps": 5,
-    "trainer.spike_sigmas": None,
-    "trainer.spike_window": 128,
-    "trainer.straggler_interval": None,
-    "trainer.stop_deadline_minutes": None,
-    "cluster.environment": {},
-    "model.checkpoint_path": None,
-    "model.family": None,
-    "model.norm_placement": "pre",
-    "model.parallel_residual": False,
-    "model.qk_layernorm_scope": "head",
-    "model.window_attn_skip_freq": None,
-    "data.chat": {
-        "template": "tokenizer",
-        "train_on": "answers",
-        "too_long": "drop",
-        "system_prompt": None,
-        "prompt_key": None,
-        "answer_key": None,
-    },
-    "peft": None,
-    "evaluation": {
-        "interval": None,
-        "tasks": {},
-        "task_shots": {},
-        "num_fewshot": None,
-        "texts": None,
-        "limit": 100,
-    },
-}
+import yaml
+
+ADDED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from nemo_llm.corpus.documents import check_bad_share
-from nemo_llm.corpus.prepare.plan import PreparePlan, Stage
+from nemo_llm.corpus.prepare.plan import PreparePlan, PrepareStage
 from nemo_llm.errors import NemoLlmError
 
 _NAMES = {
@@ -53,7 +53,7 @@ class StepCounts:
         return {label.removeprefix(prefix): n for label, n in self.totals.items() if label.startswith(prefix)}
 
 
-def read_counts(plan: PreparePlan, stage: Stage) -> list[StepCounts]:
+def read_counts(plan: PreparePlan, stage: PrepareStage) -> list[StepCounts]:
     """Return the counts of a finished stage's steps, in order."""
     steps: list[StepCounts] = []
     for rank in range(stage.tasks):
@@ -70,7 +70,7 @@ def read_counts(plan: PreparePlan, stage: Stage) -> list[StepCounts]:
     return steps
 
 
-def check_stage(plan: PreparePlan, stage: Stage, before: list[StepCounts]) -> list[StepCounts]:
+def check_stage(plan: PreparePlan, stage: PrepareStage, before: list[StepCounts]) -> list[StepCounts]:
     """Return the counts of a finished stage; ``before`` are those of earlier stages.
 
     Raises NemoLlmError where documents were lost or repeated, InputError for too many bad records.
@@ -90,7 +90,7 @@ def check_stage(plan: PreparePlan, stage: Stage, before: list[StepCounts]) -> li
     return steps
 
 
-def _same(stage: Stage, first: str, number: int, second: str, other: int) -> None:
+def _same(stage: PrepareStage, first: str, number: int, second: str, other: int) -> None:
     if number != other:
         raise NemoLlmError(
             f"stage {stage.name}: {first} {number:,} documents, but {other:,} {second}; something changed the files of "

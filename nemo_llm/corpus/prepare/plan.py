@@ -21,7 +21,7 @@ _PAIRS_PER_FINDER = 32  # files of signatures that one task merges in finding ex
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class PrepareStage:
     """A step of the work that ends before the next begins: so many independent tasks."""
 
     name: str
@@ -69,23 +69,27 @@ class PreparePlan:
         """Tasks that look for exact duplicates, each in its range of hashes."""
         return -(-len(self.tasks) // _PAIRS_PER_FINDER)
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[PrepareStage]:
         """The stages in order; each needs all of those before."""
         many = len(self.tasks)
         stages = []
         if self.rules.decontamination is not None and self.rules.decontamination.sets:
-            stages.append(Stage("evaluation_index", 1))
-        stages.append(Stage("filter", many))
+            stages.append(PrepareStage("evaluation_index", 1))
+        stages.append(PrepareStage("filter", many))
         if self.rules.exact_deduplication:
-            stages += [Stage("exact_signatures", many), Stage("exact_find", self.finders), Stage("exact_filter", many)]
+            stages += [
+                PrepareStage("exact_signatures", many),
+                PrepareStage("exact_find", self.finders),
+                PrepareStage("exact_filter", many),
+            ]
         if self.rules.minhash is not None:
             buckets = self.rules.minhash.num_buckets
             stages += [
-                Stage("minhash_signatures", many),
-                Stage("minhash_buckets", buckets),
-                Stage("minhash_clusters", 1),
+                PrepareStage("minhash_signatures", many),
+                PrepareStage("minhash_buckets", buckets),
+                PrepareStage("minhash_clusters", 1),
             ]
-        return [*stages, Stage("finish", many), Stage("publish", 1)]
+        return [*stages, PrepareStage("finish", many), PrepareStage("publish", 1)]
 
     def identity(self) -> dict:
         """Return what must agree for an interrupted run to go on, as plain values."""

@@ -16,7 +16,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 
 from nemo_llm.corpus.prepare.counts import StepCounts, check_stage
 from nemo_llm.corpus.prepare.pipeline import build_steps
-from nemo_llm.corpus.prepare.plan import PreparePlan, Stage
+from nemo_llm.corpus.prepare.plan import PreparePlan, PrepareStage
 from nemo_llm.corpus.prepare.publish import published
 from nemo_llm.errors import InputError
 from nemo_llm.processes import worker_pool
@@ -93,12 +93,12 @@ def _run_here(plan: PreparePlan, workers: int, on_progress: OnProgress) -> None:
                 steps += check_stage(plan, stage, steps)
 
 
-def _executor(plan: PreparePlan, stage: Stage) -> LocalPipelineExecutor:
+def _executor(plan: PreparePlan, stage: PrepareStage) -> LocalPipelineExecutor:
     steps = build_steps(plan, stage.name)
     return LocalPipelineExecutor(steps, tasks=stage.tasks, workers=1, logging_dir=str(plan.logs(stage.name)))
 
 
-def _run_task(plan: PreparePlan, stage: Stage, rank: int) -> None:
+def _run_task(plan: PreparePlan, stage: PrepareStage, rank: int) -> None:
     # The private _run_for_rank is what every executor of datatrove 0.10.1 calls for a task. Its own run() hands tasks
     # to a multiprocessing pool, which waits for ever when a worker is killed. A local rank other than 0 keeps the log
     # out of the terminal; its errors, which go there all the same, come to us as exceptions.

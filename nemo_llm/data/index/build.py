@@ -56,7 +56,7 @@ class IndexJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class IndexProgress:
     """How far indexing has come."""
 
     shards_done: int
@@ -65,7 +65,7 @@ class Progress:
     seconds: float
 
 
-def build_index(job: IndexJob, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
+def build_index(job: IndexJob, on_progress: Callable[[IndexProgress], None] | None = None) -> dict[str, Any]:
     """Index, or go on with an interrupted run, and return the manifest (also written to ``PREFIX.manifest.json``).
 
     Raises InputError for inputs, settings and folders that do not serve, and NemoLlmError when a worker was killed; in
@@ -78,7 +78,7 @@ def build_index(job: IndexJob, on_progress: Callable[[Progress], None] | None = 
 
 
 def _build(
-    job: IndexJob, plan: IndexPlan, tokenizer: Tokenizer, on_progress: Callable[[Progress], None] | None
+    job: IndexJob, plan: IndexPlan, tokenizer: Tokenizer, on_progress: Callable[[IndexProgress], None] | None
 ) -> dict[str, Any]:
     partial = Path(f"{job.prefix}.partial")
     identity = plan.identity()
@@ -108,7 +108,7 @@ def _build(
                 journal.commit(report)
                 if on_progress is not None:
                     seconds = time.monotonic() - began
-                    on_progress(Progress(journal.committed, len(plan.inputs.shards), journal.report, seconds))
+                    on_progress(IndexProgress(journal.committed, len(plan.inputs.shards), journal.report, seconds))
         found = journal.report
         check_bad_share(found.bad, found.documents, job.max_bad_fraction, found.bad_examples[:3])
         _write_manifest(partial, plan, tokenizer, journal, way)

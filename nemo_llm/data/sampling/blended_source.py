@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nemo_llm.data.sampling.blend_order import Blend
 from nemo_llm.data.sampling.sample import Sample
-from nemo_llm.data.sampling.token_windows import Source
+from nemo_llm.data.sampling.token_windows import EndlessSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class BlendedSource:
     """
 
     def __init__(
-        self, sources: Sequence[Source], phases: Sequence[Phase], seed: int, num_samples: int | None = None
+        self, sources: Sequence[EndlessSource], phases: Sequence[Phase], seed: int, num_samples: int | None = None
     ) -> None:
         self.sources = list(sources)
         self.phases = list(phases)

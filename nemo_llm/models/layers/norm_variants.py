@@ -4,13 +4,13 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 
 from nemo_llm.models.layers.norm import Norm
 
@@ -32,23 +32,6 @@ class _PostNorm:
 def with_post_norm(linear: type) -> type:
     """The projection that ends a sublayer, and the norm that OLMo 2 and Gemma put behind it, before the residual."""
     return type(f"PostNorm{linear.__name__}", (_PostNorm, linear), {})
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Sum over a group, whose result every rank uses: gradients are summed as well."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.group = group
-        total = x.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
 
 
 class WholeWidthNorm(nn.Module):
@@ -75,7 +58,7 @@ class WholeWidthNorm(nn.Module):
         flat = x.flatten(2).float()
         squares = flat.square().sum(-1, keepdim=True)
         if self.group.size() > 1:
-            squares = _SumOverRanks.apply(squares, self.group)
+            squares = all_reduce(squares, group=self.group)  # sums gradients over the ranks as well
         normed = flat * torch.rsqrt(squares / self.width + self.eps)
         return (self.weight * normed.to(x.dtype)).view_as(x)
 
@@ -107,3 +90,39 @@ class ParallelResidualLayer(TransformerLayer):
         add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
         with self.bias_dropout_add_exec_handler():
             return add(mlp, attended, self.hidden_dropout), context
+
+
+class FusedLayer(TransformerLayer):
+    """Megatron's pre-norm layer with `Norm`s that take the residual along: one gradient kernel for norm and addition.
+
+    The parameters, their names and the arithmetic are Megatron's. Where a step between the norm and the sum would be
+    something else (dropout, recomputed or offloaded norms, Megatron's own inference, an fp32 residual) Megatron's
+    forward runs.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *inputs: Any, **settings: Any) -> tuple[torch.Tensor, Any]:
+        """``[s/cp(/tp), b, h]`` -> the same shape, and the context, which is handed on."""
+        if inputs or not self._plain(settings):
+            return super().forward(hidden_states, *inputs, **settings)
+        context = settings.get("context")
+        padding_mask = settings.get("padding_mask")
+        attention = {
+            name: settings.get(name)
+            for name in ("attention_mask", "rotary_pos_emb", "attention_bias", "packed_seq_params")
+        }
+        normed, residual = self.input_layernorm(hidden_states, return_sum=True)
+        attended = _with_bias(*self.self_attention(normed, **attention))
+        normed, residual = self.pre_mlp_layernorm(attended, residual=residual, return_sum=True)
+        mlp_inputs = {} if padding_mask is None else {"padding_mask": padding_mask}
+        return _with_bias(*self.mlp(normed, **mlp_inputs)) + residual, context
+
+    def _plain(self, settings: dict[str, Any]) -> bool:
+        recomputed = self.recompute_input_layernorm or self.recompute_pre_mlp_layernorm or self.recompute_mlp
+        offloaded = self.offload_attn_norm or self.offload_mlp_norm
+        dropped = self.training and self.hidden_dropout > 0.0
+        inference = settings.get("inference_context") is not None or settings.get("inference_params") is not None
+        return not (recomputed or offloaded or dropped or inference or self.config.fp32_residual_connection)
+
+
+def _with_bias(output: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return output if bias is None else output + bias

@@ -115,6 +115,8 @@ class CheckpointDamagedError(CheckpointError, InputError):
 
 
 class CheckpointRefusedError(CheckpointError, InputError):
-    """A newer version wrote it, or one of its files asks for what no checkpoint needs or points out of its folder."""
+    """It holds something else than is asked for, or a newer version wrote it, or a file of it points out of its folder
+    or asks for what no checkpoint needs.
+    """
 
     exit_code = ExitCode.BAD_INPUT

@@ -74,8 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """The folders that are runs, or lie one below and are; the one that was written to last comes first."""
+    """The folders that are runs, or lie one below and are, not checkpoints; the one written to last comes first."""
     candidates = {path.resolve() for folder in folders for path in (folder, *folder.iterdir()) if path.is_dir()}
+    candidates -= {path for path in candidates if (path / "COMPLETE").is_file()}
     runs = [path for path in candidates if (path / "config.yaml").is_file() or (path / "slurm").is_dir()]
     return sorted(runs, key=last_written, reverse=True)
 

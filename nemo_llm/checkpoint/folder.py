@@ -21,7 +21,7 @@ except ImportError:  # PyYAML without libyaml
 
 from nemo_llm.checkpoint.manifest import COMPLETE, manifest_digest, verify, write_manifest
 from nemo_llm.config.sections.run_services import CheckpointConfig
-from nemo_llm.errors import CheckpointDamagedError, CheckpointNotFoundError, InputError
+from nemo_llm.errors import CheckpointDamagedError, CheckpointNotFoundError, CheckpointRefusedError, InputError
 from nemo_llm.storage.atomic_files import fsync
 
 __all__ = ["verify"]  # defined beside the manifest; users of a folder look for it here
@@ -31,6 +31,19 @@ TRAINING_FILE_NAME = "training.json"
 TOKENIZER_FOLDER_NAME = "tokenizer"
 ADAPTER_FILE_NAME = "adapter.json"
 """In checkpoints that hold an adapter alone; nemo_llm.peft.state writes it."""
+
+
+def require_weights(folder: Path) -> None:
+    """Refuse a checkpoint that holds an adapter alone, where weights are asked for.
+
+    Raises:
+        CheckpointRefusedError: it does.
+    """
+    if (folder / ADAPTER_FILE_NAME).exists():
+        raise CheckpointRefusedError(
+            f"{folder} holds an adapter and not the weights it stands beside.\n      fix: merge them with "
+            "tools/peft_adapter.py merge, and name what that writes"
+        )
 
 
 def begin(final: Path) -> Path:

@@ -10,10 +10,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply
 from megatron.core.utils import unwrap_model
 
 from nemo_llm.checkpoint.collective_errors import raise_together
-from nemo_llm.checkpoint.folder import ADAPTER_FILE_NAME
+from nemo_llm.checkpoint.folder import require_weights
 from nemo_llm.checkpoint.safe_load import check_safe, load_sharded, stored_shapes
 from nemo_llm.checkpoint.writer import StateWriter
-from nemo_llm.errors import CheckpointError
+from nemo_llm.errors import CheckpointRefusedError
 from nemo_llm.log import get_logger
 from nemo_llm.models.layers.classification_head import HEAD_PREFIX
 
@@ -52,14 +52,10 @@ def load_weights(chunks: list[torch.nn.Module], folder: Path, new_head: bool = F
         new_head: a head of these chunks that the checkpoint of a language model lacks keeps the weights that it has.
 
     Raises:
-        CheckpointError: another model: tensors that are missing there or have another shape; the same on every rank.
+        CheckpointRefusedError: another model: tensors that are missing there or have another shape; on every rank.
     """
     with raise_together():
-        if (folder / ADAPTER_FILE_NAME).exists():
-            raise CheckpointError(
-                f"{folder} holds an adapter and not the weights it stands beside.\n      fix: merge them with "
-                "tools/peft_adapter.py merge, and name what that writes"
-            )
+        require_weights(folder)
         wanted, _ = _wanted(chunks, folder, new_head)
         check_same_tensors(wanted, folder)
     wanted, kept = _wanted(chunks, folder, new_head)  # anew: the check took it apart
@@ -88,8 +84,8 @@ def check_same_tensors(wanted: dict, folder: Path) -> None:
     """Refuse a checkpoint that does not hold every tensor of this sharded state dict in its global shape.
 
     Raises:
-        CheckpointError: listing the first tensors that are missing or of another shape, with both shapes; or files
-            that hold more than tensors.
+        CheckpointRefusedError: listing the first tensors that are missing or of another shape, with both shapes; or
+            files that hold more than tensors.
     """
     if not dist.is_initialized() or dist.get_rank() == 0:
         check_safe(folder / "state")
@@ -109,7 +105,7 @@ def check_same_tensors(wanted: dict, folder: Path) -> None:
     if problems:
         problems = sorted(set(problems))
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise CheckpointError(
+        raise CheckpointRefusedError(
             f"{folder} holds another model than this run's configuration makes:\n  "
             + "\n  ".join([*problems[:_SHOWN], *more])
             + f"\n      fix: {folder / 'config.yaml'} shows the model section that it was made with; the first size of "

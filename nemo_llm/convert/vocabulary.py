@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from nemo_llm.checkpoint.folder import writing
+from nemo_llm.checkpoint.folder import require_weights, writing
 from nemo_llm.checkpoint.inspect import read_tensors
 from nemo_llm.checkpoint.new_tokens import NEW_TOKENS, new_tokens
 from nemo_llm.checkpoint.safe_load import load_sharded
@@ -38,8 +38,7 @@ def extend_vocabulary(checkpoint: Path, output: Path, tokens: Sequence[str], sta
         raise InputError(f"{output}: exists already; name another folder")
     saved = SavedRun.open(checkpoint)
     folder = saved.folder
-    if saved.is_adapter:
-        raise InputError(f"{folder} holds an adapter alone.\n      fix: merge it first (tools/peft_adapter.py merge)")
+    require_weights(folder)
     old = _check_tokenizer(folder, tokens)
     model = saved_model(saved)
     before = model.vocab_size or 0

@@ -15,7 +15,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from nemo_llm.checkpoint.folder import begin, commit, temporary_of
+from nemo_llm.checkpoint.folder import begin, commit, require_weights, temporary_of
 from nemo_llm.checkpoint.saved_run import write_config
 from nemo_llm.checkpoint.state_files import NativeReader, NativeWriter, TensorInfo
 from nemo_llm.config.commands.convert import ConvertConfig
@@ -235,6 +235,7 @@ def appear(temporary: Path, output: Path) -> None:
 
 def open_ours(cfg: ConvertConfig, mapped: Mapped, folder: Path) -> tuple[NativeReader, dict[str, TensorInfo]]:
     """A checkpoint of ours, checked against the table, and the tensors that will be made of it."""
+    require_weights(folder)
     reader = NativeReader(folder / "state")
     mapped.check_ours(reader.infos, str(folder))
     wanted = wanted_dtype(cfg)

@@ -20,7 +20,7 @@ from nemo_llm.checkpoint.collective_errors import raise_together
 from nemo_llm.checkpoint.inspect import read_tensors, tensors
 from nemo_llm.checkpoint.saved_run import TEMPLATE_FILE_NAME, SavedRun
 from nemo_llm.config.sections.peft import LoraConfig, PeftConfig
-from nemo_llm.errors import CheckpointError, InputError
+from nemo_llm.errors import CheckpointRefusedError, InputError
 from nemo_llm.models.layers.classification_head import HEAD_PREFIX
 from nemo_llm.peft.adapter import KEY_PREFIX, adapted_modules, heads
 from nemo_llm.peft.state import read_description
@@ -85,7 +85,7 @@ def export_adapter(checkpoint: Path, output: Path, base_model: str | None) -> di
         base_model: name or path of the frozen model, noted for whoever loads the folder.
 
     Raises:
-        CheckpointError: no adapter there, or one that PEFT has no form for.
+        CheckpointRefusedError: no adapter there, or one that PEFT has no form for.
     """
     read_description(checkpoint)  # or there is no adapter
     names = [name for name in tensors(checkpoint) if name.startswith(KEY_PREFIX)]
@@ -103,7 +103,13 @@ def export_adapter(checkpoint: Path, output: Path, base_model: str | None) -> di
 
 
 def to_hf_weights(state: Mapping[str, torch.Tensor], peft: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """PEFT's tensors by PEFT's names, from ours by ours (without the prefix ``adapter.``)."""
+    """PEFT's tensors by PEFT's names, from ours by ours (without the prefix ``adapter.``).
+
+    Raises:
+        CheckpointRefusedError: PEFT has no form for them.
+    """
+    if peft["kind"] == "adapter":
+        raise CheckpointRefusedError("peft.kind = 'adapter': Hugging Face PEFT has no such form; keep the checkpoint")
     found = {_PREFIX + _HEAD: state[_HEAD]} if _HEAD in state else {}
     state = {name: tensor for name, tensor in state.items() if name != _HEAD}
     if peft["kind"] in ("prompt_tuning", "p_tuning"):
@@ -130,7 +136,7 @@ def _hf_module(name: str) -> str:
     """``decoder.layers.3.self_attention.linear_q.lora_a`` -> ``model.layers.3.self_attn.q_proj``."""
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.\w+", name)
     if match is None or match[2] not in _MODULES:
-        raise CheckpointError(
+        raise CheckpointRefusedError(
             f"{name}: Hugging Face PEFT has no place for it in models with Llama's layer names.\n      fix: merge the "
             "adapter into the weights and export those, or adapt attention and gated dense MLPs alone"
         )

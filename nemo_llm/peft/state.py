@@ -12,7 +12,7 @@ from nemo_llm.checkpoint.folder import ADAPTER_FILE_NAME
 from nemo_llm.checkpoint.safe_load import load_sharded
 from nemo_llm.checkpoint.weights import check_same_tensors
 from nemo_llm.config.sections.peft import PeftConfig
-from nemo_llm.errors import CheckpointDamagedError, CheckpointError
+from nemo_llm.errors import CheckpointDamagedError, CheckpointRefusedError
 from nemo_llm.models.layers.classification_head import HEAD_PREFIX
 from nemo_llm.peft.adapter import KEY_PREFIX, adapted_modules, adapter_state, heads
 
@@ -27,7 +27,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """What `write_description` wrote.
 
     Raises:
-        CheckpointError: ``folder`` holds no adapter.
+        CheckpointRefusedError: ``folder`` holds no adapter.
         CheckpointDamagedError: what stands there is no description.
     """
     path = folder / ADAPTER_FILE_NAME
@@ -36,7 +36,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointDamagedError(f"{path}: damaged; not readable as a description ({error})") from None
     except FileNotFoundError:
-        raise CheckpointError(
+        raise CheckpointRefusedError(
             f"{folder} holds no adapter (no {ADAPTER_FILE_NAME}).\n      fix: name a checkpoint of a run with "
             "peft=..., or start from whole weights with checkpoint.init_from"
         ) from None
@@ -46,11 +46,11 @@ def check_base(folder: Path, base_fingerprint: str) -> None:
     """Refuse the adapter in ``folder`` when it was trained on other frozen weights.
 
     Raises:
-        CheckpointError: naming both fingerprints.
+        CheckpointRefusedError: naming both fingerprints.
     """
     trained_on = read_description(folder)["base_fingerprint"]
     if trained_on != base_fingerprint:
-        raise CheckpointError(
+        raise CheckpointRefusedError(
             f"{folder} holds an adapter for another base model: it was trained on weights with fingerprint "
             f"{trained_on}, and this run's frozen weights have {base_fingerprint}.\n      fix: start from the weights "
             "that it was trained on; config.yaml in that folder names them (checkpoint.init_from, model.hf_path)"
@@ -61,7 +61,7 @@ def load_adapter(chunks: list[torch.nn.Module], folder: Path, base_fingerprint: 
     """Read the adapters of the checkpoint ``folder``, whatever layout wrote it; a collective of all ranks.
 
     Raises:
-        CheckpointError: no adapter, one for other frozen weights, or one of another kind or shape.
+        CheckpointRefusedError: no adapter, one for other frozen weights, or one of another kind or shape.
     """
     state: dict[str, Any] = {"adapter": adapter_state(chunks)}
     with raise_together():

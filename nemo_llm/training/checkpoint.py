@@ -37,7 +37,7 @@ from nemo_llm.checkpoint.saved_run import TEMPLATE_FILE_NAME
 from nemo_llm.checkpoint.weights import apply_model_state, check_same_tensors, model_state
 from nemo_llm.checkpoint.writer import StateWriter, WritePlan
 from nemo_llm.conversation.template import save_template
-from nemo_llm.errors import CheckpointError, ConfigError, Problem
+from nemo_llm.errors import CheckpointError, CheckpointRefusedError, ConfigError, Problem
 from nemo_llm.log import get_logger
 from nemo_llm.peft.adapter import adapter_state
 from nemo_llm.peft.state import apply_adapter_state, check_base, write_description
@@ -155,7 +155,7 @@ def load_checkpoint(run: TrainingRun, folder: Path) -> None:
     """Read ``folder``, which was verified before, into the run, whatever layout wrote it.
 
     Raises:
-        CheckpointError: it holds another model, or weights alone.
+        CheckpointRefusedError: it holds another model, or weights alone.
     """
     state = sharded_state(run)
     del state["optimizer_scalars"]
@@ -186,11 +186,11 @@ def progress_of(folder: Path) -> dict[str, Any]:
     """As `read_progress`, of a checkpoint to resume from.
 
     Raises:
-        CheckpointError: it holds weights alone, as a converted one does.
+        CheckpointRefusedError: it holds weights alone, as a converted one does.
     """
     progress = read_progress(folder)
     if progress is None:
-        raise CheckpointError(
+        raise CheckpointRefusedError(
             f"{folder} holds weights and no training state (no {TRAINING_FILE_NAME}), so that nothing can be resumed "
             f"from it.\n      fix: start from its weights with checkpoint.init_from={folder}"
         )
@@ -216,8 +216,8 @@ def _check_has_optimizer(state: dict, folder: Path) -> None:
     optimizer = {"optimizer": dict(state["optimizer"])}
     try:
         check_same_tensors(optimizer, folder)
-    except CheckpointError as error:
-        raise CheckpointError(f"the optimizer's state does not fit. {error}") from None
+    except CheckpointRefusedError as error:
+        raise CheckpointRefusedError(f"the optimizer's state does not fit. {error}") from None
 
 
 def _prepare(run: TrainingRun, final: Path, needed: int) -> None:

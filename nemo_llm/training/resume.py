@@ -6,8 +6,16 @@ import torch
 import torch.distributed as dist
 
 from nemo_llm.checkpoint.collective_errors import raise_together
-from nemo_llm.checkpoint.folder import TRAINING_FILE_NAME, find_checkpoints, is_complete, resolve_checkpoint, step_of
+from nemo_llm.checkpoint.folder import (
+    CONFIG_FILE_NAME,
+    TRAINING_FILE_NAME,
+    find_checkpoints,
+    is_complete,
+    resolve_checkpoint,
+    step_of,
+)
 from nemo_llm.checkpoint.manifest import verify
+from nemo_llm.checkpoint.saved_run import SavedRun
 from nemo_llm.checkpoint.weights import load_weights
 from nemo_llm.config import RunConfig
 from nemo_llm.errors import CheckpointDamagedError
@@ -54,6 +62,7 @@ def newest_good(cfg: RunConfig, runtime: ParallelRuntime, candidates: list[Path]
 
     Raises:
         CheckpointDamagedError: none is.
+        InputError: a newer version wrote it.
     """
     # What the first rank sees counts: other nodes may see a folder that has just been made a moment later.
     agreed: list[list[Path]] = [candidates]
@@ -64,6 +73,8 @@ def newest_good(cfg: RunConfig, runtime: ParallelRuntime, candidates: list[Path]
             with raise_together():
                 verify(folder, cfg.checkpoint.verify, (runtime.rank, runtime.world_size))
                 _check_step(folder)
+                if (folder / CONFIG_FILE_NAME).is_file():  # bare weights have none
+                    SavedRun.at(folder)
         except CheckpointDamagedError as error:
             damage.append(str(error))
             continue

@@ -19,6 +19,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from nemo_llm.checkpoint.fingerprint import weights_fingerprint
 from nemo_llm.checkpoint.folder import resolve_checkpoint
 from nemo_llm.checkpoint.new_tokens import new_tokens
+from nemo_llm.checkpoint.saved_run import SavedRun
 from nemo_llm.config import RunConfig
 from nemo_llm.config.sections.batch_ramp import build_batch_ramp
 from nemo_llm.kernels.matmul import take_stale
@@ -102,7 +103,7 @@ def freeze_and_adapt(cfg: RunConfig, chunks: list[torch.nn.Module], runtime: Par
         if (start / CONFIG_FILE).is_file():
             load_hf_adapter(chunks, start, cfg.peft)
         else:
-            load_adapter(chunks, resolve_checkpoint(start), fingerprint)
+            load_adapter(chunks, SavedRun.open(start).folder, fingerprint)
     if cfg.checkpoint.init_from is not None:
         _warn_of_new_tokens(resolve_checkpoint(Path(cfg.checkpoint.init_from)))
     trained = count_parameters(chunks, runtime)

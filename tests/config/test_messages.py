@@ -41,6 +41,13 @@ def problems_of(*arguments: str) -> dict[str, str]:
         ("peft=lora peft.num_virtual_tokens=8", "peft.num_virtual_tokens", ["8", "kind lora has no such key"]),
         ("peft=lora peft.rang=4", "peft.rang", ["4", "did you mean peft.rank?"]),
         ("peft=lora peft.kind=loar", "peft.kind", ["'loar'", "lora, dora, ia3, adapter", "did you mean lora?"]),
+        (
+            "peft=p_tuning peft.kind=prompt_tuning",
+            "peft.encoder_hidden_size",
+            ["kind prompt_tuning has no such key", "which peft=prompt_tuning chooses"],
+        ),
+        ("peft.rank=4", "peft.kind", ["missing", "choose peft=<lora|dora|ia3|adapter|prompt_tuning|p_tuning>"]),
+        ("data.blend=[true, x]", "data.blend[0].path", ["True", "must be text"]),
         ("peft=lora peft.target_modules=[]", "peft", ["target_modules is empty"]),
         ("data.split=5", "data", ["split '5'", "two or three shares"]),
         ("data.split=abc", "data", ["'abc'", "numbers and commas"]),
@@ -63,7 +70,7 @@ def problems_of(*arguments: str) -> dict[str, str]:
         ("data.tokenizer.path=null", "data.tokenizer", ["path is null"]),
         ("task.name=clasification", "task.name", ["'clasification'", "did you mean classification"]),
         ("~task.name", "task.name", ["missing", "one of pretrain, sft, classification, score"]),
-        ("task.name=score", "task.z_loss_coeff", ["0.0", "name score has no such key", "remove it"]),
+        ("task.name=score", "task.z_loss_coeff", ["0.0", "name score has no such key", "which task=score chooses"]),
         (
             "task.z_loss_coef=0.1",
             "task.z_loss_coef",

@@ -17,7 +17,7 @@ import yaml
 
 from nemo_llm import __version__
 from nemo_llm.checkpoint.folder import read_config
-from nemo_llm.checkpoint.saved_run import SavedRun
+from nemo_llm.checkpoint.saved_run import SavedRun, config_text
 from nemo_llm.config import migrations
 from nemo_llm.config.compose.catalog import conf_dir, group_choices, known_keys
 from nemo_llm.config.compose.decode import decode, key_problems, to_dict
@@ -300,3 +300,14 @@ def test_a_change_reshapes_what_was_saved_before_it_alone(
     assert run.sections.trainer.step_timeout_minutes == 60 * before
     again = SavedRun.at(saved_in(tmp_path, **run.mapping, saved_by=saved_by()))
     assert again.sections == run.sections
+
+
+def test_a_saved_configuration_is_an_experiment_of_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    path = tmp_path / "experiment" / "mine.yaml"
+    cfg = compose(["+model=gpt_tiny", "optim.lr=0.5"])
+    path.write_text("# @package _global_\n" + config_text(json.loads(json.dumps(to_dict(cfg)))), encoding="utf-8")
+    assert compose(["+model=gpt_tiny", "experiment=mine"], tmp_path) == cfg
+    path.write_text(path.read_text(encoding="utf-8") + "  - 2031_01_01_later\n", encoding="utf-8")
+    with pytest.raises(InputError, match="newer than this one"):
+        compose(["+model=gpt_tiny", "experiment=mine"], tmp_path)

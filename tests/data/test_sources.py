@@ -213,6 +213,8 @@ def test_kinds_that_there_are_not_yet_are_refused_with_those_that_there_are(key:
         ("[{name: one, text: a, chat: b}]", "data.blend[0].chat"),
         ("[{name: one, kind: text, text: a}]", "data.blend[0].text"),
         ("[{name: one, mock: {num_documents: 1, mean_document_length: 2, name: two}}]", "data.blend[0].mock"),
+        ("[{name: one, mock: {kind: text, path: a}}]", "data.blend[0].mock"),
+        ("[{name: one, mock: 5}]", "data.blend[0].mock"),
         ("[{name: one, text: null}]", "data.blend[0].kind"),
         ("[{name: one, texts: a}]", "data.blend[0].texts"),
         ("[{name: one, kind: [text]}]", "data.blend[0].kind"),

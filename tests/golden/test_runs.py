@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from nemo_llm.checkpoint.folder import commit, read_config
 from nemo_llm.checkpoint.saved_run import SavedRun
 from nemo_llm.config.commands.entry import load
 from nemo_llm.errors import InputError
@@ -182,7 +183,7 @@ def test_it_says_what_it_read(name: str, at: Path, ranks: RankPool) -> None:
 NEWER = {"version": "9.1.0", "migrations": ["2031_01_01_later"]}
 TOOLS_OF_ADAPTERS = [("peft_adapter", ["export", "lora", "out"]), ("peft_adapter", ["merge", "lora", "out"])]
 TOOLS_OF_WEIGHTS = [
-    ("generate", ["checkpoint=run", "text=1", "accelerator=cpu"]),
+    ("generate", ["checkpoint=run", "text=1", "sampling.max_new_tokens=3", "accelerator=cpu"]),
     ("evaluate", ["checkpoint=run", "texts=held_out.txt", "accelerator=cpu"]),
     ("convert_checkpoint", ["source_format=nemo_llm", "target_format=hf", "input=run", "output=out"]),
     ("convert_checkpoint", ["source_format=nemo_llm", "target_format=megatron", "input=run", "output=out"]),
@@ -213,6 +214,34 @@ def test_no_tool_opens_what_this_version_does_not_know(
     keys = ["+model=from_checkpoint", f"model.checkpoint_path={run_of(name)}", "data=mock"]
     with contextlib.chdir(at), pytest.raises(InputError, match=re.escape(wanted)):
         load(keys)
+
+
+@pytest.mark.parametrize("key", ["checkpoint.init_from=base", "checkpoint.resume=base", "peft.init_from=lora"])
+@pytest.mark.parametrize("name", [ADAPTER])
+def test_no_run_starts_from_a_newer_version(name: str, key: str, at: Path, ranks: RankPool) -> None:
+    (folder,) = (at / key.partition("=")[2]).glob("checkpoints/step_*")
+    saved = read_config(folder) | {"saved_by": NEWER}
+    (folder / "config.yaml").write_text(yaml.safe_dump(saved), encoding="utf-8")
+    (folder / "manifest.json").unlink()
+    (folder / "COMPLETE").unlink()
+    commit(folder.rename(at / "whole"), folder)
+    arguments = recorded_arguments(RUNS / ADAPTER / "lora" / STEP)
+    with pytest.raises(AssertionError, match=r"saved by nemo_llm 9\.1\.0, which is newer"):
+        ranks.run(train, 1, str(at), [*arguments, key, "run.dir=next", "exp_manager.enabled=false"])
+
+
+@pytest.mark.parametrize("name", [ADAPTER])
+def test_an_adapter_alone_is_no_model_and_a_model_no_adapter(name: str, at: Path, ranks: RankPool) -> None:
+    (at / "held_out.txt").write_text("to be or not to be", encoding="utf-8")
+    (at / "chats.jsonl").write_text("whale", encoding="utf-8")
+    (at / "run").symlink_to("lora")
+    for tool, arguments in TOOLS_OF_WEIGHTS[:5]:
+        ((code, said),) = ranks.run(call, 1, str(at), tool, arguments)
+        assert code == 2, (tool, said)
+        assert "holds an adapter and not the weights" in said, (tool, said)
+    ((code, said),) = ranks.run(call, 1, str(at), "peft_adapter", ["export", "base", "out"])
+    assert code == 2, said
+    assert "holds no adapter" in said
 
 
 @pytest.mark.parametrize("name", TEXTS)

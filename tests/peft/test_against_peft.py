@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_llm.errors import InputError
 from tests.ranks import RankPool
 
 TOLERANCE = 1e-4
@@ -204,3 +205,10 @@ def test_logits_and_gradients_are_those_of_peft(kind: str, ranks: RankPool, tmp_
     assert logits < TOLERANCE
     assert gradients < TOLERANCE
     assert merged < 1e-5
+
+
+def test_a_bottleneck_has_no_form_there_and_is_refused() -> None:
+    from nemo_llm.peft.hf_format import to_hf_weights
+
+    with pytest.raises(InputError, match=r"peft\.kind = 'adapter'.*no such form"):
+        to_hf_weights({}, {"kind": "adapter"})

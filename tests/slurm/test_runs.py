@@ -67,3 +67,11 @@ def test_the_command_lists_the_runs_of_a_folder(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path, capsys) -> None:
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_weights_alone_is_no_run(tmp_path: Path) -> None:
+    for name in ("run", "merged"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    (tmp_path / "merged" / "COMPLETE").touch()
+    assert find_runs([tmp_path]) == [tmp_path / "run"]

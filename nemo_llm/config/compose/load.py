@@ -15,6 +15,7 @@ from nemo_llm.config.compose.catalog import conf_dir, group_choices
 from nemo_llm.config.compose.decode import decode, to_dict
 from nemo_llm.config.compose.from_folder import derived_overrides
 from nemo_llm.config.compose.overrides import missing_model, normalise, rename_keys
+from nemo_llm.config.migrations import SAVED_BY, migrate
 from nemo_llm.config.sections.run import RunConfig
 from nemo_llm.errors import NO_VALUE, ConfigError, Problem
 
@@ -46,6 +47,8 @@ def compose(
     try:
         mapping = texts.restore(_compose_mapping(shipped, arguments))
         rename_keys(mapping, arguments)
+        if SAVED_BY in mapping:  # a file of the user's is what a run has saved
+            mapping = migrate(mapping, "the configuration")
     except (HydraException, OmegaConfBaseException) as error:
         text = texts.restore(" ".join(str(error).split()))
         problem = Problem("", NO_VALUE, text, "correct the argument or the file that it names")

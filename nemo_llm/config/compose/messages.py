@@ -101,7 +101,8 @@ def _problems_of_tag(path: Path, mapping: Mapping[str, Any], section: type) -> l
         in_section = {f"{key.partition('[')[0]}.{name}": info for name, info in known.items()}
         unknown = [unknown_key(f"{key}.{name}", value[name], in_section) for name in value if name not in known]
         rule = f"missing; it takes one of {', '.join(tags)}"
-        fix = f"add one of {', '.join((tag.key, *tag.short_forms))}" if tag.short_forms else f"add {tag.key}"
+        short = f"add one of {', '.join((tag.key, *tag.short_forms))}"
+        fix = short if tag.short_forms else f"choose {key}=<{'|'.join(tags)}>"
         return unknown or [Problem(f"{key}.{tag.key}", NO_VALUE, rule, fix)]
     given = value[tag.key]
     meant = nearest(given, tags) if isinstance(given, str) else None
@@ -119,7 +120,9 @@ def _of_other_member(path: Path, mapping: Mapping[str, Any], section: type) -> P
     member = next(member for member in _members(owner) if chosen in tag.tags(member))
     names = [field.name for field in dataclasses.fields(member)]
     meant = nearest(str(path[-1]), names)
-    listed = f"remove it; the keys of {tag.key} {chosen} are {', '.join(names)}"
+    group = _dotted(path[:-1])
+    by_file = f", which {group}={chosen} chooses," if _is_file_of(group, chosen) else ""
+    listed = f"remove it; the keys of {tag.key} {chosen}{by_file} are {', '.join(names)}"
     rule = f"{tag.key} {chosen} has no such key"
     fix = f"did you mean {_dotted((*path[:-1], meant))}?" if meant else listed
     return Problem(_dotted(path), value[path[-1]], rule, fix)

@@ -168,8 +168,8 @@ def _long_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
     if short is None or "kind" in given:
         return given
     kind, value = kinds[short], given[short]
-    own = value if kind == "mock" and isinstance(value, Mapping) else {"path": value}
-    if own.keys() & given.keys():
+    own = value if kind == "mock" else {"path": value}
+    if not isinstance(own, Mapping) or own.keys() & {"kind", *given}:
         return {"kind": kind, **given}
     return {"kind": kind, **own, **{key: value for key, value in given.items() if key != short}}
 
@@ -193,6 +193,6 @@ def _flat_entries(items: list[Any]) -> list[dict[str, Any]]:
 
 def _as_number(item: Any) -> Any:
     try:
-        return float(item)
+        return str(item) if isinstance(item, bool) else float(item)
     except (TypeError, ValueError):
         return item

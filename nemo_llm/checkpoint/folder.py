@@ -46,6 +46,14 @@ def require_weights(folder: Path) -> None:
         )
 
 
+def copy_tokenizer(source: Path, target: Path) -> bool:
+    """Copy the tokenizer of one checkpoint into another; returns whether there is one."""
+    if not (source / TOKENIZER_FOLDER_NAME).is_dir():
+        return False
+    shutil.copytree(source / TOKENIZER_FOLDER_NAME, target / TOKENIZER_FOLDER_NAME)
+    return True
+
+
 def begin(final: Path) -> Path:
     """Make the folder, beside ``final`` and invisible to readers, in which a checkpoint is written."""
     temporary = temporary_of(final)

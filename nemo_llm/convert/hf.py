@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nemo_llm.checkpoint.folder import TOKENIZER_FOLDER_NAME
 from nemo_llm.checkpoint.saved_run import SavedRun
 from nemo_llm.checkpoint.state_files import NativeReader
 from nemo_llm.config.commands.convert import ConvertConfig
@@ -74,7 +75,7 @@ def hf_to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
         add_special_ids(temporary, special_ids(source))
     report = compare_folders(cfg, mapped, (source, temporary), temporary)
     if report is not None and has_tokenizer:
-        report = replace(report, texts=compare_token_ids(source, temporary / "tokenizer", beginning=True))
+        report = replace(report, texts=compare_token_ids(source, temporary / TOKENIZER_FOLDER_NAME, beginning=True))
     return written.commit(cfg, mapped, report, output)
 
 
@@ -100,7 +101,7 @@ def ours_to_hf(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) 
     _write_hf_companions(temporary, folder, hf_config(family, model), next(iter(infos.values())).dtype)
     report = compare_folders(cfg, mapped, (temporary, folder), temporary)
     if report is not None and (temporary / "tokenizer_config.json").exists():
-        report = replace(report, texts=compare_token_ids(temporary, folder / "tokenizer", beginning=False))
+        report = replace(report, texts=compare_token_ids(temporary, folder / TOKENIZER_FOLDER_NAME, beginning=False))
     write_report(temporary, cfg, mapped, report)
     appear(temporary, output)
     return ConversionOutcome(output, total, seconds, report)
@@ -125,7 +126,7 @@ def _counted(tensors: Iterator[tuple[str, torch.Tensor]], bar: Any) -> Iterator[
 
 def _write_hf_companions(target: Path, folder: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
     """``config.json``, the tokenizer and what else came with it."""
-    tokenizer = folder / "tokenizer"
+    tokenizer = folder / TOKENIZER_FOLDER_NAME
     config["dtype"] = config["torch_dtype"] = _DTYPE_WORDS[dtype]
     if tokenizer.is_dir():
         names = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
@@ -144,11 +145,11 @@ def _write_hf_companions(target: Path, folder: Path, config: dict[str, Any], dty
 
 def _special_ids(folder: Path) -> dict[str, Any]:
     """Ids that generation needs: those that came with the model, else the tokenizer's; a chat's turn ends besides."""
-    if not (folder / "tokenizer").is_dir():
+    if not (folder / TOKENIZER_FOLDER_NAME).is_dir():
         return special_ids(folder)
-    loaded = load_tokenizer_from_folder(folder / "tokenizer")
+    loaded = load_tokenizer_from_folder(folder / TOKENIZER_FOLDER_NAME)
     own = {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eod_id}
-    ids = {key: value for key, value in own.items() if value is not None} | special_ids(folder / "tokenizer")
+    ids = {key: value for key, value in own.items() if value is not None} | special_ids(folder / TOKENIZER_FOLDER_NAME)
     ends = as_list(ids["eos_token_id"])
     turn_end = turn_end_id(loaded, saved_template(loaded))
     if turn_end is not None and turn_end not in ends:

@@ -1,13 +1,13 @@
 """Two small folders from two large ones: embedding, output and a few layers, for the gate of what fits no memory."""
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nemo_llm.checkpoint.folder import copy_tokenizer
 from nemo_llm.checkpoint.saved_run import SavedRun, write_config
 from nemo_llm.checkpoint.state_files import NativeReader, NativeWriter
 from nemo_llm.convert.hf_files import HfReader, write_safetensors
@@ -74,6 +74,5 @@ def _write_ours(pairs: list[tuple[Link, Link]], source: Path, target: Path, mode
         for link, origin in pairs:
             writer.write(link.key, link.index, link.axes, reader.read(origin.key, origin.index))
     write_config(target, {**SavedRun.at(source).mapping, "model": dict(model)})
-    if (source / "tokenizer").is_dir():
-        shutil.copytree(source / "tokenizer", target / "tokenizer")
+    copy_tokenizer(source, target)
     return target

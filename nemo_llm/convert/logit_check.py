@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nemo_llm.checkpoint.folder import TOKENIZER_FOLDER_NAME
 from nemo_llm.checkpoint.saved_run import SavedRun
 from nemo_llm.config import ModelConfig
 from nemo_llm.config.shipped import one_cpu, reference_fp32
@@ -190,8 +191,8 @@ def _tokens(our_folder: Path, limits: Mapping[str, Any], settings: GateSettings)
         # Random: a text that repeats itself looks the same within a window and without one.
         return torch.randint(limits["vocab_size"], (1, length), generator=generator), False
     length = min(length, limits["max_position_embeddings"] or length)
-    if (our_folder / "tokenizer").is_dir():
-        ids = load_tokenizer_from_folder(our_folder / "tokenizer").encode(_TEXT * (1 + length // 20))
+    if (our_folder / TOKENIZER_FOLDER_NAME).is_dir():
+        ids = load_tokenizer_from_folder(our_folder / TOKENIZER_FOLDER_NAME).encode(_TEXT * (1 + length // 20))
         if max(ids) < limits["vocab_size"]:
             return torch.tensor([ids[:length], ids[7 : 7 + length]]), True
     return torch.randint(limits["vocab_size"], (2, length), generator=generator), False

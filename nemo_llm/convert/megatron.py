@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nemo_llm.checkpoint.folder import copy_tokenizer
 from nemo_llm.checkpoint.saved_run import SavedRun
 from nemo_llm.checkpoint.state_files import NativeReader
 from nemo_llm.config.commands.convert import ConvertConfig
@@ -74,8 +75,7 @@ def ours_to_megatron(cfg: ConvertConfig, source: Path, temporary: Path, output: 
     with progress(total) as bar:
         write_megatron(temporary, model, _slices(mapped, reader, wanted_dtype(cfg), bar))
     seconds = time.monotonic() - began
-    if (folder / "tokenizer").is_dir():
-        shutil.copytree(folder / "tokenizer", temporary / "tokenizer")
+    copy_tokenizer(folder, temporary)
     with open_megatron(temporary, None, temporary.parent) as opened:
         report = _compare(cfg, mapped, opened, folder, temporary)
     write_report(temporary, cfg, mapped, report)

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 
 from nemo_llm.checkpoint.fingerprint import weights_fingerprint
-from nemo_llm.checkpoint.folder import begin, commit, resolve_checkpoint, writing
+from nemo_llm.checkpoint.folder import (
+    TOKENIZER_FOLDER_NAME,
+    begin,
+    commit,
+    copy_tokenizer,
+    resolve_checkpoint,
+    writing,
+)
 from nemo_llm.checkpoint.manifest import verify
 from nemo_llm.checkpoint.saved_run import TEMPLATE_FILE_NAME, SavedRun, write_config
 from nemo_llm.checkpoint.weights import load_weights, save_weights
@@ -105,10 +112,9 @@ def _to_ours(cfg: ConvertConfig, source: Path, temporary: Path, output: Path) ->
         report = _compare(cfg, setting, chunk, (base, source)) if cfg.verify else None
     write_description(temporary, run.peft, fingerprint)
     write_config(temporary, to_dict(run))
-    if (base / "tokenizer").is_dir():
-        shutil.copytree(base / "tokenizer", temporary / "tokenizer")
-        if (source / TEMPLATE_FILE_NAME).is_file():
-            save_template((source / TEMPLATE_FILE_NAME).read_text(encoding="utf-8"), temporary / "tokenizer")
+    template = source / TEMPLATE_FILE_NAME
+    if copy_tokenizer(base, temporary) and template.is_file():
+        save_template(template.read_text(encoding="utf-8"), temporary / TOKENIZER_FOLDER_NAME)
     write_report(temporary, cfg, None, report)
     num_bytes = sum(path.stat().st_size for path in (temporary / "state").iterdir())
     commit(temporary, output)
@@ -141,7 +147,7 @@ def merge_checkpoint(checkpoint: Path, output: Path) -> Path:
         with writing(output) as temporary:
             save_weights([chunk], temporary)
             write_config(temporary, to_dict(plain))
-            shutil.copytree(folder / "tokenizer", temporary / "tokenizer")
+            shutil.copytree(folder / TOKENIZER_FOLDER_NAME, temporary / TOKENIZER_FOLDER_NAME)
     return output
 
 

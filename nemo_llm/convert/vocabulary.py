@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from nemo_llm.checkpoint.folder import require_weights, writing
+from nemo_llm.checkpoint.folder import TOKENIZER_FOLDER_NAME, require_weights, writing
 from nemo_llm.checkpoint.inspect import read_tensors
 from nemo_llm.checkpoint.new_tokens import NEW_TOKENS, new_tokens
 from nemo_llm.checkpoint.safe_load import load_sharded
@@ -47,7 +47,7 @@ def extend_vocabulary(checkpoint: Path, output: Path, tokens: Sequence[str], sta
     with float32_model(model) as chunk, writing(output) as temporary:
         _load_grown(chunk, folder, before, (old.vocab_size, pieces))
         save_weights([chunk], temporary)
-        _write_tokenizer(old, tokens, temporary / "tokenizer", special)
+        _write_tokenizer(old, tokens, temporary / TOKENIZER_FOLDER_NAME, special)
         write_config(temporary, {**saved.mapping, "model": asdict(model)})
         new = {"tokens": [*new_tokens(folder), *tokens]}
         (temporary / NEW_TOKENS).write_text(json.dumps(new, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -55,7 +55,7 @@ def extend_vocabulary(checkpoint: Path, output: Path, tokens: Sequence[str], sta
 
 
 def _check_tokenizer(folder: Path, tokens: Sequence[str]) -> HuggingFaceTokenizer:
-    old = load_tokenizer_from_folder(folder / "tokenizer")
+    old = load_tokenizer_from_folder(folder / TOKENIZER_FOLDER_NAME)
     if not isinstance(old, HuggingFaceTokenizer) or old.config.type != "huggingface":
         raise InputError(
             f"{folder / 'tokenizer'}: a tokenizer of type {old.config.type} cannot grow; only a tokenizer.json "

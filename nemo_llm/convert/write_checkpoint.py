@@ -15,7 +15,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from nemo_llm.checkpoint.folder import begin, commit, require_weights, temporary_of
+from nemo_llm.checkpoint.folder import TOKENIZER_FOLDER_NAME, begin, commit, require_weights, temporary_of
 from nemo_llm.checkpoint.saved_run import write_config
 from nemo_llm.checkpoint.state_files import NativeReader, NativeWriter, TensorInfo
 from nemo_llm.config.commands.convert import ConvertConfig
@@ -154,7 +154,7 @@ def finish_ours(config: Mapping[str, Any], tokenizer: TokenizerConfig | None, te
     """Configuration, and tokenizer where there is one, beside the weights."""
     write_config(temporary, config)
     if tokenizer is not None:
-        load_tokenizer(tokenizer).save(temporary / "tokenizer")
+        load_tokenizer(tokenizer).save(temporary / TOKENIZER_FOLDER_NAME)
     else:
         _log.warning("%s has no tokenizer.json: the checkpoint gets no tokenizer", source)
 

@@ -90,15 +90,15 @@ def export_adapter(checkpoint: Path, output: Path, base_model: str | None) -> di
     read_description(checkpoint)  # or there is no adapter
     names = [name for name in tensors(checkpoint) if name.startswith(KEY_PREFIX)]
     state = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in read_tensors(checkpoint, names)}
-    peft = SavedRun.at(checkpoint).mapping["peft"]
+    saved = SavedRun.at(checkpoint)
+    peft = saved.mapping["peft"]
     weights = to_hf_weights(state, peft)
     settings = _hf_config(peft, state, base_model)
     output.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, output / WEIGHTS_FILE)
     (output / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    template = checkpoint / "tokenizer" / TEMPLATE_FILE_NAME
-    if template.is_file():  # the one that it was tuned with, whatever the base has
-        shutil.copyfile(template, output / TEMPLATE_FILE_NAME)
+    if saved.chat_template is not None:  # the one that it was tuned with, whatever the base has
+        shutil.copyfile(saved.chat_template, output / TEMPLATE_FILE_NAME)
     return settings
 
 

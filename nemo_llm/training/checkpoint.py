@@ -203,7 +203,7 @@ def _check_chat_template(run: TrainingRun, progress: dict[str, Any], folder: Pat
     saved = progress.get("chat_template", present)
     if saved != present and None not in (saved, present):
         rule = f"gives another template than the one that {folder} was tuned with"
-        fix = f"make it what it was; a copy is {folder / 'tokenizer' / TEMPLATE_FILE_NAME}"
+        fix = f"make it what it was; a copy is {folder / TOKENIZER_FOLDER_NAME / TEMPLATE_FILE_NAME}"
         raise ConfigError([Problem("data.chat.template", run.cfg.data.chat.template, rule, fix)])
 
 

@@ -126,8 +126,10 @@ class StateFile:
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as a tensor of its own: of a view, torch.save would write all that it is a view of."""
-    if tensor.numel() == 0 or tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor.clone() if tensor.numel() == 0 else tensor
+    if tensor.numel() == 0:
+        return tensor.clone()
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
     content = tensor.contiguous().view(-1)
     return torch.frombuffer(content.view(torch.uint8).numpy(), dtype=tensor.dtype).view(tensor.shape)
 

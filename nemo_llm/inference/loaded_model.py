@@ -39,8 +39,12 @@ def for_inference(saved: SavedRun, place: ModelPlace, world_size: int) -> ModelS
         ConfigError: a layout that this model or these processes do not allow.
     """
     # A token at a time cannot be split over the sequence, and there are no micro-batches to interleave.
-    layout = replace(place.parallelism, sequence_parallel=False, virtual_pipeline_model_parallel_size=None)
-    layout = replace(layout, recompute_granularity=None)
+    layout = replace(
+        place.parallelism,
+        sequence_parallel=False,
+        virtual_pipeline_model_parallel_size=None,
+        recompute_granularity=None,
+    )
     # Chunks of logits stay in a CPU's cache. On a GPU the fused loss would be compiled for every number of tokens.
     on_cpu = place.accelerator == "cpu" or not torch.cuda.is_available()
     setting = reference_fp32(replace(saved.sections.model, transformer_impl="torch"))

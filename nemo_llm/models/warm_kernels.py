@@ -251,9 +251,8 @@ def run_flex(setting: ModelSetting, like: dict) -> None:
         v = torch.zeros(length, batch, groups, joint * width, **like).requires_grad_()[..., -width:]
         scale = softmax_scale(model) or 1.0 / math.sqrt(width)  # to the last bit: it is a constant of the kernel
         heads_first = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        flex_attention.attend(tuple(heads_first), documents, window, (scale, cap)).permute(2, 0, 1, 3).flatten(
-            2
-        ).sum().backward()
+        attended = flex_attention.attend(tuple(heads_first), documents, window, (scale, cap))
+        attended.permute(2, 0, 1, 3).flatten(2).sum().backward()
 
 
 def _run_loss(logits: torch.Tensor, alone: bool) -> None:
